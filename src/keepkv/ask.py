@@ -1,0 +1,184 @@
+"""Ask: one text read once, compressed before any question is known, and asked several questions from the same cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from keepkv import methods
+from keepkv.cache import KeepCache
+from keepkv.compress import Progress
+from keepkv.report import Report
+
+_MARK = "\u2402keepkv-question\u2403"  # stands where the question will be, while the chat template is applied
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, the answer in words, its tokens, and the seconds after its first token."""
+
+    question: str
+    answer: str
+    tokens: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one method made of the text: the cache right after compression, and the answers from it.
+
+    alike: of the words (tokens) of the full cache's answers, the share that this cache would have chosen too at the same
+    place; None where no full cache was asked.
+    """
+
+    method: str
+    report: Report
+    prefill_seconds: float
+    answers: tuple[Answer, ...]
+    alike: float | None = None
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Over all answers, counted after each one's first token; 0 where no second token was written."""
+        tokens = sum(max(0, len(answer.tokens) - 1) for answer in self.answers)
+        return tokens / max(1e-9, sum(answer.seconds for answer in self.answers))
+
+    def to_dict(self) -> dict[str, Any]:
+        report = self.report
+        whole = not report.kept
+        return {
+            "method": self.method,
+            "budget": report.budget,
+            "tokens": report.tokens[0],
+            "slots": float(report.tokens[0]) if whole else report.slots,
+            "kv_bytes_full": report.kv_bytes_full,
+            "kv_bytes": report.kv_bytes,
+            "prefill_seconds": self.prefill_seconds,
+            "compress_seconds": report.compress_seconds,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "alike": self.alike,
+            "fallbacks": report.fallbacks,
+            "note": report.note,
+            "answers": [{"question": answer.question, "answer": answer.answer} for answer in self.answers],
+        }
+
+
+class Prompt:
+    """A text and questions about it, cut into tokens: `text` is read once, `question(q)` is appended to it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        """Applies the chat template if there is one; the text and then the question are the user's message."""
+        self._tokenizer = tokenizer
+        if tokenizer.chat_template:
+            message = [{"role": "user", "content": f"{text.strip()}\n\n{_MARK}"}]
+            whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            before, self._after = str(whole).split(_MARK)
+            self.text = tokenizer(before, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+        else:
+            before, self._after = f"{text.strip()}\n\nQuestion: ", "\nAnswer:"
+            self.text = tokenizer(before, return_tensors="pt", verbose=False)["input_ids"]
+
+    def question(self, question: str) -> Tensor:
+        """Token ids [1, n] of a question and what the template puts after it."""
+        ids: Tensor = self._tokenizer(question.strip() + self._after, add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
+        return ids
+
+
+@torch.inference_mode()
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    questions: Sequence[str],
+    method_names: Sequence[str],
+    budget: str,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    phase: Callable[[str], Progress] = lambda title: lambda done, of: None,
+) -> list[Asked]:
+    """Reads prompt.text once and answers every question with every method, each time from the state after compression.
+
+    phase(title) starts a phase of the work and returns what to tell its progress to. The first method named "full", if
+    there is one, is what the others' `alike` is measured against. Raises BudgetError, MethodError.
+    """
+    torch.manual_seed(seed)
+    table = [methods.get(name) for name in method_names]
+    ids = prompt.text.to(model.device)
+    read = KeepCache(model, budget, seed=seed, column_mass=any(method.column_mass for method in table), auto=False)
+    phase(f"reading {ids.shape[1]:,} tokens")
+    start = time.perf_counter()
+    model(ids, past_key_values=read, logits_to_keep=1)
+    prefill = time.perf_counter() - start
+
+    asked, caches = [], []
+    for method in table:
+        cache = read.fork().compress(budget, method, phase(f"compressing ({method.name})"))
+        caches.append(cache)
+        report, answers = cache.report(), []
+        tell = phase(f"answering ({method.name})")
+        for index, question in enumerate(questions):
+            later = prompt.question(question).to(model.device)
+            answers.append(_answer(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
+            tell(index + 1, len(questions))
+        asked.append(Asked(method.name, report, prefill, tuple(answers)))
+
+    full = next((result for result in asked if result.method == "full"), None)
+    if full is None:
+        return asked
+    phase("comparing")
+    alike = []
+    for cache in caches:
+        same = [_agreement(model, cache.fork(), prompt.question(answer.question), answer.tokens) for answer in full.answers]
+        alike.append(sum(hits for hits, _ in same) / max(1, sum(count for _, count in same)))
+    return [Asked(a.method, a.report, a.prefill_seconds, a.answers, share) for a, share in zip(asked, alike, strict=True)]
+
+
+class _Clock(BaseStreamer):
+    """Notes when the first and the last token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: KeepCache, ids: Tensor, later: Tensor,
+    question: str, max_new_tokens: int,
+) -> Answer:  # fmt: skip
+    """Greedy decoding of one answer after `later` = question tokens, from a cache that has read `ids`."""
+    clock = _Clock()
+    prompt = torch.cat([ids, later], dim=1)
+    own = model.generation_config
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id if own.pad_token_id is not None else tokenizer.eos_token_id,
+    )  # fmt: skip
+    generate: Any = model.generate
+    output = generate(
+        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=greedy, streamer=clock
+    )
+    new = output[0, prompt.shape[1] :].tolist()
+    first, last = clock.times[1], clock.times[-1]  # the streamer is given the prompt first
+    return Answer(question, str(tokenizer.decode(new, skip_special_tokens=True)).strip(), tuple(new), last - first)
+
+
+def _agreement(model: PreTrainedModel, cache: KeepCache, later: Tensor, answer: Sequence[int]) -> tuple[int, int]:
+    """How many of the answer's tokens this cache would have chosen at their places, and how many there are."""
+    target = torch.tensor([answer], device=model.device)
+    fed = torch.cat([later.to(model.device), target], dim=1)
+    logits = model(fed, past_key_values=cache, logits_to_keep=len(answer) + 1).logits[0, :-1]
+    return int((logits.argmax(-1) == target[0]).sum()), len(answer)

@@ -1,0 +1,72 @@
+"""Attention over slots with votes: each part gives its output and log-sum-exp, and the parts are joined exactly.
+
+`exact` is the specification: plain softmax in the dtype it is given. `attend` is what the cache runs, on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from keepkv.types import Slots
+
+Part = tuple[Tensor, Tensor]  # output [..., R, d_v] and log-sum-exp [..., R], both float32 or better
+_TILE = 1 << 24  # logits held at once
+
+
+def exact(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Part:
+    """o = softmax(scale q·k + b) v and its log-sum-exp, for queries [..., R, d], keys [..., n, d], bias [..., 1 or R, n]."""
+    logits = scale * (query @ keys.transpose(-1, -2)) + bias
+    return logits.softmax(-1) @ values, logits.logsumexp(-1)
+
+
+def attend_slots(query: Tensor, slots: Slots, scale: float) -> Part:
+    """Attention of query [B, H, R, d] over the compact part, head by head as it is stored: nothing is padded."""
+    batch, heads, rows, _ = query.shape
+    output = query.new_empty(batch * heads, rows, slots.values.shape[1], dtype=_wide(query.dtype))
+    log_mass = output.new_empty(batch * heads, rows)
+    flat = query.reshape(batch * heads, rows, -1)
+    for head, (lo, hi) in enumerate(zip(slots.offsets, slots.offsets[1:], strict=False)):
+        output[head], log_mass[head] = _attend(flat[head], slots.keys[lo:hi], slots.values[lo:hi], slots.bias[lo:hi], scale)
+    return output.view(batch, heads, rows, -1), log_mass.view(batch, heads, rows)
+
+
+def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Part:
+    """Attention of query [B, H, R, d] over the dense tail [B, H, n, d]; visible, bool or additive, broadcasts to the logits."""
+    rows = query.shape[2]
+    step = max(1, _TILE // max(1, query.shape[0] * query.shape[1] * keys.shape[2]))
+    parts = []
+    for lo in range(0, rows, step):
+        bias = None
+        if visible is not None:
+            bias = visible[:, :, lo : lo + step]
+            if bias.dtype == torch.bool:
+                bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill_(~bias, -torch.inf)
+        parts.append(_attend(query[:, :, lo : lo + step], keys, values, bias, scale))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+
+
+def join(first: Part, second: Part) -> Part:
+    """Two parts as one, exactly: o = (M1 o1 + M2 o2) / (M1 + M2), M = exp(log-sum-exp). The algebra of flash-decoding."""
+    log_mass = torch.logaddexp(first[1], second[1])
+    weight = (second[1] - log_mass).exp().nan_to_num_()[..., None]  # nan where neither part sees anything
+    return torch.lerp(first[0], second[0], weight), log_mass
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Part:
+    """One dense block. Products in the cache's dtype, softmax and bias in float32 or better."""
+    logits = query @ keys.transpose(-1, -2)
+    logits = logits.to(_wide(logits.dtype)) * scale
+    if bias is not None:
+        logits = logits + bias
+    log_mass = logits.logsumexp(-1)
+    share = (logits - log_mass[..., None]).exp_()
+    if bias is not None:
+        share = share.nan_to_num_()  # rows that see nothing
+    return (share.to(values.dtype) @ values).to(logits.dtype), log_mass
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,66 @@
+"""Budgets: read once at the door, whole numbers of slots afterwards."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from keepkv.errors import BudgetError
+
+MIN_SLOTS = 4  # a KV head's least average: a sink, the newest tokens and one free choice
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_EXPECTED = 'expected a fraction ("0.1", "10%"), a number of slots per KV head ("512") or bytes ("64MB", "64MiB")'
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows: a fraction of the tokens, a count of slots per KV head on average, or bytes."""
+
+    kind: Literal["fraction", "count", "bytes"]
+    amount: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @staticmethod
+    def parse(value: str | float | Budget) -> Budget:
+        """Reads 0.1, "0.1", "10%", 512, "512", "64MB" or "64MiB"; raises BudgetError for anything else."""
+        if isinstance(value, Budget):
+            return value
+        text = str(value).strip()
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(%|[kmg]?i?b)?", text, re.IGNORECASE)
+        if match is None:
+            raise BudgetError(f"budget {text!r} cannot be read: {_EXPECTED}")
+        number, unit = float(match[1] + (match[2] or "")), (match[3] or "").upper()
+        if unit.endswith("B"):
+            return Budget("bytes", number * _BYTES[unit[:-1]], text)
+        if unit == "%" or "." in match[1] or match[2]:
+            fraction = number / 100 if unit == "%" else number
+            if not 0 < fraction <= 1:
+                raise BudgetError(f"budget {text!r} is outside its range: a fraction is above 0 and at most 1 (100%)")
+            return Budget("fraction", fraction, text)
+        return Budget("count", number, text)
+
+    def total_slots(self, tokens: int, heads: int, slot_bytes: float) -> int:
+        """Slots over all `heads` (layers x KV heads) for one sequence of `tokens` tokens; slot_bytes is a slot's size.
+
+        At most tokens * heads. Raises BudgetError below MIN_SLOTS per head on average, when there is more to keep.
+        """
+        total = {
+            "fraction": self.amount * tokens * heads,
+            "count": self.amount * heads,
+            "bytes": self.amount / slot_bytes,
+        }[self.kind]
+        if total < min(MIN_SLOTS, tokens) * heads:
+            need = {
+                "fraction": f"{100 * MIN_SLOTS / tokens:.2g}%",
+                "count": str(MIN_SLOTS),
+                "bytes": f"{MIN_SLOTS * heads * slot_bytes / 1e6:.2g}MB",
+            }[self.kind]
+            raise BudgetError(
+                f"budget {self.text!r} is {total / heads:.2g} slots per KV head for {tokens} tokens, "
+                f"fewer than the {MIN_SLOTS} that must be kept: give at least {need}"
+            )
+        return min(int(total + 1e-6), tokens * heads)

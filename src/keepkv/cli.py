@@ -1,0 +1,194 @@
+"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keepkv.errors import InputError, KeepKVError
+from keepkv.progress import bar, err
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+app = typer.Typer(
+    name="keepkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
+    help="A KV cache ten times smaller, with the model answering as if nothing had been removed.",
+)  # fmt: skip
+
+File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
+Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same input: same result.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from keepkv import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def ask(
+    file: File,
+    questions: Annotated[list[str], typer.Argument(help="One question or several.", show_default=False)],
+    budget: Annotated[
+        str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')
+    ] = "0.1",
+    method: Annotated[str, typer.Option(help="How to compress; see keepkv methods.")] = "keepkv",
+    compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
+    model: Model = "smollm2",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer questions about a long text from a compressed cache.
+
+    The text is read once and compressed [bold]before[/bold] the questions are seen; each answer starts from that same cache.
+
+    [bold]keepkv ask report.txt "Who signed it?" "When?"[/bold]
+
+    [bold]keepkv ask report.txt "Who signed it?" --budget 5% --compare full,snapkv[/bold]
+
+    [bold]pdftotext paper.pdf - | keepkv ask - "What was measured?" --json | jq .answers[/bold]
+    """
+    with bar(f"loading {model}") as line:
+        from keepkv import console, loading
+        from keepkv.ask import Prompt
+        from keepkv.ask import ask as run
+
+        names, _ = _understood(",".join([method, compare]), budget)
+        text = loading.read_text(file)
+        lm, tokenizer = loading.load(model, device, dtype)
+        prompt = Prompt(tokenizer, text)
+        _warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
+        results = run(lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, line.phase)
+    if as_json:
+        first, *others = [{"model": model, **result.to_dict()} for result in results]
+        typer.echo(json.dumps({**first, **({"compare": others} if others else {})}, ensure_ascii=False))
+        return
+    console.show_asked(results)
+    full = next((result for result in results if result.method == "full"), None)
+    if full is not None and results[0] is not full:
+        console.show_verdict(results[0], full)
+
+
+@app.command()
+def fidelity(
+    file: File,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; see keepkv methods.")] = "keepkv,snapkv,h2o",
+    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas: 50%,10%,512,64MB")] = "0.1",
+    segments: Annotated[int, typer.Option(min=1, help="Stretches of the text to measure on.")] = 3,
+    context_tokens: Annotated[int, typer.Option(min=16, help="Tokens read and compressed per stretch.")] = 2048,
+    continuation_tokens: Annotated[int, typer.Option(min=2, help="True next tokens fed per stretch.")] = 192,
+    model: Model = "smollm2",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how far compressed caches are from the full cache on your own text.
+
+    Stretches of the text are read and compressed; then their true continuation is fed, and the next-token distributions
+    are compared with those of the full cache: change of the negative log-likelihood, KL divergence, top-1 agreement.
+
+    [bold]keepkv fidelity book.txt --methods keepkv,snapkv,h2o,expected --budgets 50%,10%,5%[/bold]
+    """
+    with bar(f"loading {model}") as line:
+        from keepkv import console, loading
+        from keepkv import fidelity as measuring
+
+        names, limits = _understood(methods, budgets)
+        text = loading.read_text(file)
+        lm, tokenizer = loading.load(model, device, dtype)
+        stretches = measuring.cut(tokenizer, text, segments, context_tokens, continuation_tokens)
+        _warn_if_long(lm, context_tokens + continuation_tokens)
+        if len(stretches) < segments:
+            err.print(f"the text is short: {len(stretches)} stretches instead of {segments}")
+        tell = line.phase("measuring")
+        of = measuring.steps(len(stretches), names, limits)
+        records = measuring.measure(lm, stretches, continuation_tokens, names, limits, seed, lambda done: tell(done, of))
+    if as_json:
+        typer.echo(json.dumps([record.to_dict() for record in records]))
+    else:
+        console.show_fidelity(records)
+
+
+@app.command()
+def methods(as_json: Json = False, debug: Debug = False) -> None:
+    """List the methods: what each keeps, and its paper."""
+    from keepkv.methods import METHODS
+
+    if as_json:
+        rows = [{"name": row.name, "summary": row.summary, "paper": row.paper} for row in METHODS.values()]
+        typer.echo(json.dumps(rows))
+        return
+    from keepkv import console
+
+    console.show_methods()
+
+
+def _understood(methods: str, budgets: str) -> tuple[list[str], list[str]]:
+    """Comma-separated methods and budgets, each known and readable; raises MethodError, BudgetError, InputError."""
+    from keepkv.budget import Budget
+    from keepkv.methods import get
+
+    names, limits = ([part.strip() for part in text.split(",") if part.strip()] for text in (methods, budgets))
+    if not names or not limits:
+        raise InputError("nothing to do: give at least one method and one budget")
+    for name in names:
+        get(name)
+    for limit in limits:
+        Budget.parse(limit)
+    return list(dict.fromkeys(names)), list(dict.fromkeys(limits))
+
+
+def _warn_if_long(model: PreTrainedModel, tokens: int) -> None:
+    from keepkv.loading import trained_length
+
+    trained = trained_length(model)
+    if trained is not None and tokens > trained:
+        err.print(
+            f"[yellow]warning:[/yellow] {tokens:,} tokens, but the model was trained for {trained:,}: "
+            "beyond that its answers get worse with the full cache too"
+        )
+
+
+def main() -> None:
+    """Runs the command line: a user's mistake ends with one line on standard error and status 2."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeepKVError as error:
+        if debug:
+            raise
+        _end(str(error), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        _end("stopped", 130)
+    except Exception as error:
+        if debug:
+            raise
+        _end(f"{type(error).__name__}: {error} (an error of keepkv's own: --debug shows where)", 1)
+
+
+def _end(message: str, status: int) -> None:
+    print(f"keepkv: {message}", file=sys.stderr)
+    sys.exit(status)

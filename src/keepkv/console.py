@@ -1,0 +1,97 @@
+"""Results as a person reads them, on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from keepkv.ask import Asked
+from keepkv.fidelity import Fidelity
+from keepkv.methods import METHODS
+from keepkv.progress import err
+
+out = Console(highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 226.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def show_asked(results: Sequence[Asked]) -> None:
+    """Answers side by side, then what each cache took."""
+    several = len(results) > 1
+    answers = Table(show_header=several, box=None, pad_edge=False, padding=(0, 2, 1, 0), expand=several)
+    answers.add_column("", style="bold", ratio=1)
+    for result in results:
+        answers.add_column(result.method, ratio=2)
+    for row in zip(*(result.answers for result in results), strict=True):
+        answers.add_row(row[0].question, *(answer.answer for answer in row))
+    out.print(answers)
+
+    facts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    facts.add_column("")
+    for result in results:
+        facts.add_column(result.method, justify="right")
+    lines = [(result.to_dict(), result.report) for result in results]
+    facts.add_row("tokens read", *(f"{facts_of['tokens']:,}" for facts_of, _ in lines))
+    facts.add_row("slots per KV head", *(f"{facts_of['slots']:,.0f}" for facts_of, _ in lines))
+    facts.add_row("cache, full", *(size(report.kv_bytes_full) for _, report in lines))
+    facts.add_row("cache, kept", *(size(report.kv_bytes) for _, report in lines))
+    facts.add_row("reading", *(f"{result.prefill_seconds:.1f} s" for result in results))
+    facts.add_row("compressing", *(f"{report.compress_seconds:.1f} s" for _, report in lines))
+    facts.add_row("answering", *(f"{result.decode_tokens_per_second:.1f} tokens/s" for result in results))
+    out.print(facts)
+    for result in results:
+        if result.report.note and result.method != "full":
+            err.print(f"{result.method}: {result.report.note}")
+
+
+def show_verdict(ours: Asked, full: Asked) -> None:
+    """Two lines: how many times smaller, how alike."""
+    report = ours.report
+    same = sum(a.answer == b.answer for a, b in zip(ours.answers, full.answers, strict=True))
+    out.print(
+        f"Smaller: {report.ratio:.1f} times. The cache of {report.tokens[0]:,} tokens takes {size(report.kv_bytes)} "
+        f"instead of {size(report.kv_bytes_full)}."
+    )
+    out.print(
+        f"Alike: {same} of {len(full.answers)} answers are word for word those of the full cache; "
+        f"{100 * (ours.alike or 0):.0f}% of its words would be chosen by both."
+    )
+
+
+def show_fidelity(records: Sequence[Fidelity]) -> None:
+    """One line per method and budget; lower KL is better."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("method")
+    for name in ("budget", "delta NLL", "KL", "top-1", "kept", "full", "reading", "compressing"):
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(
+            record.method, record.budget, f"{record.delta_nll:+.4f}", f"{record.kl:.4f}", f"{100 * record.top1:.1f}%",
+            size(record.kv_bytes), size(record.kv_bytes_full), f"{record.prefill_seconds:.1f} s",
+            f"{record.compress_seconds:.1f} s",
+        )  # fmt: skip
+    out.print(table)
+    first = records[0]
+    out.print(
+        f"Mean of {first.segments} x {first.context_tokens:,} tokens compressed, {first.continuation_tokens - 1} true next "
+        "tokens each, against the full cache: lower delta NLL and KL (nats), higher top-1 agreement are better."
+    )
+
+
+def show_methods() -> None:
+    """The method table."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("method", "what is kept", "paper"):
+        table.add_column(name)
+    for method in METHODS.values():
+        table.add_row(method.name, method.summary, method.paper)
+    out.print(table)

@@ -1,0 +1,40 @@
+"""What keepkv raises when the caller, not the code, has to change something.
+
+KeepKVError            every error below; the command line prints it as one line and exits with status 2
+├── BudgetError        a budget that cannot be read, or is smaller than what must be kept
+├── MethodError        an unknown method
+├── ModelError         a model that cannot be found, loaded or compressed
+└── InputError         a text that cannot be used
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KeepKVError(Exception):
+    """Base of every error that keepkv raises on purpose. The text says what was wrong, what was expected, what to do."""
+
+
+class BudgetError(KeepKVError):
+    """The budget cannot be read or cannot be met."""
+
+
+class MethodError(KeepKVError):
+    """The method is not in the table."""
+
+
+class ModelError(KeepKVError):
+    """The model cannot be found, loaded, or compressed."""
+
+
+class InputError(KeepKVError):
+    """The text cannot be used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ends an error about an unknown name: the nearest known ones if there are any, otherwise all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known)}"

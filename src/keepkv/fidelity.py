@@ -1,0 +1,146 @@
+"""Fidelity: how far a compressed cache's next-token distributions are from the full cache's, on true text."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keepkv import methods
+from keepkv.cache import KeepCache
+from keepkv.errors import InputError
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One method at one budget, means over segments. delta_nll in nats per token; kl, mean KL(full || compressed) in nats;
+    top1, share of positions with the same most likely token; bytes of one segment's cache; seconds per segment."""
+
+    method: str
+    budget: str
+    delta_nll: float
+    kl: float
+    top1: float
+    kv_bytes: int
+    kv_bytes_full: int
+    prefill_seconds: float
+    compress_seconds: float
+    segments: int
+    context_tokens: int
+    continuation_tokens: int
+    fallbacks: int
+    kl_per_segment: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def steps(segments: int, method_names: Sequence[str], budgets: Sequence[str]) -> int:
+    """How many steps `measure` takes."""
+    return segments * (1 + len(method_names) * len(budgets))
+
+
+def cut(tokenizer: PreTrainedTokenizerBase, text: str, segments: int, context: int, continuation: int) -> Tensor:
+    """Evenly spread stretches of the text, [segments, context + continuation]; each starts with the model's BOS if any.
+
+    Raises InputError if the text is too short for one stretch, or the numbers cannot be used.
+    """
+    if segments < 1 or context < 16 or continuation < 2:
+        raise InputError("expected at least 1 segment, 16 context tokens and 2 continuation tokens")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    bos = tokenizer("", verbose=False)["input_ids"][:1]
+    need = context + continuation - len(bos)
+    if len(ids) < need:
+        raise InputError(
+            f"the text has {len(ids)} tokens, fewer than the {context} + {continuation} needed: "
+            "give a longer text, or fewer --context-tokens or --continuation-tokens"
+        )
+    starts = [i * (len(ids) - need) // max(1, segments - 1) for i in range(segments)]
+    return torch.tensor([bos + ids[start : start + need] for start in dict.fromkeys(starts)])
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel,
+    stretches: Tensor,
+    continuation: int,
+    method_names: Sequence[str],
+    budgets: Sequence[str],
+    seed: int = 0,
+    tick: Callable[[int], None] = lambda done: None,
+) -> list[Fidelity]:
+    """Reads each stretch but its last `continuation` tokens, compresses in every way, and feeds the true continuation.
+
+    Every variant starts from the same reading, so that differences are the compression's alone (paired). tick(done) is
+    told after each of `steps`.
+    """
+    table = [methods.get(name) for name in method_names]
+    rows: dict[tuple[str, str], list[_Sample]] = {}
+    done = 0
+    for stretch in stretches.to(model.device):
+        context, future = stretch[None, :-continuation], stretch[None, -continuation:]
+        read = KeepCache(model, seed=seed, column_mass=any(m.column_mass for m in table), auto=False)
+        start = time.perf_counter()
+        model(context, past_key_values=read, logits_to_keep=1)
+        prefill = time.perf_counter() - start
+        full = _log_probs(model, read.fork().compress("100%"), future)
+        tick(done := done + 1)
+        for budget in budgets:
+            for method in table:
+                cache = read.fork().compress(budget, method)
+                rows.setdefault((method.name, budget), []).append(
+                    _compare(full, _log_probs(model, cache, future), future[0, 1:], cache, prefill)
+                )
+                tick(done := done + 1)
+    size = stretches.shape[1] - continuation
+    return [_mean(name, budget, samples, size, continuation) for (name, budget), samples in rows.items()]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    delta_nll: float
+    kl: float
+    top1: float
+    kv_bytes: int
+    kv_bytes_full: int
+    prefill_seconds: float
+    compress_seconds: float
+    fallbacks: int
+
+
+def _log_probs(model: PreTrainedModel, cache: KeepCache, future: Tensor) -> Tensor:
+    """Log-probabilities [n-1, vocabulary], float32, of what follows each of the n tokens but the last."""
+    logits: Tensor = model(future, past_key_values=cache.fork()).logits
+    return logits[0, :-1].float().log_softmax(-1)
+
+
+def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, prefill: float) -> _Sample:
+    report = cache.report()
+    return _Sample(
+        delta_nll=float(cross_entropy(ours, truth) - cross_entropy(full, truth)),
+        kl=float(kl_div(ours.double(), full.double(), reduction="batchmean", log_target=True)),
+        top1=float((ours.argmax(-1) == full.argmax(-1)).float().mean()),
+        kv_bytes=report.kv_bytes,
+        kv_bytes_full=report.kv_bytes_full,
+        prefill_seconds=prefill,
+        compress_seconds=report.compress_seconds,
+        fallbacks=report.fallbacks,
+    )
+
+
+def _mean(method: str, budget: str, samples: Sequence[_Sample], context: int, continuation: int) -> Fidelity:
+    def mean(name: str) -> float:
+        return statistics.fmean(getattr(sample, name) for sample in samples)
+
+    return Fidelity(
+        method, budget, mean("delta_nll"), mean("kl"), mean("top1"), round(mean("kv_bytes")), round(mean("kv_bytes_full")),
+        mean("prefill_seconds"), mean("compress_seconds"), len(samples), context, continuation,
+        sum(sample.fallbacks for sample in samples), tuple(sample.kl for sample in samples),
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""What keepkv has to know about a transformers model: which layers it can compress, and its rotary frequencies."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from keepkv.errors import ModelError
+
+FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")  # tested; all rotate half and half
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raises ModelError unless the model's family is supported and it runs `sdpa` attention."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"the model family {config.model_type!r} is not supported: expected one of {', '.join(FAMILIES)}")
+    if config._attn_implementation != "sdpa":
+        raise ModelError(
+            f"the model runs {config._attn_implementation!r} attention, keepkv needs 'sdpa': "
+            "load it with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
+        )
+
+
+def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
+    """Per layer None for full attention, or the stock cache layer of a sliding window, which is left as it is.
+
+    Raises ModelError for any other kind of layer and for a model without full attention.
+    """
+    kinds: list[CacheLayerMixin | None] = []
+    for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ModelError(f"{type(layer).__name__}: keepkv compresses full attention and passes over sliding windows only")
+        kinds.append(layer if isinstance(layer, DynamicSlidingWindowLayer) else None)
+    if None not in kinds:
+        raise ModelError("every layer of this model has a sliding window: its cache is bounded and nothing can be compressed")
+    return kinds
+
+
+def rotary(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the rotary frequencies. Raises ModelError if there is none."""
+    module = getattr(model.get_decoder(), "rotary_emb", None)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no rotary position embedding where one was expected (rotary_emb)")
+    return module
+
+
+def frequencies(rotary_module: nn.Module) -> Tensor:
+    """Rotary frequencies of the full-attention layers, float32 [r/2], as they are now (some models change them)."""
+    named = dict(rotary_module.named_buffers())
+    return named.get("full_attention_inv_freq", named.get("inv_freq", Tensor())).detach().float()

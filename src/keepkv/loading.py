@@ -1,0 +1,92 @@
+"""Models and texts from what a user typed, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from keepkv import embedded, hosts
+from keepkv.errors import InputError, ModelError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name: str = embedded.NAME, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode, and its tokenizer. name: "smollm2" (embedded), a folder, or a Hugging Face id.
+
+    device "auto": CUDA if there is one, else CPU. dtype "auto": float32 on a CPU, as saved otherwise. Raises ModelError.
+    """
+    where = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: {nearest(dtype, DTYPES)}")
+    kind = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    source = str(embedded.path()) if name == embedded.NAME else name
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_why(name, error)) from error
+    model = model.to(where).eval()
+    hosts.check(model)
+    return model, tokenizer
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ModelError(f"the device {device!r} is not there: expected one of {', '.join(there)}") from error
+    return where
+
+
+def _why(name: str, error: Exception) -> str:
+    if Path(name).is_dir():
+        return f"the folder {name!r} holds no model that transformers can load: {_first_line(error)}"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"the model folder {name!r} does not exist: give a folder, a Hugging Face id, or {embedded.NAME!r}"
+    if "/" not in name:
+        return f"unknown model {name!r}: {nearest(name, [embedded.NAME])} A folder or a Hugging Face id (owner/name) works too"
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"the model {name!r} cannot be loaded{offline}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_text(file: str) -> str:
+    """The text of a UTF-8 file, or of standard input for "-". Raises InputError for a missing, binary or empty one."""
+    name = "standard input" if file == "-" else repr(file)
+    try:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error.strerror}): expected a text file, or - for standard input") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}): convert it to plain text first") from error
+    if "\0" in text:
+        raise InputError(f"{name} is a binary file: expected plain text")
+    if not text.strip():
+        raise InputError(f"{name} is empty: expected some text")
+    return text
+
+
+def trained_length(model: PreTrainedModel) -> int | None:
+    """How many tokens the model was trained for, where its configuration says so."""
+    length: Any = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None

@@ -1,0 +1,178 @@
+"""Merge: what the kept slots of one head take over from the tokens that lose theirs.
+
+Every function maps (keys [T, d], values [T, d_v], kept [n]) and what else it needs, to a `Merged`: float32 keys [n, d],
+values [n, d_v], bias [n] (the log of the votes) and a count of what it had to fall back on. A slot that nothing was
+merged into keeps its key and value bit for bit, with bias 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+class Merged(NamedTuple):
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    fallbacks: int = 0
+    error: float = 0.0  # share of the reference output that is lost, on held-out queries; 0 where nothing is held out
+    evict_error: float = 0.0  # the same, had the head been evicted
+
+
+def evict(keys: Tensor, values: Tensor, kept: Tensor) -> Merged:
+    """Nothing is merged: what is not kept is gone."""
+    return Merged(keys[kept], values[kept], torch.zeros(len(kept), device=keys.device))
+
+
+# --- merging by key similarity: KeepKV, arXiv 2504.09936 ---
+
+
+def nearest_kept(keys: Tensor, kept: Tensor, threshold: float) -> Tensor:
+    """For every token the index into `kept` it merges into, int64 [T]: its own, or the most similar kept key's.
+
+    -1 where the best cosine is not above the threshold: dropped. KeepKV, Algorithm 1.
+    """
+    direction = normalize(keys, dim=-1)
+    similarity, target = (direction @ direction[kept].T).max(-1)
+    target = target.masked_fill(similarity <= threshold, -1)
+    target[kept] = torch.arange(len(kept), device=keys.device)
+    return target
+
+
+def zip_merge(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor, threshold: float = 0.8) -> Merged:
+    """ZIP merging with electoral votes. KeepKV, arXiv 2504.09936, eq. 7 for sets: for tokens i merged into slot r
+
+    w_i = s_i, W = sum w_i, P = the votes:  v_r = sum w_i v_i / W,  k_r = λ sum w_i k_i / W,
+    λ = ln(W/P) / (sum w_i ln s_i / W), so that for the query that gave s, P exp(q·k_r) = W: its output does not change.
+    log_score [T] is ln s.
+
+    Guard (SYSTEMS 4.2): λ has a pole and can turn negative. Where |E_π ln s| < max(2 KL(π||m), 1e-3) or λ is outside
+    [1/2, 2], the key is the convex-exact one instead (rule B of SYSTEMS 4.3), which meets the same condition.
+    """
+    sets = _Sets(keys, values, kept, log_score, threshold)
+    scale = sets.log_mean / sets.pi_level
+    spread = sets.pi_level - sets.log_mean  # KL(π||m) >= 0
+    unsafe = (sets.pi_level.abs() < (2 * spread).clamp(min=1e-3)) | (scale < 0.5) | (scale > 2) | scale.isnan()
+    merged = torch.where(unsafe[:, None], sets.mean(keys, sets.exact_weights()), scale[:, None] * sets.mean(keys, sets.pi))
+    return sets.result(merged, int((unsafe & (sets.size > 1)).sum()))
+
+
+def convex_exact_merge(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor, threshold: float = 0.8) -> Merged:
+    """ZIP's guarantee without its pole: the key stays in the convex hull of its sources. SYSTEMS 4.3, rule B."""
+    sets = _Sets(keys, values, kept, log_score, threshold)
+    return sets.result(sets.mean(keys, sets.exact_weights()), 0)
+
+
+def mean_merge(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor, threshold: float = 0.8) -> Merged:
+    """The authors' code: k_r = sum w k / sum w without the ZIP scale, w = s + ε; votes summed. SYSTEMS section 2."""
+    epsilon = torch.tensor(6.1e-5, device=keys.device).log()
+    sets = _Sets(keys, values, kept, torch.logaddexp(log_score, epsilon), threshold)
+    return sets.result(sets.mean(keys, sets.pi), 0)
+
+
+class _Sets:
+    """The tokens grouped by the slot they merge into, with each set's statistics. Sums are deterministic."""
+
+    def __init__(self, keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor, threshold: float) -> None:
+        self.keys, self.values, self.kept = keys, values, kept
+        target = nearest_kept(keys, kept, threshold)
+        self.member = (target >= 0).nonzero().flatten()
+        self.member = self.member[target[self.member].argsort(stable=True)]
+        self.target = target[self.member]
+        self.size = torch.bincount(self.target, minlength=len(kept))
+        score = log_score[self.member]
+        top = self._reduce(score[:, None], "max")[:, 0]
+        self.log_mass = self._sum((score - top[self.target]).exp()).log() + top  # ln W
+        self.log_mean = self.log_mass - self.size.log()  # ln R = ln(W/P)
+        self.pi = (score - self.log_mass[self.target]).exp()
+        self.share = 1 / self.size[self.target]  # m_i
+        self.pi_level = self._sum(self.pi * score)  # E_π ln s
+        self.level = self._sum(self.share * score)  # E_m ln s
+
+    def exact_weights(self) -> Tensor:
+        """θ = (1-τ) m + τ π with τ = KL(m||π) / (KL(m||π) + KL(π||m)): then sum θ_i ln s_i = ln R exactly."""
+        below = (self.log_mean - self.level).clamp(min=0)
+        above = (self.pi_level - self.log_mean).clamp(min=0)
+        tau = torch.where(below + above > 1e-12, below / (below + above), 0.5)[self.target]
+        return (1 - tau) * self.share + tau * self.pi
+
+    def mean(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self._reduce(weights[:, None] * x[self.member], "sum")
+
+    def result(self, merged_keys: Tensor, fallbacks: int) -> Merged:
+        alone = (self.size == 1)[:, None]
+        new_keys = torch.where(alone, self.keys[self.kept], merged_keys)
+        new_values = torch.where(alone, self.values[self.kept], self.mean(self.values, self.pi))
+        return Merged(new_keys, new_values, self.size.to(new_keys.dtype).log(), fallbacks)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x[:, None], "sum")[:, 0]
+
+    def _reduce(self, x: Tensor, how: str) -> Tensor:
+        return torch.segment_reduce(x.contiguous(), how, lengths=self.size)
+
+
+# --- merging by fitting: keys stay in place, votes and values answer for what was dropped ---
+
+HOLD_OUT = 8  # every 8th reference query judges the fit instead of making it
+
+
+def fit(
+    keys: Tensor, values: Tensor, kept: Tensor, queries: Tensor, log_z: Tensor, outputs: Tensor,
+    steps: int = 100, ridge: float = 1e-3,
+) -> Merged:  # fmt: skip
+    """Votes and values fitted together over reference queries, keys in place. DESIGN section 5; after arXiv 2602.16284.
+
+    A_qj = exp(q·k_j - ln Z_q) on the kept keys (queries [R, d] are scaled; log_z [R]; outputs [R, d_v] are exact).
+    Votes: w >= 0 minimising ||A w - 1||², by multiplicative updates w <- w (Aᵀ1)/(AᵀA w) from w = 1; bias = ln w.
+    Values: V + Δ with X = rows of A·w normalised and (XᵀX + λI) Δ = Xᵀ(Y - X V), λ = ridge × mean diagonal, Cholesky.
+    Every 8th query is held out: where the fit answers them worse than eviction does, the head is evicted instead.
+    """
+    if len(kept) == len(keys):
+        return evict(keys, values, kept)
+    share = (queries @ keys[kept].T).sub_(log_z[:, None]).exp_()
+    held = torch.arange(len(queries), device=keys.device) % HOLD_OUT == HOLD_OUT - 1
+    if not held.any():
+        return evict(keys, values, kept)
+    train, judge = share[~held], share[held]
+    votes = _fit_votes(train, steps)
+    fitted = values[kept] + _fit_values(train * votes, outputs[~held], values[kept], ridge)
+    error = _lost(judge * votes, fitted, outputs[held])
+    evict_error = _lost(judge, values[kept], outputs[held])
+    if not error < evict_error:  # a NaN is a loss too
+        return evict(keys, values, kept)._replace(fallbacks=1, error=evict_error, evict_error=evict_error)
+    return Merged(keys[kept], fitted, votes.log(), 0, error, evict_error)
+
+
+def _fit_votes(share: Tensor, steps: int) -> Tensor:
+    """argmin over w >= 0 of ||share @ w - 1||², approximately and without ever leaving [1e-6, 1e4]."""
+    gram = share.T @ share
+    target = share.sum(0)
+    votes = torch.ones_like(target)
+    for _ in range(steps):
+        votes = (votes * target / (gram @ votes).clamp_(min=1e-30)).clamp_(1e-6, 1e4)
+    return votes
+
+
+def _fit_values(mass: Tensor, outputs: Tensor, values: Tensor, ridge: float) -> Tensor:
+    """Δ of the ridge least squares of outputs on the normalised rows of mass, pulled towards the original values."""
+    rows = mass / mass.sum(1, keepdim=True).clamp_(min=1e-30)
+    gram = (rows.T @ rows).double()
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+    rest = rows.T @ (outputs - rows @ values)
+    return torch.cholesky_solve(rest.double(), torch.linalg.cholesky(gram)).to(values.dtype)
+
+
+def _lost(mass: Tensor, values: Tensor, outputs: Tensor) -> float:
+    """Mean squared error of output and of mass, as a share of the output's: what joining with other slots would see.
+
+    mean ||o - Y||² / mean ||Y||² + mean (M - 1)², o the output over the kept slots and M their mass in shares.
+    """
+    total = mass.sum(1, keepdim=True)
+    output = mass @ values / total.clamp(min=1e-30)
+    wrong = (output - outputs).square().sum() / outputs.square().sum().clamp(min=1e-30)
+    return float(wrong + (total - 1).square().mean())

@@ -1,0 +1,110 @@
+"""Score: how much each token matters. Every function maps an Observation to float32 [H, T], larger is better."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from keepkv.reference import FUTURE
+from keepkv.rope import rotate, turn
+from keepkv.types import Observation
+
+
+def recency(observation: Observation) -> Tensor:
+    """The position itself: the newest tokens win. StreamingLLM, arXiv 2309.17453."""
+    position = torch.arange(observation.tokens, dtype=torch.float32, device=observation.keys.device)
+    return position.expand(observation.heads, -1)
+
+
+def chance(observation: Observation) -> Tensor:
+    """Uniform random numbers, deterministic in (seed, layer): the control that every method must beat."""
+    score = torch.rand(observation.heads, observation.tokens, generator=observation.generator)
+    return score.to(observation.keys.device)
+
+
+def accumulated(observation: Observation) -> Tensor:
+    """a_i = sum over all queries so far of their attention on i, mean over the group. H2O, arXiv 2306.14048, section 4."""
+    assert observation.column_mass is not None, "the method table asks for column_mass"
+    return observation.column_mass
+
+
+def window_logits(observation: Observation, window: int) -> Tensor:
+    """Causal logits [H, G, w, T] of the last w = min(window, N) queries, float32; -inf where a query cannot see."""
+    queries = observation.queries[:, :, -window:].float()
+    logits: Tensor = torch.einsum("hgwd,htd->hgwt", queries * observation.scale, observation.keys.float())
+    asked = observation.query_positions[-window:]
+    token = torch.arange(observation.tokens, device=asked.device)
+    return logits.masked_fill(token > asked[:, None], -torch.inf)
+
+
+def pooled_window(observation: Observation, window: int = 32, kernel: int = 5) -> Tensor:
+    """Mean softmax share over the last 32 queries, then a moving mean over 5 neighbours; the window itself is kept.
+
+    SnapKV, arXiv 2404.14469, section 4. The group is averaged after the softmax and before the pooling (GQA).
+    """
+    share = window_logits(observation, window).softmax(-1).mean((1, 2))
+    seen = observation.tokens - min(window, observation.queries.shape[2])
+    score = torch.full_like(share, torch.inf)
+    if seen > 0:
+        score[:, :seen] = avg_pool1d(share[:, :seen], kernel, 1, kernel // 2, count_include_pad=False)
+    return score
+
+
+def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
+    """mean over the group of softmax_i(k_i·R̄μ/sqrt d + k_i R̄ΣR̄ᵀ k_i/(2d)) · ||v_i||. Expected Attention, 2510.00636.
+
+    μ and Σ are the mean and covariance of the context's unrotated queries (without the first 4 tokens); R̄ is the mean
+    rotation over the next 512 positions; the exponent is the log of the mean of exp(q·k) for a Gaussian q.
+    """
+    positions, inv_freq, tokens = observation.query_positions, observation.inv_freq, observation.tokens
+    plain = rotate(observation.queries.float(), -positions, inv_freq)[:, :, positions >= sinks] * observation.scale
+    mean = plain.mean(2)  # [H, G, d]
+    centred = plain - mean[:, :, None]
+    covariance = centred.transpose(-1, -2) @ centred / max(1, plain.shape[2] - 1)  # [H, G, d, d]
+    ahead = torch.arange(tokens, tokens + FUTURE, device=inv_freq.device, dtype=torch.float64)
+    angle = ahead[:, None] * inv_freq.double()
+    cos, sin = angle.cos().mean(0).float(), angle.sin().mean(0).float()
+    mean = turn(mean, cos, sin)
+    covariance = turn(turn(covariance, cos, sin).transpose(-1, -2), cos, sin)
+    keys = observation.keys.float()
+    logits = torch.einsum("hgd,htd->hgt", mean, keys) + torch.einsum("hti,hgij,htj->hgt", keys, covariance, keys) / 2
+    return logits.softmax(-1).mean(1) * observation.values.float().norm(dim=-1)
+
+
+def moving_average(observation: Observation, window: int = 32, alpha: float = 0.9) -> Tensor:
+    """log s_i, s_i the exponential moving average over the last w queries of exp(q·k_i/sqrt d). KeepKV, section on EMA.
+
+    s_i = sum_j (1-α) α^(w-1-j) mean_g exp(l_gji) / (the weight that saw i). The paper divides by 1 - α^t, which is
+    wrong for a truncated window (SYSTEMS 1.5); α and w are not stated there, these are ours. In logs throughout.
+    """
+    return _log_mean(observation, window, alpha)
+
+
+def window_mean(observation: Observation, window: int = 32) -> Tensor:
+    """log s_i, s_i the plain mean over the last w queries that saw i of exp(q·k_i/sqrt d). KeepKV's code."""
+    return _log_mean(observation, window, 1.0)
+
+
+def _log_mean(observation: Observation, window: int, alpha: float) -> Tensor:
+    logits = window_logits(observation, window)
+    age = torch.arange(logits.shape[2] - 1, -1, -1, device=logits.device, dtype=torch.float32)
+    log_weight = (age * torch.tensor(alpha).log())[:, None].expand(-1, logits.shape[3])
+    log_weight = log_weight.masked_fill(logits[0, 0].isneginf(), -torch.inf)
+    total = log_weight.logsumexp(0) + torch.tensor(float(logits.shape[1])).log()
+    return (logits + log_weight).logsumexp((1, 2)) - total
+
+
+def weighted_window(observation: Observation, window: int = 32) -> Tensor:
+    """Sum of the last w queries' shares, weights rising from 1 to 1.2 with the query's age falling. KeepKV's code."""
+    share = window_logits(observation, window).softmax(-1).mean(1)
+    weight = torch.linspace(1, 1.2, share.shape[1], device=share.device)
+    score: Tensor = torch.einsum("hwt,w->ht", share, weight)
+    return score
+
+
+def output_change(observation: Observation) -> Tensor:
+    """rms share of the reference queries × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5."""
+    assert observation.reference is not None, "the method table names a reference"
+    values = observation.values.float()
+    return observation.reference.rms_share * (values - values.mean(1, keepdim=True)).norm(dim=-1)
