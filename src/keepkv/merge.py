@@ -87,9 +87,10 @@ class _Sets:
         score = log_score[self.member]
         top = self._reduce(score[:, None], "max")[:, 0]
         self.log_mass = self._sum((score - top[self.target]).exp()).log() + top  # ln W
-        self.log_mean = self.log_mass - self.size.log()  # ln R = ln(W/P)
+        self.votes = self.size.to(score.dtype)  # P
+        self.log_mean = self.log_mass - self.votes.log()  # ln R = ln(W/P)
         self.pi = (score - self.log_mass[self.target]).exp()
-        self.share = 1 / self.size[self.target]  # m_i
+        self.share = 1 / self.votes[self.target]  # m_i
         self.pi_level = self._sum(self.pi * score)  # E_π ln s
         self.level = self._sum(self.share * score)  # E_m ln s
 
@@ -107,7 +108,7 @@ class _Sets:
         alone = (self.size == 1)[:, None]
         new_keys = torch.where(alone, self.keys[self.kept], merged_keys)
         new_values = torch.where(alone, self.values[self.kept], self.mean(self.values, self.pi))
-        return Merged(new_keys, new_values, self.size.to(new_keys.dtype).log(), fallbacks)
+        return Merged(new_keys, new_values, self.votes.log(), fallbacks)
 
     def _sum(self, x: Tensor) -> Tensor:
         return self._reduce(x[:, None], "sum")[:, 0]

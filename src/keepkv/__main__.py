@@ -1,0 +1,5 @@
+"""python -m keepkv"""
+
+from keepkv.cli import main
+
+main()

@@ -1,0 +1,55 @@
+"""Rooms: the pure core imports only torch, the host layer may import transformers, the outside both. Never upward."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import keepkv
+
+SOURCE = Path(keepkv.__file__).parent
+CORE = {
+    "errors",
+    "types",
+    "budget",
+    "rope",
+    "reference",
+    "score",
+    "allot",
+    "choose",
+    "merge",
+    "methods",
+    "attention",
+    "compress",
+}
+HOST = {"observe", "report", "standin", "hosts", "cache", "embedded", "loading"}
+OUTSIDE = {"ask", "fidelity", "progress", "console", "cli", "__main__", "__init__"}
+ALLOWED = {
+    **dict.fromkeys(CORE, ({"torch"}, CORE)),
+    **dict.fromkeys(HOST, ({"torch", "transformers", "gguf", "tokenizers"}, CORE | HOST)),
+    **dict.fromkeys(OUTSIDE, ({"torch", "transformers", "rich", "typer"}, CORE | HOST | OUTSIDE)),
+}
+
+
+def test_every_module_has_a_room_and_imports_downwards() -> None:
+    files = {path.stem: path for path in SOURCE.glob("*.py")}
+    assert set(files) == CORE | HOST | OUTSIDE
+    for name, path in files.items():
+        packages, rooms = ALLOWED[name]
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name}: import by full name"
+                below = [f"keepkv.{alias.name}" for alias in node.names] if node.module == "keepkv" else []
+                imported = [x for x in below if x.removeprefix("keepkv.") in files] or [node.module or ""]
+            for full in imported:
+                package, _, rest = full.partition(".")
+                if package == "keepkv":
+                    assert not rest or rest.split(".")[0] in rooms, f"{name} imports {full}"
+                elif package not in sys.stdlib_module_names:
+                    assert package in packages, f"{name} imports {full}"
+
+
+def test_no_module_is_a_god() -> None:
+    assert max(len(path.read_text().splitlines()) for path in SOURCE.glob("*.py")) < 400

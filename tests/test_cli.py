@@ -1,0 +1,185 @@
+"""The command line on a tiny model in a folder: output that pipes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conftest import make_model
+from keepkv import cli
+
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder with a byte tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!", pad_token="!", chat_template=TEMPLATE)
+    wrapped.save_pretrained(path)
+    make_model("llama", vocab_size=256, max_position_embeddings=4096).float().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["keepkv", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    shown = capsys.readouterr()
+    return int(stop.value.code or 0), shown.out, shown.err
+
+
+def test_ask_prints_one_json_object(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["ask", text, "Who jumps?", "Who looks?", "--model", folder, "--compare", "full,snapkv", "--json"]
+    status, out, err = run(monkeypatch, capsys, *args, "--max-new-tokens", "5", "--budget", "20%")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    wanted = {"model", "method", "budget", "tokens", "slots", "kv_bytes_full", "kv_bytes", "answers"}
+    wanted |= {"prefill_seconds", "compress_seconds", "decode_tokens_per_second"}
+    assert wanted <= result.keys()
+    assert result["method"] == "keepkv"
+    assert [answer["question"] for answer in result["answers"]] == ["Who jumps?", "Who looks?"]
+    assert [other["method"] for other in result["compare"]] == ["full", "snapkv"]
+    assert result["slots"] == pytest.approx(0.2 * result["tokens"], rel=0.01)
+    assert result["kv_bytes"] < 0.25 * result["kv_bytes_full"]
+    full = result["compare"][0]
+    assert full["kv_bytes"] == full["kv_bytes_full"] == result["kv_bytes_full"]
+    assert full["alike"] == 1.0
+
+
+def test_ask_reads_standard_input_and_answers_alike_twice(folder: str) -> None:
+    command = [sys.executable, "-m", "keepkv", "ask", "-", "Who?", "--model", folder, "--json", "--max-new-tokens", "6"]
+    answers = []
+    for _ in range(2):
+        done = subprocess.run(command, input=TEXT.encode(), capture_output=True, check=True)
+        answers.append(json.loads(done.stdout)["answers"])
+    assert answers[0] == answers[1]
+
+
+def test_ask_ends_with_how_small_and_how_alike(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["ask", text, "Who jumps?", "--model", folder, "--compare", "full", "--max-new-tokens", "4"]
+    status, out, _ = run(monkeypatch, capsys, *args)
+    assert status == 0
+    joined = " ".join(out.split())
+    assert "Smaller: 9." in joined
+    assert "Alike: " in joined
+    assert joined.index("Smaller:") < joined.index("Alike:")
+
+
+def test_a_restored_cache_answers_as_if_asked_first(monkeypatch, capsys, folder: str, text: str) -> None:
+    one = ["ask", text, "Who jumps?", "--model", folder, "--json", "--max-new-tokens", "6"]
+    alone = json.loads(run(monkeypatch, capsys, *one)[1])["answers"][0]
+    after = ["ask", text, "What is the meaning of all this?", "Who jumps?", *one[3:]]
+    assert json.loads(run(monkeypatch, capsys, *after)[1])["answers"][1] == alone
+
+
+def test_fidelity_records(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["fidelity", text, "--model", folder, "--methods", "keepkv,full,h2o", "--budgets", "25%,50%", "--json"]
+    sizes = ["--segments", "2", "--context-tokens", "300", "--continuation-tokens", "40"]
+    status, out, err = run(monkeypatch, capsys, *args, *sizes)
+    assert (status, err) == (0, "")
+    records = {(r["method"], r["budget"]): r for r in json.loads(out)}
+    assert len(records) == 6
+    wanted = {"method", "budget", "delta_nll", "kl", "top1", "kv_bytes", "kv_bytes_full", "compress_seconds", "prefill_seconds"}
+    assert all(wanted <= record.keys() for record in records.values())
+    full = records["full", "25%"]
+    assert (full["delta_nll"], full["kl"], full["top1"]) == (0.0, 0.0, 1.0)
+    assert 0 < records["keepkv", "50%"]["kl"] < records["keepkv", "25%"]["kl"]
+    assert records["keepkv", "25%"]["kv_bytes"] < 0.3 * full["kv_bytes_full"]
+
+
+def test_tables_for_people(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["fidelity", text, "--model", folder, "--methods", "streaming", "--segments", "1", "--context-tokens", "64"]
+    assert "top-1" in run(monkeypatch, capsys, *args, "--continuation-tokens", "8")[1]
+    assert "AAAI" in run(monkeypatch, capsys, "methods")[1] or "2504.09936" in run(monkeypatch, capsys, "methods")[1]
+    names = [row["name"] for row in json.loads(run(monkeypatch, capsys, "methods", "--json")[1])]
+    assert names[0] == "full"
+    assert names[-1] == "keepkv"
+
+
+MISTAKES = [
+    (["ask", "nowhere.txt", "?"], "cannot be read (No such file"),
+    (["ask", "{binary}", "?"], "is not UTF-8 text"),
+    (["ask", "{zeros}", "?"], "is a binary file"),
+    (["ask", "{empty}", "?"], "is empty"),
+    (["ask", "{folder}", "?"], "cannot be read (Is a directory"),
+    (["ask", "{text}", "?", "--method", "snapkw"], "did you mean 'snapkv'"),
+    (["ask", "{text}", "?", "--compare", "full,nothing"], "unknown method 'nothing'"),
+    (["ask", "{text}", "?", "--budget", "1.5"], "outside its range"),
+    (["ask", "{text}", "?", "--budget", "lots"], "cannot be read: expected a fraction"),
+    (["ask", "{text}", "?", "--budget", "3"], "fewer than the 4 that must be kept"),
+    (["ask", "{text}", "?", "--budget", "1kB"], "give at least"),
+    (["ask", "{text}", "?", "--model", "smollm3"], "did you mean 'smollm2'"),
+    (["ask", "{text}", "?", "--model", "./nowhere"], "does not exist"),
+    (["ask", "{text}", "?", "--model", "{here}"], "holds no model"),
+    (["ask", "{text}", "?", "--model", "nobody/nothing"], "cannot be loaded"),
+    (["ask", "{text}", "?", "--device", "cuda:77"], "is not there: expected one of cpu"),
+    (["ask", "{text}", "?", "--device", "toaster"], "is not there: expected one of cpu"),
+    (["ask", "{text}", "?", "--dtype", "float31"], "unknown dtype"),
+    (["ask", "{text}"], "Missing argument"),
+    (["fidelity", "{text}", "--context-tokens", "100000"], "fewer than the 100000 + 192 needed"),
+    (["fidelity", "{text}", "--budgets", ","], "give at least one method and one budget"),
+    (["fidelity", "{text}", "--segments", "0"], "Invalid value"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_mistakes_get_one_clear_line_and_status_2(monkeypatch, capsys, folder, text, tmp_path, args, message) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    for name, content in {"binary": b"\xff\xfe\x00\x81", "zeros": b"a\0b", "empty": b" \n"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "here").mkdir()
+    places = {name: str(tmp_path / name) for name in ("binary", "zeros", "empty", "here")}
+    args = [arg.format(text=text, folder=folder, **places) for arg in args]
+    if "--model" not in args:
+        args += ["--model", folder]
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert status == 2
+    assert out == ""
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    if "Usage" not in err:
+        assert err.count("\n") == 1
+
+
+def test_debug_shows_the_trace(monkeypatch, capsys) -> None:
+    from keepkv import InputError
+
+    monkeypatch.setattr(sys, "argv", ["keepkv", "ask", "nowhere.txt", "?", "--debug"])
+    with pytest.raises(InputError):
+        cli.main()
+
+
+def test_a_text_beyond_the_trained_length_is_warned_about(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text(TEXT * 5)
+    status, _, err = run(monkeypatch, capsys, "ask", str(file), "?", "--model", folder, "--max-new-tokens", "2")
+    assert status == 0
+    assert "trained for 4,096" in " ".join(err.split())
+
+
+def test_help_and_version_do_not_wait_for_torch(monkeypatch, capsys) -> None:
+    code = "import sys; sys.argv = ['keepkv', '--version']\nfrom keepkv import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, stdout=subprocess.DEVNULL)
+    assert time.perf_counter() - start < 30  # a hang, not a timing
+    assert "before" in run(monkeypatch, capsys, "ask", "--help")[1]

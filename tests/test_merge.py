@@ -1,0 +1,164 @@
+"""Merging: what is promised for the query it was computed for, for identical entries, and for what stays alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from keepkv import merge
+from keepkv.attention import exact
+from keepkv.reference import attend_all
+
+ZIP_RULES = [merge.zip_merge, merge.convex_exact_merge]
+ALL_RULES = [*ZIP_RULES, merge.mean_merge]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def clustered(seed: int, tokens: int = 60, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys in a few tight groups, so that many pass the similarity threshold."""
+    centres = randn(6, size, seed=seed)
+    return centres[torch.arange(tokens) % 6] + 0.15 * randn(tokens, size, seed=seed + 1), randn(tokens, 8, seed=seed + 2)
+
+
+def with_level(keys: torch.Tensor, query: torch.Tensor, level: float) -> torch.Tensor:
+    """Moves the keys along the query so that the mean logit is `level`."""
+    return keys + (level - (keys @ query).mean()) * query / query.square().sum()
+
+
+@pytest.mark.parametrize("rule", ZIP_RULES)
+@pytest.mark.parametrize("level", [-50.0, -7.0, -0.1, 0.0, 0.3, 7.0, 50.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_zip_is_lossless_for_its_query(rule, level: float, seed: int) -> None:
+    """Property 3: zero perturbation for the query the merge was computed for, other entries and the pole included."""
+    keys, values = clustered(seed)
+    query = randn(16, seed=seed + 9)
+    keys = with_level(keys, query, level)
+    kept = torch.arange(6)
+    merged = rule(keys, values, kept, keys @ query, threshold=-1.0)  # everything finds a target
+    before, mass_before = exact(query, keys, values, torch.zeros(60, dtype=torch.float64), 1.0)
+    after, mass_after = exact(query, merged.keys, merged.values, merged.bias, 1.0)
+    torch.testing.assert_close(mass_after, mass_before, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+    assert merged.keys.isfinite().all()
+
+
+def test_the_pole_is_guarded() -> None:
+    """x e^x + y e^y = 0 at x = .2784, y = -1: the score-weighted mean logit vanishes and λ has its pole."""
+    query = torch.zeros(4, dtype=torch.float64)
+    query[0] = 1
+    keys = torch.tensor([[0.2784, 5, 0, 0], [-1, 5, 0, 0]], dtype=torch.float64)
+    merged = merge.zip_merge(keys, randn(2, 3), torch.tensor([0]), keys @ query, threshold=0.5)
+    assert merged.fallbacks == 1
+    assert merged.keys.abs().max() <= keys.abs().max() + 1e-9  # in the hull of its sources
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_identical_entries_merge_without_loss_for_every_query(rule) -> None:
+    keys, values = randn(5, 16, seed=1).repeat(4, 1), randn(5, 8, seed=2).repeat(4, 1)
+    merged = rule(keys, values, torch.arange(5), keys @ randn(16, seed=3), threshold=0.999)
+    torch.testing.assert_close(merged.bias.exp(), torch.full((5,), 4.0, dtype=torch.float64))
+    queries = 3 * randn(50, 16, seed=4)
+    before = exact(queries, keys, values, torch.zeros(20, dtype=torch.float64), 1.0)
+    for ours, theirs in zip(exact(queries, merged.keys, merged.values, merged.bias, 1.0), before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_what_nothing_merges_into_stays_bit_for_bit(rule) -> None:
+    keys, values = randn(40, 16).float(), randn(40, 8, seed=1).float()
+    kept = torch.tensor([0, 7, 8, 39])
+    merged = rule(keys, values, kept, (keys @ randn(16, seed=2).float()), threshold=0.9999)
+    assert torch.equal(merged.keys, keys[kept])
+    assert torch.equal(merged.values, values[kept])
+    assert torch.equal(merged.bias, torch.zeros(4))
+
+
+def test_the_code_over_attends_and_zip_does_not() -> None:
+    """SYSTEMS 4.1: with summed votes, the score-weighted mean key answers e^KL too loudly."""
+    keys, values = clustered(3)
+    query = 3 * randn(16, seed=12)
+    kept, score = torch.arange(6), keys @ query
+    truth = score.logsumexp(0)
+    loud = exact(query, *merge.mean_merge(keys, values, kept, score, -1.0)[:3], 1.0)[1]
+    assert loud > truth + 0.01
+
+
+def test_the_most_similar_kept_key_is_the_target_and_dissimilar_tokens_are_dropped() -> None:
+    keys = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9], [-1, 0]])
+    assert merge.nearest_kept(keys, torch.tensor([0, 1]), 0.8).tolist() == [0, 1, 0, 1, -1]
+
+
+# --- fitting ---
+
+
+def fitted(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, queries: torch.Tensor):
+    reference = attend_all(queries[None], keys[None], values[None])
+    return merge.fit(keys, values, kept, queries, reference.log_z[0], reference.outputs[0])
+
+
+def attention_error(merged: merge.Merged, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> float:
+    before, _ = exact(queries, keys, values, torch.zeros(len(keys), dtype=torch.float64), 1.0)
+    return float((exact(queries, *merged[:3], 1.0)[0] - before).square().mean())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fit_beats_eviction_on_queries_it_has_not_seen(seed: int) -> None:
+    keys, values = clustered(seed, 300)
+    queries = randn(600, 16, seed=seed + 5)
+    kept = torch.arange(0, 300, 10)
+    merged, evicted = fitted(keys, values, kept, queries), merge.evict(keys, values, kept)
+    fresh = randn(200, 16, seed=seed + 77)
+    assert merged.fallbacks == 0
+    assert attention_error(merged, keys, values, fresh) < 0.5 * attention_error(evicted, keys, values, fresh)
+    assert merged.error < merged.evict_error
+    assert torch.equal(merged.keys, keys[kept])  # keys stay in place
+
+
+def test_a_fit_that_loses_is_not_used() -> None:
+    """Property 10: held-out queries unlike the fitted ones make the fit lose; the head is evicted and counted."""
+    keys, values = clustered(1, 200)
+    queries = randn(400, 16, seed=6)
+    held = torch.arange(400) % merge.HOLD_OUT == merge.HOLD_OUT - 1
+    kept = torch.arange(40)
+    keys[kept[:20]] = 5 * queries[held][:20]  # held-out queries ask for kept tokens alone: eviction is all but exact
+    queries[~held] = -queries[held][torch.arange(350) % 50]
+    merged = fitted(keys, values, kept, queries)
+    assert merged.fallbacks == 1
+    assert torch.equal(merged.values, values[kept])
+    assert merged.bias.eq(0).all()
+
+
+def test_duplicates_are_fitted_to_their_number() -> None:
+    """Dropped copies of kept tokens: votes must become the number of copies, values must stay."""
+    keys, values = randn(8, 16, seed=1).repeat(6, 1), randn(8, 4, seed=2).repeat(6, 1)
+    merged = fitted(keys, values, torch.arange(8), randn(400, 16, seed=3))
+    torch.testing.assert_close(merged.bias.exp(), torch.full((8,), 6.0, dtype=torch.float64), rtol=1e-3, atol=0)
+    torch.testing.assert_close(merged.values, values[:8], rtol=1e-3, atol=1e-3)
+
+
+def test_fitting_with_all_tokens_kept_is_a_no_op() -> None:
+    keys, values = randn(30, 16), randn(30, 4, seed=1)
+    merged = fitted(keys, values, torch.arange(30), randn(80, 16, seed=2))
+    assert torch.equal(merged.values, values)
+    assert merged.bias.eq(0).all()
+
+
+def test_near_duplicate_keys_do_not_blow_up_the_fit() -> None:
+    keys = randn(4, 16, seed=1).repeat(50, 1) + 1e-6 * randn(200, 16, seed=2)
+    values = randn(200, 4, seed=3)
+    merged = fitted(keys.float(), values.float(), torch.arange(0, 200, 4), randn(300, 16, seed=4).float())
+    assert merged.values.isfinite().all()
+    assert merged.values.abs().max() < 10 * values.abs().max()
+
+
+def test_attend_all_is_exact_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keepkv.reference._TILE", 30 * 7)
+    queries, keys, values = randn(2, 20, 8), randn(2, 30, 8, seed=1), randn(2, 30, 5, seed=2)
+    reference = attend_all(queries, keys, values)
+    share = (queries @ keys.transpose(1, 2)).softmax(-1)
+    torch.testing.assert_close(reference.outputs, share @ values)
+    torch.testing.assert_close(reference.log_z, (queries @ keys.transpose(1, 2)).logsumexp(-1))
+    torch.testing.assert_close(reference.rms_share, share.square().mean(1).sqrt())

@@ -1,0 +1,216 @@
+"""The small pure parts: budgets, rotation, allotment, choice, observation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import make_model, tokens
+from keepkv import allot, choose, hosts, score
+from keepkv.budget import Budget
+from keepkv.errors import BudgetError, InputError, MethodError
+from keepkv.methods import METHODS, get
+from keepkv.observe import WINDOW, Bank, Watch
+from keepkv.rope import rotate
+from keepkv.types import Observation
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- budgets ---
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"),
+    [("0.1", 2000), ("10%", 2000), (0.1, 2000), ("1e-1", 2000), ("512", 10240), (512, 10240), ("64kB", 640), ("64KiB", 655),
+     ("0.5MB", 5000), ("100%", 20000), ("1.0", 20000), (1.0, 20000), ("5000", 20000), ("9GB", 20000)],
+)  # fmt: skip
+def test_budgets_are_read_and_resolved(text: str | float, slots: int) -> None:
+    assert Budget.parse(text).total_slots(tokens=1000, heads=20, slot_bytes=100) == slots
+
+
+@pytest.mark.parametrize("text", ["", "ten", "-1", "0.0", "0%", "101%", "1.5", "5 apples", "nan", "inf", "0x10", "1,5"])
+def test_unreadable_budgets_are_refused(text: str) -> None:
+    with pytest.raises(BudgetError):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0.001", "3", "1kB", "0"])
+def test_budgets_below_what_must_be_kept_are_refused_with_the_least_that_works(text: str) -> None:
+    with pytest.raises(BudgetError, match="give at least") as caught:
+        Budget.parse(text).total_slots(tokens=1000, heads=20, slot_bytes=100)
+    least = str(caught.value).rsplit(" ", 1)[1]
+    assert Budget.parse(least).total_slots(tokens=1000, heads=20, slot_bytes=100) >= 4 * 20
+
+
+def test_unknown_methods_name_the_nearest() -> None:
+    with pytest.raises(MethodError, match="did you mean 'snapkv'"):
+        get("snapvk")
+
+
+# --- rotary positions ---
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-scaled-rope", "phi3", "gemma3", "qwen3"])
+@pytest.mark.parametrize("shift", [0, 1, 777, -300])
+def test_rotation_is_the_models_own(family: str, shift: int) -> None:
+    """Rotating a query asked at p by `shift` gives what the model itself computes at p + shift."""
+    model = make_model(family, torch.float32)
+    rotary = hosts.rotary(model)
+    kind = {"layer_type": "full_attention"} if family == "gemma3" else {}
+    query, position = randn(1, 4, 9, 16), torch.arange(300, 309)[None]
+
+    def at(where: torch.Tensor) -> torch.Tensor:
+        cos, sin = rotary(query, where, **kind)
+        size = cos.shape[-1]
+        turned = query[..., :size]
+        half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
+        return torch.cat((turned * cos[:, None] + half * sin[:, None], query[..., size:]), -1)
+
+    got = rotate(at(position), torch.full((9,), shift), hosts.frequencies(rotary))
+    torch.testing.assert_close(got, at(position + shift), rtol=1e-3, atol=1e-3)
+
+
+# --- allot and choose ---
+
+
+def test_uniform_and_cosine_spend_exactly_the_total() -> None:
+    scores = torch.rand(5, 3, 40)
+    for rule in (allot.uniform, allot.cosine_layers, allot.everywhere):
+        for total in (60, 61, 74, 599):
+            counts = rule(scores, total)
+            assert sum(map(sum, counts)) == total
+            assert all(0 <= count <= 40 for layer in counts for count in layer)
+    assert allot.uniform(scores, 61)[0] == [5, 4, 4]
+    falling = [sum(layer) for layer in allot.cosine_layers(scores, 300)]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] < falling[0]
+
+
+def test_global_budgets_follow_the_scores_above_a_floor() -> None:
+    scores = torch.rand(2, 2, 100) * torch.tensor([[[1.0], [1.0]], [[1.0], [100.0]]])
+    counts = allot.everywhere(scores, 80, floor=0.3)
+    assert counts == [[6, 6], [6, 62]]
+
+
+def test_the_best_are_chosen_and_the_first_of_equals() -> None:
+    assert choose.best(torch.tensor([1.0, 3, 3, 3, 0]), 2).tolist() == [1, 2]
+    assert choose.best(torch.zeros(9), 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("slots", "sinks", "recent"), [(100, 4, 32), (20, 4, 10), (8, 2, 4), (4, 1, 2)])
+def test_small_budgets_protect_less(slots: int, sinks: int, recent: int) -> None:
+    guarded = choose.protect(torch.zeros(200), slots, 4, 32).isinf()
+    assert guarded[:sinks].all()
+    assert guarded[200 - recent :].all()
+    assert guarded.sum() == sinks + recent
+
+
+# --- scores ---
+
+
+def observation(tokens_read: int = 50, queries: int | None = None, **more: object) -> Observation:
+    count = queries or tokens_read
+    positions = torch.arange(tokens_read - count, tokens_read)
+    inv_freq = 1 / 100 ** (torch.arange(8) / 8)
+    return Observation(
+        randn(2, tokens_read, 16), randn(2, tokens_read, 16, seed=1), randn(2, 3, count, 16, seed=2), positions, inv_freq,
+        0.25, **more,
+    )  # fmt: skip
+
+
+def test_the_moving_average_is_that_of_the_paper_rightly_normalised() -> None:
+    seen = observation()
+    logits = (seen.queries[:, :, -32:].double() * 0.25) @ seen.keys.double()[:, None].transpose(-1, -2)
+    for token in (3, 30, 49):
+        weights, total = 0.0, torch.zeros(2, dtype=torch.float64)
+        for age in range(32):
+            if 49 - age >= token:
+                weights += 0.9**age
+                total += 0.9**age * logits[:, :, 31 - age, token].exp().mean(1)
+        torch.testing.assert_close(score.moving_average(seen)[:, token].double(), (total / weights).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_large_logits_do_not_overflow_the_scores() -> None:
+    seen = observation()
+    loud = Observation(100 * seen.keys, seen.values, seen.queries, seen.query_positions, seen.inv_freq, seen.scale)
+    for rule in (score.moving_average, score.window_mean, score.pooled_window, score.weighted_window):
+        assert not rule(loud).isnan().any()
+
+
+def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
+    """Against sampling: queries drawn from the fitted Gaussian, rotated by the mean rotation, attention averaged."""
+    seen = observation(tokens_read=40)
+    got = score.expected_attention(seen) / seen.values.norm(dim=-1)
+    plain = rotate(seen.queries, -seen.query_positions, seen.inv_freq)[:, :, 4:] * seen.scale
+    ahead = torch.arange(40, 40 + 512).double()[:, None] * seen.inv_freq.double()
+    cos, sin = ahead.cos().mean(0).float(), ahead.sin().mean(0).float()
+    for head in range(2):
+        share = torch.zeros(40)
+        for group in range(3):
+            sample = plain[head, group]
+            normal = torch.distributions.MultivariateNormal(sample.mean(0), torch.cov(sample.T) + 1e-6 * torch.eye(16))
+            torch.manual_seed(0)
+            drawn = normal.sample((200_000,))
+            turned = torch.cat((drawn[:, :8] * cos - drawn[:, 8:] * sin, drawn[:, 8:] * cos + drawn[:, :8] * sin), -1)
+            share += (turned @ seen.keys[head].T).exp().mean(0).log().softmax(0) / 3
+        torch.testing.assert_close(got[head], share, rtol=0.05, atol=1e-3)
+
+
+def test_chance_is_repeatable_and_differs_by_layer_and_seed() -> None:
+    first, again = score.chance(observation(seed=3)), score.chance(observation(seed=3))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, score.chance(observation(seed=4)))
+    assert not torch.equal(first, score.chance(observation(seed=3, layer=1)))
+
+
+def test_every_row_of_the_table_explains_itself() -> None:
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.summary
+        assert method.paper or name in ("full", "random")
+
+
+# --- observation ---
+
+
+def test_the_bank_is_the_same_however_the_prompt_is_cut() -> None:
+    queries, positions = randn(2, 3, 900, 4), torch.arange(900)
+    whole = Bank(queries[:, :, :0], positions[:0]).add(queries, positions, 200, seed=5)
+    parts = Bank(queries[:, :, :0], positions[:0])
+    for lo, hi in ((0, 100), (100, 350), (350, 351), (351, 900)):
+        parts = parts.add(queries[:, :, lo:hi], positions[lo:hi], 200, seed=5)
+    assert torch.equal(whole.positions, parts.positions)
+    assert torch.equal(whole.queries, parts.queries)
+    assert len(whole.positions) == 200
+    assert whole.positions[-WINDOW:].tolist() == list(range(900 - WINDOW, 900))
+    older = whole.positions[:-WINDOW].float()
+    assert 300 < older.mean() < 530  # spread evenly over the rest
+    assert torch.equal(whole.queries, queries[:, :, whole.positions])
+
+
+def test_column_mass_is_the_sum_of_causal_attention() -> None:
+    queries, keys = randn(2, 2, 3, 30, 8), randn(2, 2, 30, 8, seed=1)
+    mask = torch.ones(30, 30, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[1, :, :, :4] = False  # four columns of padding
+    watch = Watch(0, 100, 0, True, 0.3)
+    for lo, hi in ((0, 12), (12, 30)):
+        watch = watch.see(queries[:, :, :, lo:hi], keys[:, :, :hi], mask[:, :, lo:hi, :hi])
+    logits = 0.3 * queries @ keys[:, :, None].transpose(-1, -2)
+    share = logits.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).nan_to_num()
+    torch.testing.assert_close(watch.column_mass, share.mean(2).sum(2))
+    assert watch.starts == (0, 4)
+    assert watch.banks[1].positions.tolist() == list(range(26))
+
+
+def test_other_padding_than_on_the_left_is_refused() -> None:
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    mask[..., -1] = False
+    with pytest.raises(InputError, match="left-padded"):
+        Watch(0, 10, 0, False, 1.0).see(randn(1, 1, 1, 5, 4), randn(1, 1, 5, 4), mask)
+
+
+def test_tokens_are_drawn_alike() -> None:
+    assert torch.equal(tokens(2, 5), tokens(2, 5))
