@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from transformers.generation.streamers import BaseStreamer
 from keepkv import methods
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
+from keepkv.loading import trained_length
 from keepkv.report import Report
 
+_REPEAT = "Repeat the text above, word for word."
+_REPEAT_ROOM = 512  # one repeated piece and the instruction
 _MARK = "\u2402keepkv-question\u2403"  # stands where the question will be, while the chat template is applied
 
 
@@ -34,14 +37,17 @@ class Answer:
 class Asked:
     """What one method made of the text: the cache right after compression, and the answers from it.
 
-    alike: of the words (tokens) of the full cache's answers, the share that this cache would have chosen too at the same
-    place; None where no full cache was asked.
+    compress_seconds: everything between reading and answering; reference "recall" if the text was repeated in it.
+    alike: of the words (tokens) of the full cache's answers, the share that this cache would have chosen too at the
+    same place; None where no full cache was asked.
     """
 
     method: str
     report: Report
     prefill_seconds: float
+    compress_seconds: float
     answers: tuple[Answer, ...]
+    reference: str = "context"
     alike: float | None = None
 
     @property
@@ -56,12 +62,13 @@ class Asked:
         return {
             "method": self.method,
             "budget": report.budget,
+            "reference": self.reference,
             "tokens": report.tokens[0],
             "slots": float(report.tokens[0]) if whole else report.slots,
             "kv_bytes_full": report.kv_bytes_full,
             "kv_bytes": report.kv_bytes,
             "prefill_seconds": self.prefill_seconds,
-            "compress_seconds": report.compress_seconds,
+            "compress_seconds": self.compress_seconds,
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "alike": self.alike,
             "fallbacks": report.fallbacks,
@@ -103,12 +110,15 @@ def ask(
     budget: str,
     max_new_tokens: int = 64,
     seed: int = 0,
+    reference: str = "auto",
     phase: Callable[[str], Progress] = lambda title: lambda done, of: None,
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
-    phase(title) starts a phase of the work and returns what to tell its progress to. The first method named "full", if
-    there is one, is what the others' `alike` is measured against. Raises BudgetError, MethodError.
+    reference: "recall" also repeats the text over its own cache and keeps what that asks for, for methods that can use
+    it (about two more readings, and details survive); "context" does not; "auto" does where the repetition still fits
+    into the trained length. phase(title) starts a phase and returns what to tell its progress to. A method named "full"
+    is what the others' `alike` is measured against. Raises BudgetError, MethodError.
     """
     torch.manual_seed(seed)
     table = [methods.get(name) for name in method_names]
@@ -119,9 +129,16 @@ def ask(
     model(ids, past_key_values=read, logits_to_keep=1)
     prefill = time.perf_counter() - start
 
+    start, repeated = time.perf_counter(), any(method.recall for method in table)
+    repeated = repeated and (reference == "recall" or (reference == "auto" and _fits(model, ids.shape[1])))
+    if repeated:
+        read.rehearse(model, ids, prompt.question(_REPEAT).to(model.device), progress=phase("repeating the text"))
+    rehearsal = time.perf_counter() - start
+
     asked, caches = [], []
     for method in table:
         cache = read.fork().compress(budget, method, phase(f"compressing ({method.name})"))
+        recalled = repeated and method.recall > 0
         caches.append(cache)
         report, answers = cache.report(), []
         tell = phase(f"answering ({method.name})")
@@ -129,7 +146,9 @@ def ask(
             later = prompt.question(question).to(model.device)
             answers.append(_answer(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
             tell(index + 1, len(questions))
-        asked.append(Asked(method.name, report, prefill, tuple(answers)))
+        seconds = report.compress_seconds + (rehearsal if recalled else 0.0)
+        kind = "recall" if recalled else "context"
+        asked.append(Asked(method.name, report, prefill, seconds, tuple(answers), kind))
 
     full = next((result for result in asked if result.method == "full"), None)
     if full is None:
@@ -139,7 +158,13 @@ def ask(
     for cache in caches:
         same = [_agreement(model, cache.fork(), prompt.question(answer.question), answer.tokens) for answer in full.answers]
         alike.append(sum(hits for hits, _ in same) / max(1, sum(count for _, count in same)))
-    return [Asked(a.method, a.report, a.prefill_seconds, a.answers, share) for a, share in zip(asked, alike, strict=True)]
+    return [replace(result, alike=share) for result, share in zip(asked, alike, strict=True)]
+
+
+def _fits(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether a repetition of so many tokens stays within the trained length."""
+    trained = trained_length(model)
+    return trained is None or tokens + _REPEAT_ROOM <= trained
 
 
 class _Clock(BaseStreamer):

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,32 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+
+
+def attend_watched(query: Tensor, keys: Tensor, values: Tensor, watch: Literal["rms", "peak"]) -> tuple[Part, Tensor]:
+    """Attention of query [H, R, d], scaled, over keys [H, T, d], all visible, and what each token got of it, [H, T].
+
+    watch: the root mean square, or the largest, of the R softmax shares of every token. Float32 or better, in tiles.
+    """
+    (heads, rows, _), tokens = query.shape, keys.shape[1]
+    output, log_mass = query.new_empty(heads, rows, values.shape[2]), query.new_empty(heads, rows)
+    got = query.new_zeros(heads, tokens)
+    step = min(rows, max(1, (1 << 21) // tokens))  # a tile that stays in a CPU's cache
+    tile = query.new_empty(step, tokens)
+    for head in range(heads):
+        for lo in range(0, rows, step):
+            part = query[head, lo : lo + step]
+            share = torch.mm(part, keys[head].T, out=tile[: len(part)])
+            top = share.amax(-1)
+            total = share.sub_(top[:, None]).exp_().sum(-1)
+            share.mul_(total.reciprocal()[:, None])
+            log_mass[head, lo : lo + step] = top + total.log()
+            torch.mm(share, values[head], out=output[head, lo : lo + step])
+            if watch == "peak":
+                torch.maximum(got[head], share.amax(0), out=got[head])
+            else:
+                got[head] += share.square_().sum(0)
+    return (output, log_mass), got if watch == "peak" else (got / rows).sqrt_()
 
 
 def join(first: Part, second: Part) -> Part:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from keepkv import hosts, methods
-from keepkv.attention import attend_slots, attend_tail, join
+from keepkv.attention import attend_slots, attend_tail, attend_watched, join
 from keepkv.budget import Budget
 from keepkv.compress import Compressed, Progress, compress
 from keepkv.errors import BudgetError, KeepKVError
@@ -31,6 +31,8 @@ from keepkv.observe import Watch
 from keepkv.report import Report, held_bytes
 from keepkv.standin import StandIn
 from keepkv.types import Slots
+
+OVERLAP = 8  # tokens of the previous chunk that a repetition starts from
 
 
 class KeepLayer(CacheLayerMixin):
@@ -122,6 +124,19 @@ class KeepLayer(CacheLayerMixin):
         if self.is_initialized:
             self.reorder_cache(torch.arange(len(self.keys)).repeat_interleave(repeats))
 
+    def rehearse(self, query: Tensor, scale: float) -> Tensor:
+        """Attention of a repetition, query [1, H*G, new, d], over the text and itself; what it asks for is noted."""
+        assert self.watch is not None
+        new = query.shape[2]
+        rows = query[0].reshape(self.heads, -1, query.shape[-1])  # [H, G*new, d]
+        keys, values = self.keys[0, :, :-new].float(), self.values[0, :, :-new].float()
+        (output, log_mass), peak = attend_watched(rows.float() * scale, keys, values, "peak")
+        self.watch = self.watch.rehearse(peak)
+        visible = torch.ones(new, new, dtype=torch.bool, device=query.device).tril().repeat(rows.shape[1] // new, 1)
+        itself = attend_tail(rows[None], self.keys[:, :, -new:], self.values[:, :, -new:], visible[None, None], scale)
+        output, _ = join((output[None], log_mass[None]), itself)
+        return output.to(query.dtype).reshape(query.shape[:-1] + output.shape[-1:])
+
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
         """Attention of the `new` newest tokens, query [B, H*G, new, d], over compact part and tail together."""
         assert self.slots is not None
@@ -167,6 +182,7 @@ class KeepCache(Cache):
         self._rotary = hosts.rotary(model)
         self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
         self._report: Report | None = None
+        self._rehearsing = False
 
     layers: list[Any]  # KeepLayer, or transformers' sliding-window layers
 
@@ -199,6 +215,8 @@ class KeepCache(Cache):
         """Scaled dot product attention of the `new` newest tokens over a layer's state, in place of PyTorch's."""
         layer: KeepLayer = self.layers[layer_idx]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self._rehearsing:
+            return layer.rehearse(query, scale)
         if layer.slots is not None:
             return layer.attend(query, attn_mask, scale, new)
         keys, values = layer.keys, layer.values
@@ -260,6 +278,39 @@ class KeepCache(Cache):
             seen = [watch.observation(row, layer.keys, layer.values, inv_freq) for watch, layer in read]
             done.append(compress(seen, self.method, total, partial(_in_row, progress, row, len(totals))))
         self._settle(done, seconds=time.perf_counter() - start)
+        return self
+
+    @torch.no_grad()
+    def rehearse(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        lead: Tensor | None = None,
+        chunk: int = 256,
+        progress: Progress = lambda done, of: None,
+    ) -> KeepCache:
+        """Repeats the text that was read over its own cache and observes what that asks for; then `compress`.
+
+        What a model needs to repeat a text word for word is what it needs to answer about its details. input_ids [1, T]:
+        what was read; lead [1, n]: an instruction to repeat it, in the model's chat format. Costs about two readings.
+        KVzip, arXiv 2505.23416. Raises KeepKVError for a batch, and for another text than the one that was read.
+        """
+        tokens = self.keep_layers[0].seen
+        if self.compressed or tuple(input_ids.shape) != (1, tokens) or self._tokens() != (tokens,):
+            raise KeepKVError(
+                f"rehearse() repeats the text that was just read, before compression, one row: expected [1, {tokens}] "
+                f"token ids, got {list(input_ids.shape)}"
+            )
+        lead = input_ids[:, :0] if lead is None else lead.to(input_ids.device)
+        for lo in range(0, tokens, chunk):
+            first = max(0, lo - OVERLAP)
+            fed = torch.cat([lead, input_ids[:, first : lo + chunk]], dim=1)
+            twin = self.fork()
+            twin._rehearsing = True
+            model(fed, past_key_values=twin, logits_to_keep=1)
+            for ours, theirs in zip(self.keep_layers, twin.keep_layers, strict=True):
+                ours.watch = theirs.watch
+            progress(min(lo + chunk, tokens), tokens)
         return self
 
     def _settle(self, rows: Sequence[Compressed], seconds: float = 0.0, note: str = "") -> None:

@@ -19,6 +19,12 @@ def protect(scores: Tensor, slots: float, sinks: int, recent: int | float) -> Te
     return scores.masked_fill((token < sinks) | (token >= tokens - last), torch.inf)
 
 
+def pin(scores: Tensor, peaks: Tensor, count: int) -> Tensor:
+    """Scores [L, H, T] with +inf on the `count` largest peaks of all layers and heads: what must be there to be recalled."""
+    flat = scores.flatten().index_fill(0, peaks.flatten().topk(count).indices, torch.inf)
+    return flat.view_as(scores)
+
+
 def best(scores: Tensor, count: int) -> Tensor:
     """The `count` best tokens of one head, ascending int64 [count]. scores [T]. Ties: the earliest tokens win."""
     order = scores.argsort(descending=True, stable=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,10 @@ Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a fold
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same input: same result.")]
+Reference = Annotated[
+    Literal["auto", "context", "recall"],
+    typer.Option(help="recall repeats the text before compressing, so that details survive (slower); auto: where it fits."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
@@ -48,6 +52,7 @@ def ask(
     ] = "0.1",
     method: Annotated[str, typer.Option(help="How to compress; see keepkv methods.")] = "keepkv",
     compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
+    reference: Reference = "auto",
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
     device: Device = "auto",
@@ -76,7 +81,7 @@ def ask(
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
         _warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
-        results = run(lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, line.phase)
+        results = run(lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, line.phase)
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]
         typer.echo(json.dumps({**first, **({"compare": others} if others else {})}, ensure_ascii=False))
@@ -95,6 +100,7 @@ def fidelity(
     segments: Annotated[int, typer.Option(min=1, help="Stretches of the text to measure on.")] = 3,
     context_tokens: Annotated[int, typer.Option(min=16, help="Tokens read and compressed per stretch.")] = 2048,
     continuation_tokens: Annotated[int, typer.Option(min=2, help="True next tokens fed per stretch.")] = 192,
+    reference: Reference = "context",
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -122,7 +128,9 @@ def fidelity(
             err.print(f"the text is short: {len(stretches)} stretches instead of {segments}")
         tell = line.phase("measuring")
         of = measuring.steps(len(stretches), names, limits)
-        records = measuring.measure(lm, stretches, continuation_tokens, names, limits, seed, lambda done: tell(done, of))
+        records = measuring.measure(
+            lm, stretches, continuation_tokens, names, limits, seed, reference, lambda done: tell(done, of)
+        )
     if as_json:
         typer.echo(json.dumps([record.to_dict() for record in records]))
     else:

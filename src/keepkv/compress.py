@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from keepkv.choose import best, protect
+from keepkv.choose import best, pin, protect
 from keepkv.merge import Merged
 from keepkv.methods import Method
 from keepkv.types import Observation, Plan, Slots
@@ -40,6 +40,9 @@ def compress(
 
     average = total / sum(observation.heads for observation in seen)
     guarded = protect(torch.stack(scores), average, method.sinks, method.recent)
+    peaks = [observation.recall for observation in seen if observation.recall is not None]
+    if method.recall and peaks:
+        guarded = pin(guarded, torch.stack(peaks), int(method.recall * total))
     counts = method.allot(guarded, total)
     plan = Plan(tuple(tuple(map(best, *layer)) for layer in zip(guarded, counts, strict=True)))
 

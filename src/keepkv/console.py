@@ -45,7 +45,7 @@ def show_asked(results: Sequence[Asked]) -> None:
     facts.add_row("cache, full", *(size(report.kv_bytes_full) for _, report in lines))
     facts.add_row("cache, kept", *(size(report.kv_bytes) for _, report in lines))
     facts.add_row("reading", *(f"{result.prefill_seconds:.1f} s" for result in results))
-    facts.add_row("compressing", *(f"{report.compress_seconds:.1f} s" for _, report in lines))
+    facts.add_row("compressing", *(f"{result.compress_seconds:.1f} s" for result in results))
     facts.add_row("answering", *(f"{result.decode_tokens_per_second:.1f} tokens/s" for result in results))
     out.print(facts)
     for result in results:

@@ -74,10 +74,12 @@ def measure(
     method_names: Sequence[str],
     budgets: Sequence[str],
     seed: int = 0,
+    reference: str = "context",
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[Fidelity]:
     """Reads each stretch but its last `continuation` tokens, compresses in every way, and feeds the true continuation.
 
+    reference "recall" also repeats each stretch before compressing, for methods that can use it (see `ask`).
     Every variant starts from the same reading, so that differences are the compression's alone (paired). tick(done) is
     told after each of `steps`.
     """
@@ -90,13 +92,17 @@ def measure(
         start = time.perf_counter()
         model(context, past_key_values=read, logits_to_keep=1)
         prefill = time.perf_counter() - start
+        start = time.perf_counter()
+        if reference != "context" and any(method.recall for method in table):
+            read.rehearse(model, context)
+        rehearsal = time.perf_counter() - start
         full = _log_probs(model, read.fork().compress("100%"), future)
         tick(done := done + 1)
         for budget in budgets:
             for method in table:
                 cache = read.fork().compress(budget, method)
                 rows.setdefault((method.name, budget), []).append(
-                    _compare(full, _log_probs(model, cache, future), future[0, 1:], cache, prefill)
+                    _compare(full, _log_probs(model, cache, future), future[0, 1:], cache, prefill, rehearsal)
                 )
                 tick(done := done + 1)
     size = stretches.shape[1] - continuation
@@ -121,7 +127,7 @@ def _log_probs(model: PreTrainedModel, cache: KeepCache, future: Tensor) -> Tens
     return logits[0, :-1].float().log_softmax(-1)
 
 
-def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, prefill: float) -> _Sample:
+def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, prefill: float, rehearsal: float) -> _Sample:
     report = cache.report()
     return _Sample(
         delta_nll=float(cross_entropy(ours, truth) - cross_entropy(full, truth)),
@@ -130,7 +136,7 @@ def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, prefil
         kv_bytes=report.kv_bytes,
         kv_bytes_full=report.kv_bytes_full,
         prefill_seconds=prefill,
-        compress_seconds=report.compress_seconds,
+        compress_seconds=report.compress_seconds + (rehearsal if cache.method.recall else 0.0),
         fallbacks=report.fallbacks,
     )
 

@@ -29,6 +29,7 @@ class Method:
     merge: Callable[[Observation, Kept], list[Merged]] = lambda seen, kept: _evict(seen, kept)
     reference: Callable[[Observation], Reference] | None = None
     column_mass: bool = False  # all queries' attention must be summed while reading
+    recall: float = 0.0  # share of the slots for what a repetition of the text asked for, if it was repeated
     keeps_all: bool = False  # whatever the budget
 
 
@@ -87,7 +88,7 @@ METHODS = {
         Method(
             "keepkv", "keys in place, votes and values fitted on future queries, global budgets (default)",
             "KeepKV, arXiv 2504.09936; Attention Matching, arXiv 2602.16284",
-            score.output_change, allot.everywhere, merge=_fit, reference=reference.future,
+            score.output_change, allot.everywhere, merge=_fit, reference=reference.future, recall=0.5,
         ),
     )
 }  # fmt: skip

@@ -49,6 +49,7 @@ class Watch:
     banks: tuple[Bank, ...] = ()
     starts: tuple[int, ...] = ()
     column_mass: Tensor | None = None  # [B, H, seen] float32
+    recall: Tensor | None = None  # [H, T] float32, one row only: see rehearse
 
     def see(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Watch:
         """After a forward pass: queries [B, H, G, new, d], keys [B, H, seen, d], transformers' mask for them."""
@@ -71,13 +72,17 @@ class Watch:
             mass = grown + _column_mass(queries, keys, starts, self.scale)
         return replace(self, banks=tuple(banks), starts=starts, column_mass=mass)
 
+    def rehearse(self, peak: Tensor) -> Watch:
+        """After a piece of the text was repeated: peak [H, T], the largest share each token got."""
+        return replace(self, recall=peak if self.recall is None else torch.maximum(self.recall, peak))
+
     def observation(self, row: int, keys: Tensor, values: Tensor, inv_freq: Tensor) -> Observation:
         """The Observation of one batch row; keys and values [B, H, seen, ...] with padding."""
         start, bank = self.starts[row], self.banks[row]
         mass = None if self.column_mass is None else self.column_mass[row, :, start:]
         return Observation(
             keys[row, :, start:], values[row, :, start:], bank.queries, bank.positions, inv_freq, self.scale,
-            self.layer, self.seed, mass,
+            self.layer, self.seed, mass, self.recall,
         )  # fmt: skip
 
     def rows(self, indices: Tensor) -> Watch:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from keepkv.attention import attend_watched
 from keepkv.rope import rotate
 from keepkv.types import Observation, Reference
 
 FUTURE = 512  # reference queries are asked from the next FUTURE positions
-_TILE = 1 << 22  # logits held at once
 
 
 def future(observation: Observation) -> Reference:
@@ -25,18 +25,6 @@ def future(observation: Observation) -> Reference:
 
 
 def attend_all(queries: Tensor, keys: Tensor, values: Tensor) -> Reference:
-    """Exact attention of queries [H, R, d] (scaled) over keys [H, T, d], values [H, T, d_v], a tile of rows at a time."""
-    (heads, rows, _), tokens = queries.shape, keys.shape[1]
-    log_z = queries.new_empty(heads, rows)
-    outputs = queries.new_empty(heads, rows, values.shape[2])
-    squares = queries.new_zeros(heads, tokens)
-    step = max(1, _TILE // tokens)
-    for head in range(heads):
-        for lo in range(0, rows, step):
-            tile = slice(lo, lo + step)
-            share = queries[head, tile] @ keys[head].T
-            log_z[head, tile] = share.logsumexp(-1)
-            share.sub_(log_z[head, tile, None]).exp_()
-            outputs[head, tile] = share @ values[head]
-            squares[head] += share.square_().sum(0)
-    return Reference(queries, log_z, outputs, (squares / rows).sqrt_())
+    """Exact attention of queries [H, R, d] (scaled) over keys [H, T, d], values [H, T, d_v]."""
+    (outputs, log_z), rms_share = attend_watched(queries, keys, values, "rms")
+    return Reference(queries, log_z, outputs, rms_share)

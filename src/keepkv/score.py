@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool1d
 
 from keepkv.reference import FUTURE
@@ -32,7 +33,7 @@ def accumulated(observation: Observation) -> Tensor:
 def window_logits(observation: Observation, window: int) -> Tensor:
     """Causal logits [H, G, w, T] of the last w = min(window, N) queries, float32; -inf where a query cannot see."""
     queries = observation.queries[:, :, -window:].float()
-    logits: Tensor = torch.einsum("hgwd,htd->hgwt", queries * observation.scale, observation.keys.float())
+    logits = (queries * observation.scale) @ observation.keys.float()[:, None].transpose(-1, -2)
     asked = observation.query_positions[-window:]
     token = torch.arange(observation.tokens, device=asked.device)
     return logits.masked_fill(token > asked[:, None], -torch.inf)
@@ -68,8 +69,8 @@ def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
     mean = turn(mean, cos, sin)
     covariance = turn(turn(covariance, cos, sin).transpose(-1, -2), cos, sin)
     keys = observation.keys.float()
-    logits = torch.einsum("hgd,htd->hgt", mean, keys) + torch.einsum("hti,hgij,htj->hgt", keys, covariance, keys) / 2
-    return logits.softmax(-1).mean(1) * observation.values.float().norm(dim=-1)
+    logits = mean @ keys.transpose(-1, -2) + ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) / 2
+    return logits.softmax(-1).mean(1) * vector_norm(observation.values.float(), dim=-1)
 
 
 def moving_average(observation: Observation, window: int = 32, alpha: float = 0.9) -> Tensor:
@@ -99,12 +100,11 @@ def weighted_window(observation: Observation, window: int = 32) -> Tensor:
     """Sum of the last w queries' shares, weights rising from 1 to 1.2 with the query's age falling. KeepKV's code."""
     share = window_logits(observation, window).softmax(-1).mean(1)
     weight = torch.linspace(1, 1.2, share.shape[1], device=share.device)
-    score: Tensor = torch.einsum("hwt,w->ht", share, weight)
-    return score
+    return (share * weight[:, None]).sum(1)
 
 
 def output_change(observation: Observation) -> Tensor:
     """rms share of the reference queries × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5."""
     assert observation.reference is not None, "the method table names a reference"
     values = observation.values.float()
-    return observation.reference.rms_share * (values - values.mean(1, keepdim=True)).norm(dim=-1)
+    return observation.reference.rms_share * vector_norm(values - values.mean(1, keepdim=True), dim=-1)

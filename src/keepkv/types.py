@@ -36,6 +36,7 @@ class Observation:
     the newest last; query_positions [N] int64, ascending, the token index that asked; inv_freq [r/2] float32, the
     rotary frequencies (r <= d rotated dimensions, rotate-half layout); scale, the factor on q·k;
     column_mass [H, T] float32 or None, the attention each token received from all queries (mean over the group);
+    recall [H, T] float32 or None, the largest share each token got while the text was repeated over its own cache;
     reference, the queries that a compression must serve, for methods that fit; seed and layer make chance repeatable.
     """
 
@@ -48,6 +49,7 @@ class Observation:
     layer: int = 0
     seed: int = 0
     column_mass: Tensor | None = None
+    recall: Tensor | None = None
     reference: Reference | None = None
 
     @property
