@@ -70,7 +70,8 @@ def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
     covariance = turn(turn(covariance, cos, sin).transpose(-1, -2), cos, sin)
     keys = observation.keys.float()
     logits = mean @ keys.transpose(-1, -2) + ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) / 2
-    return logits.softmax(-1).mean(1) * vector_norm(observation.values.float(), dim=-1)
+    loudness: Tensor = vector_norm(observation.values.float(), dim=-1)
+    return logits.softmax(-1).mean(1) * loudness
 
 
 def moving_average(observation: Observation, window: int = 32, alpha: float = 0.9) -> Tensor:
@@ -107,4 +108,5 @@ def output_change(observation: Observation) -> Tensor:
     """rms share of the reference queries × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5."""
     assert observation.reference is not None, "the method table names a reference"
     values = observation.values.float()
-    return observation.reference.rms_share * vector_norm(values - values.mean(1, keepdim=True), dim=-1)
+    distance: Tensor = vector_norm(values - values.mean(1, keepdim=True), dim=-1)
+    return observation.reference.rms_share * distance
