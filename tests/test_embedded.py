@@ -122,4 +122,4 @@ def test_ask_answers_from_a_tenth(tmp_path: Path) -> None:
     result = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert 9 < result["kv_bytes_full"] / result["kv_bytes"] < 10.5
     assert "8213506" in result["compare"][0]["answers"][0]["answer"]
-    assert result["alike"] > 0.7
+    assert "8213506" in result["answers"][0]["answer"]

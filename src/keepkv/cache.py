@@ -129,9 +129,10 @@ class KeepLayer(CacheLayerMixin):
         assert self.watch is not None
         new = query.shape[2]
         rows = query[0].reshape(self.heads, -1, query.shape[-1])  # [H, G*new, d]
-        keys, values = self.keys[0, :, :-new].float(), self.values[0, :, :-new].float()
-        (output, log_mass), peak = attend_watched(rows.float() * scale, keys, values, "peak")
-        self.watch = self.watch.rehearse(peak)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        keys, values = self.keys[0, :, :-new].to(wide), self.values[0, :, :-new].to(wide)
+        (output, log_mass), peak = attend_watched(rows.to(wide) * scale, keys, values, "peak")
+        self.watch = self.watch.rehearse(peak.float())
         visible = torch.ones(new, new, dtype=torch.bool, device=query.device).tril().repeat(rows.shape[1] // new, 1)
         itself = attend_tail(rows[None], self.keys[:, :, -new:], self.values[:, :, -new:], visible[None, None], scale)
         output, _ = join((output[None], log_mass[None]), itself)

@@ -32,7 +32,7 @@ def show_asked(results: Sequence[Asked]) -> None:
     for result in results:
         answers.add_column(result.method, ratio=2)
     for row in zip(*(result.answers for result in results), strict=True):
-        answers.add_row(row[0].question, *(answer.answer for answer in row))
+        answers.add_row(row[0].question, *(" ".join(answer.answer.split()) for answer in row))
     out.print(answers)
 
     facts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

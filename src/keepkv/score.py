@@ -104,9 +104,14 @@ def weighted_window(observation: Observation, window: int = 32) -> Tensor:
     return (share * weight[:, None]).sum(1)
 
 
-def output_change(observation: Observation) -> Tensor:
-    """rms share of the reference queries × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5."""
+def output_change(observation: Observation, window: int = 64) -> Tensor:
+    """rms share × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5.
+
+    The rms share is that of the reference queries or of the last 64 queries where they stand, whichever is larger: the
+    references are asked from far away and know little of what the next sentence needs of the last one.
+    """
     assert observation.reference is not None, "the method table names a reference"
+    last = window_logits(observation, window).softmax(-1).square_().mean((1, 2)).sqrt_()
     values = observation.values.float()
     distance: Tensor = vector_norm(values - values.mean(1, keepdim=True), dim=-1)
-    return observation.reference.rms_share * distance
+    return torch.maximum(observation.reference.rms_share, last) * distance
