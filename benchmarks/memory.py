@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from prose import prose
 
 from keepkv import KeepCache, loading
+from prose import prose
 
 
 def resident() -> int:
