@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -136,6 +138,7 @@ MISTAKES = [
     (["ask", "{text}", "?", "--device", "toaster"], "is not there: expected one of cpu"),
     (["ask", "{text}", "?", "--dtype", "float31"], "unknown dtype"),
     (["ask", "{text}"], "Missing argument"),
+    (["ask", "{text}", "?", " "], "one of the questions is empty"),
     (["fidelity", "{text}", "--context-tokens", "100000"], "fewer than the 100000 + 192 needed"),
     (["fidelity", "{text}", "--budgets", ","], "give at least one method and one budget"),
     (["fidelity", "{text}", "--segments", "0"], "Invalid value"),
@@ -183,3 +186,27 @@ def test_help_and_version_do_not_wait_for_torch(monkeypatch, capsys) -> None:
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, stdout=subprocess.DEVNULL)
     assert time.perf_counter() - start < 30  # a hang, not a timing
     assert "before" in run(monkeypatch, capsys, "ask", "--help")[1]
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_commands_of_the_readme_exist(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    lines = re.findall(r"^(?:cat [^|]*\| )?keepkv (.*?)(?: \||  #|$)", README, re.MULTILINE)
+    assert len(lines) >= 5
+    for words in map(shlex.split, lines):
+        helped = run(monkeypatch, capsys, words[0], "--help")[1]
+        assert all(word in helped for word in words if word.startswith("--")), words
+
+
+def test_the_python_of_the_readme_runs(folder: str, capsys) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    exec(code[1].replace("your/model", folder).replace("max_new_tokens=100", "max_new_tokens=2"), {"long_text": TEXT})
+    assert "Report(method='keepkv', budget='0.1'" in capsys.readouterr().out
+
+
+def test_every_target_of_the_readme_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (Path(__file__).parent.parent / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets

@@ -77,6 +77,8 @@ def ask(
         from keepkv.ask import ask as run
 
         names, _ = _understood(",".join([method, compare]), budget)
+        if not all(question.strip() for question in questions):
+            raise InputError("one of the questions is empty: write each in quotes, one after the other")
         text = loading.read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)

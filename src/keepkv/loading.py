@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,28 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: {nearest(dtype, DTYPES)}")
     kind = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
-    source = str(embedded.path()) if name == embedded.NAME else name
-    transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_why(name, error)) from error
+    with _no_bars():
+        source = str(embedded.path()) if name == embedded.NAME else name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, attn_implementation="sdpa")
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(_why(name, error)) from error
     model = model.to(where).eval()
     hosts.check(model)
     return model, tokenizer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' own progress bars off, and on again if they were: ours is on the screen."""
+    were = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were:
+            transformers_logging.enable_progress_bar()
 
 
 def _device(device: str) -> torch.device:

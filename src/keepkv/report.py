@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class Report:
     method: str
     budget: str
     tokens: tuple[int, ...]
-    kept: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    kept: tuple[tuple[tuple[int, ...], ...], ...] = field(default=(), repr=False)
     slots: float = 0.0
     tail: int = 0
     max_vote: float = 1.0
