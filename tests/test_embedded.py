@@ -18,8 +18,11 @@ LOG = Path(__file__).parent.parent / "examples" / "expedition-log.txt"
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    return loading.load()
+def smollm2(tmp_path_factory: pytest.TempPathFactory):
+    """Converted afresh, so that the conversion that is tested is the code's and not an older one's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEEPKV_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return loading.load()
 
 
 def test_the_converted_weights_are_those_of_the_file(smollm2) -> None:
