@@ -349,6 +349,14 @@ def test_unsupported_families_are_refused() -> None:
         KeepCache(make_model("mistral", sliding_window=16))
 
 
+def test_training_with_dropout_is_refused() -> None:
+    model = make_model("llama", attention_dropout=0.5)
+    cache = read(model, tokens(1, 60), budget=0.3)
+    model.train()
+    with pytest.raises(KeepKVError, match=r"model\.eval"):
+        model(tokens(1, 2), past_key_values=cache)
+
+
 def test_own_methods_need_no_registration() -> None:
     class_free = Method("newest", "the newest tokens", "nobody", lambda seen: score.recency(seen), sinks=0, recent=0)
     cache = read(make_model(), tokens(1, 100), budget="10", method=class_free)

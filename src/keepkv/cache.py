@@ -219,6 +219,8 @@ class KeepCache(Cache):
         if self._rehearsing:
             return layer.rehearse(query, scale)
         if layer.slots is not None:
+            if dropout_p:
+                raise KeepKVError("a compressed cache is for inference: call model.eval(), which turns attention dropout off")
             return layer.attend(query, attn_mask, scale, new)
         keys, values = layer.keys, layer.values
         if key.shape[1] > keys.shape[1]:  # transformers repeats the KV heads where there is a mask
