@@ -61,7 +61,7 @@ def test_what_is_recalled_keeps_its_slots() -> None:
     peaks = torch.stack([layer.watch.recall for layer in cache.keep_layers])
     method = replace(METHODS["keepkv"], recall=0.4)
     compact = cache.fork().compress(0.2, method)
-    pinned = pin(torch.zeros_like(peaks), peaks, int(0.4 * (240 - 6 * 24))).isinf()
+    pinned = pin(torch.zeros_like(peaks), peaks, int(0.8 * (240 - 6 * 24))).isinf()
     for layer, wanted in zip(compact.keep_layers, pinned, strict=True):
         for head in range(2):
             lo, hi = layer.slots.offsets[head : head + 2]

@@ -42,8 +42,8 @@ def compress(
     guarded = protect(torch.stack(scores), average, method.sinks, method.recent)
     peaks = [observation.recall for observation in seen if observation.recall is not None]
     if method.recall and peaks:
-        free = total - int(guarded.isposinf().sum())
-        guarded = pin(guarded, torch.stack(peaks), int(method.recall * free))
+        free = total - int(guarded.isposinf().sum())  # small budgets are mostly protected: never push that out
+        guarded = pin(guarded, torch.stack(peaks), int(min(method.recall * total, 0.8 * free)))
     counts = method.allot(guarded, total)
     plan = Plan(tuple(tuple(map(best, *layer)) for layer in zip(guarded, counts, strict=True)))
 

@@ -29,7 +29,7 @@ class Method:
     merge: Callable[[Observation, Kept], list[Merged]] = lambda seen, kept: _evict(seen, kept)
     reference: Callable[[Observation], Reference] | None = None
     column_mass: bool = False  # all queries' attention must be summed while reading
-    recall: float = 0.0  # share of the free slots for what a repetition of the text asked for, if there was one
+    recall: float = 0.0  # share of the slots for what a repetition of the text asked for, if there was one
     keeps_all: bool = False  # whatever the budget
 
 
