@@ -16,6 +16,7 @@ from keepkv import methods
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.loading import trained_length
+from keepkv.methods import Method
 from keepkv.report import Report
 
 _REPEAT = "Repeat the text above, word for word."
@@ -129,8 +130,7 @@ def ask(
     model(ids, past_key_values=read, logits_to_keep=1)
     prefill = time.perf_counter() - start
 
-    start, repeated = time.perf_counter(), any(method.recall for method in table)
-    repeated = repeated and (reference == "recall" or (reference == "auto" and _fits(model, ids.shape[1])))
+    start, repeated = time.perf_counter(), repeats(reference, model, table, ids.shape[1])
     if repeated:
         read.rehearse(model, ids, prompt.question(_REPEAT).to(model.device), progress=phase("repeating the text"))
     rehearsal = time.perf_counter() - start
@@ -161,10 +161,12 @@ def ask(
     return [replace(result, alike=share) for result, share in zip(asked, alike, strict=True)]
 
 
-def _fits(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether a repetition of so many tokens stays within the trained length."""
+def repeats(reference: str, model: PreTrainedModel, table: Sequence[Method], tokens: int) -> bool:
+    """Whether to rehearse a text of so many tokens: a method can use it, and it is wanted or ("auto") within trained length."""
+    if reference == "context" or not any(method.recall for method in table):
+        return False
     trained = trained_length(model)
-    return trained is None or tokens + _REPEAT_ROOM <= trained
+    return reference == "recall" or trained is None or tokens + _REPEAT_ROOM <= trained
 
 
 class _Clock(BaseStreamer):

@@ -1,6 +1,6 @@
 """Attention over slots with votes: each part gives its output and log-sum-exp, and the parts are joined exactly.
 
-`exact` is the specification: plain softmax in the dtype it is given. `attend` is what the cache runs, on any device.
+`exact` is the specification: plain softmax in the dtype it is given. The other functions are what the cache runs.
 """
 
 from __future__ import annotations

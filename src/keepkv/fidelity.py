@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import methods
+from keepkv.ask import repeats
 from keepkv.cache import KeepCache
 from keepkv.errors import InputError
 
@@ -93,7 +94,7 @@ def measure(
         model(context, past_key_values=read, logits_to_keep=1)
         prefill = time.perf_counter() - start
         start = time.perf_counter()
-        if reference != "context" and any(method.recall for method in table):
+        if repeats(reference, model, table, context.shape[1]):
             read.rehearse(model, context)
         rehearsal = time.perf_counter() - start
         full = _log_probs(model, read.fork().compress("100%"), future)
