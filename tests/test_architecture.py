@@ -15,20 +15,23 @@ CORE = {
     "budget",
     "rope",
     "reference",
+    "recall",
     "score",
     "allot",
+    "solve",
     "choose",
     "merge",
+    "bound",
     "methods",
     "attention",
     "compress",
 }
 HOST = {"observe", "report", "standin", "hosts", "cache", "embedded", "loading"}
-OUTSIDE = {"ask", "fidelity", "progress", "console", "cli", "__main__", "__init__"}
+OUTSIDE = {"ask", "fidelity", "anatomy", "svg", "page", "figure", "progress", "console", "cli", "__main__", "__init__"}
 ALLOWED = {
     **dict.fromkeys(CORE, ({"torch"}, CORE)),
     **dict.fromkeys(HOST, ({"torch", "transformers", "gguf", "tokenizers"}, CORE | HOST)),
-    **dict.fromkeys(OUTSIDE, ({"torch", "transformers", "rich", "typer"}, CORE | HOST | OUTSIDE)),
+    **dict.fromkeys(OUTSIDE, ({"torch", "transformers", "rich", "typer", "matplotlib"}, CORE | HOST | OUTSIDE)),
 }
 
 

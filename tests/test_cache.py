@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from conftest import make_model, tokens
-from keepkv import KeepCache, KeepKVError, Method, ModelError, methods, score
+from keepkv import BudgetError, KeepCache, KeepKVError, Method, ModelError, methods, score
 from keepkv.cache import KeepLayer
 from keepkv.methods import METHODS
 
@@ -362,3 +362,38 @@ def test_own_methods_need_no_registration() -> None:
     cache = read(make_model(), tokens(1, 100), budget="10", method=class_free)
     assert cache.layers[0].slots.positions[:10].tolist() == list(range(90, 100))
     assert methods.get(class_free) is class_free
+
+
+# --- keeping spans ---
+
+
+@pytest.mark.parametrize("method", ["keepkv", "snapkv", "keepkv-paper", "h2o"])
+def test_spans_stay_in_every_head(method: str) -> None:
+    model, ids = make_model("llama", torch.float32), tokens(1, 200)
+    cache = KeepCache(model, 0.2, method, auto=False)
+    model(ids, past_key_values=cache)
+    before = [(layer.keys, layer.values) for layer in cache.keep_layers]
+    cache.compress(keep=[(50, 55), (120, 123)])
+    wanted = [*range(50, 55), *range(120, 123)]
+    for layer, (keys, values) in zip(cache.keep_layers, before, strict=True):
+        for head in range(2):
+            lo, hi = layer.slots.offsets[head : head + 2]
+            positions = layer.slots.positions[lo:hi].tolist()
+            assert set(wanted) <= set(positions)
+            if method != "keepkv-paper":  # which merges into what it keeps
+                at = [lo + positions.index(token) for token in wanted]
+                assert torch.equal(layer.slots.keys[at], keys[0, head, wanted])
+                assert torch.equal(layer.slots.values[at], values[0, head, wanted])
+                assert layer.slots.bias[at].eq(0).all()
+
+
+def test_spans_that_do_not_fit_or_name_no_row_are_refused() -> None:
+    model = make_model("llama", torch.float32)
+    cache = KeepCache(model, 0.1, auto=False)
+    model(tokens(1, 200), past_key_values=cache)
+    with pytest.raises(BudgetError, match="100 tokens must stay in every head"):
+        cache.fork().compress(keep=[(50, 150)])
+    batch = KeepCache(model, 0.1, auto=False)
+    model(tokens(2, 200), past_key_values=batch)
+    with pytest.raises(KeepKVError, match="a batch"):
+        batch.compress(keep=[(50, 60)])

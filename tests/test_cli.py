@@ -11,28 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from conftest import make_model
 from keepkv import cli
 
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 12
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model folder with a byte tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!", pad_token="!", chat_template=TEMPLATE)
-    wrapped.save_pretrained(path)
-    make_model("llama", vocab_size=256, max_position_embeddings=4096).float().save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -139,6 +121,10 @@ MISTAKES = [
     (["ask", "{text}", "?", "--dtype", "float31"], "unknown dtype"),
     (["ask", "{text}"], "Missing argument"),
     (["ask", "{text}", "?", " "], "one of the questions is empty"),
+    (["inspect", "{text}", "--budget", "100%"], "there is nothing to inspect (left whole"),
+    (["inspect", "{text}", "--html", "{folder}/nowhere/page.html"], "expected a file name in a folder that exists"),
+    (["inspect", "{text}", "--png", "{here}"], "expected a file name in a folder that exists"),
+    (["inspect", "{text}", "--method", "keepkw"], "did you mean 'keepkv'"),
     (["fidelity", "{text}", "--context-tokens", "100000"], "fewer than the 100000 + 192 needed"),
     (["fidelity", "{text}", "--budgets", ","], "give at least one method and one budget"),
     (["fidelity", "{text}", "--segments", "0"], "Invalid value"),

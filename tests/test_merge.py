@@ -7,7 +7,8 @@ import torch
 
 from keepkv import merge
 from keepkv.attention import exact
-from keepkv.reference import attend_all
+from keepkv.reference import attend_all, window
+from keepkv.types import Observation
 
 ZIP_RULES = [merge.zip_merge, merge.convex_exact_merge]
 ALL_RULES = [*ZIP_RULES, merge.mean_merge]
@@ -94,9 +95,8 @@ def test_the_most_similar_kept_key_is_the_target_and_dissimilar_tokens_are_dropp
 # --- fitting ---
 
 
-def fitted(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, queries: torch.Tensor):
-    reference = attend_all(queries[None], keys[None], values[None])
-    return merge.fit(keys, values, kept, queries, reference.log_z[0], reference.outputs[0])
+def fitted(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, queries: torch.Tensor, verbatim=None):
+    return merge.fit(keys, values, kept, attend_all(queries[None], keys[None], values[None]).rows(0), verbatim)
 
 
 def attention_error(merged: merge.Merged, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> float:
@@ -137,6 +137,32 @@ def test_duplicates_are_fitted_to_their_number() -> None:
     merged = fitted(keys, values, torch.arange(8), randn(400, 16, seed=3))
     torch.testing.assert_close(merged.bias.exp(), torch.full((8,), 6.0, dtype=torch.float64), rtol=1e-3, atol=0)
     torch.testing.assert_close(merged.values, values[:8], rtol=1e-3, atol=1e-3)
+
+
+def test_verbatim_slots_are_not_touched_and_the_others_make_up_for_it() -> None:
+    keys, values = clustered(3, 300)
+    queries, kept = randn(600, 16, seed=8), torch.arange(0, 300, 10)
+    verbatim = torch.zeros(300, dtype=torch.bool)
+    verbatim[[0, 50, 55, 290]] = True
+    merged, evicted = fitted(keys, values, kept, queries, verbatim), merge.evict(keys, values, kept)
+    exactly = verbatim[kept]
+    assert torch.equal(merged.values[exactly], values[kept][exactly])
+    assert merged.bias[exactly].eq(0).all()
+    assert merged.bias[~exactly].ne(0).any()
+    fresh = randn(200, 16, seed=78)
+    assert attention_error(merged, keys, values, fresh) < 0.7 * attention_error(evicted, keys, values, fresh)
+
+
+def test_rows_see_only_what_was_visible_to_them() -> None:
+    """A window row asked at p gives no share to later tokens, and its shares up to p sum to 1."""
+    observation = Observation(randn(2, 50, 8), randn(2, 50, 4), randn(2, 3, 50, 8), torch.arange(50), torch.ones(4), 0.5)
+    rows = window(observation, 10).rows(1)
+    share = rows.share(observation.keys[1].float(), torch.arange(50))
+    assert rows.visible.tolist() == [*range(41, 51)] * 3
+    torch.testing.assert_close(share.sum(1), torch.ones(30), rtol=1e-5, atol=0)
+    for row, seen in zip(share, rows.visible.tolist(), strict=True):
+        assert row[seen:].eq(0).all()
+        assert row[:seen].gt(0).all()
 
 
 def test_fitting_with_all_tokens_kept_is_a_no_op() -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from conftest import make_model, tokens
-from keepkv import allot, choose, hosts, score
+from keepkv import allot, choose, hosts, merge, score
 from keepkv.budget import Budget
 from keepkv.errors import BudgetError, InputError, MethodError
 from keepkv.methods import METHODS, get
 from keepkv.observe import WINDOW, Bank, Watch
+from keepkv.reference import attend_all
 from keepkv.rope import rotate
 from keepkv.types import Observation
 
@@ -214,3 +215,35 @@ def test_other_padding_than_on_the_left_is_refused() -> None:
 
 def test_tokens_are_drawn_alike() -> None:
     assert torch.equal(tokens(2, 5), tokens(2, 5))
+
+
+# --- choosing with redundancy ---
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eliminating_answers_better_than_the_best_scores(seed: int) -> None:
+    """Three groups of alike tokens and few others: the best by score are all from one group."""
+    centre = 2 * randn(3, 8, seed=seed)
+    keys = (centre[torch.arange(240) % 3] + 0.3 * randn(240, 8, seed=seed + 1))[None]
+    values = randn(1, 240, 4, seed=seed + 2)
+    reference = attend_all(randn(1, 800, 8, seed=seed + 3), keys, values)
+    seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
+    scores = reference.rms_share
+    errors = [
+        merge.fit(keys[0], values[0], rule(seen, scores, [24])[0], reference.rows(0)).error
+        for rule in (choose.eliminate, choose.top)
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_elimination_keeps_the_count_the_order_and_what_must_stay() -> None:
+    keys, values = randn(1, 30, 8), randn(1, 30, 4, seed=1)
+    reference = attend_all(randn(1, 64, 8, seed=2), keys, values)
+    seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
+    scores = torch.rand(1, 30, generator=torch.Generator().manual_seed(3))
+    scores[0, [4, 14, 24]] = torch.inf
+    for count in (3, 5, 17, 30):
+        kept = choose.eliminate(seen, scores, [count])[0].tolist()
+        assert len(kept) == count
+        assert kept == sorted(set(kept))
+        assert {4, 14, 24} <= set(kept)

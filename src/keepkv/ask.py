@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 from keepkv import methods
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
+from keepkv.errors import InputError
 from keepkv.loading import trained_length
 from keepkv.methods import Method
 from keepkv.report import Report
 
-_REPEAT = "Repeat the text above, word for word."
+REPEAT = "Repeat the text above, word for word."
 _REPEAT_ROOM = 512  # one repeated piece and the instruction
 _MARK = "\u2402keepkv-question\u2403"  # stands where the question will be, while the chat template is applied
 
@@ -88,10 +90,24 @@ class Prompt:
             message = [{"role": "user", "content": f"{text.strip()}\n\n{_MARK}"}]
             whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             before, self._after = str(whole).split(_MARK)
-            self.text = tokenizer(before, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
         else:
             before, self._after = f"{text.strip()}\n\nQuestion: ", "\nAnswer:"
-            self.text = tokenizer(before, return_tensors="pt", verbose=False)["input_ids"]
+        self._before, self._special = before, not tokenizer.chat_template
+        self.text = tokenizer(before, add_special_tokens=self._special, return_tensors="pt", verbose=False)["input_ids"]
+
+    def spans(self, pattern: str) -> list[tuple[int, int]]:
+        """The tokens (first, last + 1) of every match of a regular expression in what is read. Raises InputError."""
+        try:
+            matches = [match.span() for match in re.finditer(pattern, self._before) if match[0]]
+        except re.error as error:
+            raise InputError(f"{pattern!r} is not a regular expression: {error}") from None
+        if not matches:
+            raise InputError(f"nothing in the text matches {pattern!r}, so there is nothing to keep")
+        places = self._tokenizer(self._before, add_special_tokens=self._special, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        touched = [[i for i, (lo, hi) in enumerate(places) if lo < last and hi > first] for first, last in matches]
+        return [(found[0], found[-1] + 1) for found in touched if found]
 
     def question(self, question: str) -> Tensor:
         """Token ids [1, n] of a question and what the template puts after it."""
@@ -112,15 +128,18 @@ def ask(
     max_new_tokens: int = 64,
     seed: int = 0,
     reference: str = "auto",
+    keep: Sequence[str] = (),
     phase: Callable[[str], Progress] = lambda title: lambda done, of: None,
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
     reference: "recall" also repeats the text over its own cache and keeps what that asks for, for methods that can use
-    it (about two more readings, and details survive); "context" does not; "auto" does where the repetition still fits
-    into the trained length. phase(title) starts a phase and returns what to tell its progress to. A method named "full"
-    is what the others' `alike` is measured against. Raises BudgetError, MethodError.
+    it (about one more reading, and details survive); "context" does not; "auto" does where the repetition still fits into
+    the trained length. keep: regular expressions; what they match stays verbatim. phase(title) starts a phase and returns
+    what to tell its progress to. A method named "full" is what the others' `alike` is measured against.
+    Raises BudgetError, MethodError, InputError.
     """
+    spans = [span for pattern in keep for span in prompt.spans(pattern)]
     torch.manual_seed(seed)
     table = [methods.get(name) for name in method_names]
     ids = prompt.text.to(model.device)
@@ -132,19 +151,19 @@ def ask(
 
     start, repeated = time.perf_counter(), repeats(reference, model, table, ids.shape[1])
     if repeated:
-        read.rehearse(model, ids, prompt.question(_REPEAT).to(model.device), progress=phase("repeating the text"))
+        read.rehearse(model, ids, prompt.question(REPEAT).to(model.device), progress=phase("repeating the text"))
     rehearsal = time.perf_counter() - start
 
     asked, caches = [], []
     for method in table:
-        cache = read.fork().compress(budget, method, phase(f"compressing ({method.name})"))
-        recalled = repeated and method.recall > 0
+        cache = read.fork().compress(budget, method, phase(f"compressing ({method.name})"), spans)
+        recalled = repeated and method.recall
         caches.append(cache)
         report, answers = cache.report(), []
         tell = phase(f"answering ({method.name})")
         for index, question in enumerate(questions):
             later = prompt.question(question).to(model.device)
-            answers.append(_answer(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
+            answers.append(greedy(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
             tell(index + 1, len(questions))
         seconds = report.compress_seconds + (rehearsal if recalled else 0.0)
         kind = "recall" if recalled else "context"
@@ -182,7 +201,7 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _answer(
+def greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: KeepCache, ids: Tensor, later: Tensor,
     question: str, max_new_tokens: int,
 ) -> Answer:  # fmt: skip
@@ -190,13 +209,13 @@ def _answer(
     clock = _Clock()
     prompt = torch.cat([ids, later], dim=1)
     own = model.generation_config
-    greedy = GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id if own.pad_token_id is not None else tokenizer.eos_token_id,
     )  # fmt: skip
     generate: Any = model.generate
     output = generate(
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=greedy, streamer=clock
+        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=config, streamer=clock
     )
     new = output[0, prompt.shape[1] :].tolist()
     first, last = clock.times[1], clock.times[-1]  # the streamer is given the prompt first

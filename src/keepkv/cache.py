@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,17 +21,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from keepkv import hosts, methods
-from keepkv.attention import attend_slots, attend_tail, attend_watched, join
+from keepkv.attention import attend_slots, attend_tail, join
 from keepkv.budget import Budget
 from keepkv.compress import Compressed, Progress, compress
 from keepkv.errors import BudgetError, KeepKVError
 from keepkv.methods import Method
 from keepkv.observe import Watch
-from keepkv.report import Report, held_bytes
+from keepkv.recall import Piece, attend_piece
+from keepkv.report import Head, Report, held_bytes
 from keepkv.standin import StandIn
-from keepkv.types import Slots
+from keepkv.types import Observation, Slots
 
 OVERLAP = 8  # tokens of the previous chunk that a repetition starts from
+DRAFT = 16  # a repetition sees one in so many tokens of what it does not repeat, and at least two chunks
 
 
 class KeepLayer(CacheLayerMixin):
@@ -124,18 +125,13 @@ class KeepLayer(CacheLayerMixin):
         if self.is_initialized:
             self.reorder_cache(torch.arange(len(self.keys)).repeat_interleave(repeats))
 
-    def rehearse(self, query: Tensor, scale: float) -> Tensor:
-        """Attention of a repetition, query [1, H*G, new, d], over the text and itself; what it asks for is noted."""
+    def rehearse(self, query: Tensor, scale: float, draft: Slots, first: int, last: int) -> Tensor:
+        """Attention of a repetition, query [1, H*G, new, d], of tokens first..last; what it asks for is noted."""
         assert self.watch is not None
-        new = query.shape[2]
-        rows = query[0].reshape(self.heads, -1, query.shape[-1])  # [H, G*new, d]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        keys, values = self.keys[0, :, :-new].to(wide), self.values[0, :, :-new].to(wide)
-        (output, log_mass), peak = attend_watched(rows.to(wide) * scale, keys, values, "peak")
+        new, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+        rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * scale  # [H, G*new, d]
+        output, peak = attend_piece(rows, self.keys[0].to(wide), self.values[0].to(wide), new, draft, first, last)
         self.watch = self.watch.rehearse(peak.float())
-        visible = torch.ones(new, new, dtype=torch.bool, device=query.device).tril().repeat(rows.shape[1] // new, 1)
-        itself = attend_tail(rows[None], self.keys[:, :, -new:], self.values[:, :, -new:], visible[None, None], scale)
-        output, _ = join((output[None], log_mass[None]), itself)
         return output.to(query.dtype).reshape(query.shape[:-1] + output.shape[-1:])
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
@@ -183,7 +179,7 @@ class KeepCache(Cache):
         self._rotary = hosts.rotary(model)
         self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
         self._report: Report | None = None
-        self._rehearsing = False
+        self._piece: Piece | None = None
 
     layers: list[Any]  # KeepLayer, or transformers' sliding-window layers
 
@@ -216,8 +212,9 @@ class KeepCache(Cache):
         """Scaled dot product attention of the `new` newest tokens over a layer's state, in place of PyTorch's."""
         layer: KeepLayer = self.layers[layer_idx]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if self._rehearsing:
-            return layer.rehearse(query, scale)
+        if self._piece is not None:
+            first, last, drafts = self._piece
+            return layer.rehearse(query, scale, drafts[self.keep_layers.index(layer)], first, last)
         if layer.slots is not None:
             if dropout_p:
                 raise KeepKVError("a compressed cache is for inference: call model.eval(), which turns attention dropout off")
@@ -249,18 +246,18 @@ class KeepCache(Cache):
         budget: str | float | Budget | None = None,
         method: str | Method | None = None,
         progress: Progress = lambda done, of: None,
+        keep: Sequence[tuple[int, int]] = (),
     ) -> KeepCache:
         """Compresses everything read so far, in place, and returns the cache itself.
 
-        A budget of all the tokens changes nothing at all. progress(done, of) is told of every step. Raises BudgetError
-        for a budget below what must be kept; KeepKVError if nothing was read, if the cache is compressed already, or if
+        A budget of all the tokens changes nothing at all. progress(done, of) is told of every step. keep: spans of tokens,
+        (first, last + 1), that keep their slots in every head, untouched unless the method merges keys; for one row. Raises BudgetError for a
+        budget below what must be kept; KeepKVError if nothing was read, if the cache is compressed already, or if
         the method needs what was not observed.
         """
         self.budget = self.budget if budget is None else Budget.parse(budget)
         self.method = self.method if method is None else methods.get(method)
-        layers = self.keep_layers
-        watches = [layer.watch for layer in layers if layer.watch is not None]
-        if self.compressed or len(watches) < len(layers):
+        if self.compressed or any(layer.watch is None for layer in self.keep_layers):
             state = "is compressed already" if self.compressed else "has read nothing yet"
             raise KeepKVError(f"this cache {state}: read a prompt into a new KeepCache, and fork() it before compressing")
         if self.method.column_mass and not self.column_mass:
@@ -269,16 +266,16 @@ class KeepCache(Cache):
             )
         start = time.perf_counter()
         tokens = self._tokens()
+        if keep and len(tokens) > 1:
+            raise KeepKVError("keep names tokens of one text: this cache has read a batch")
         totals = [self._total_slots(count) for count in tokens]
         if totals == [count * self._heads for count in tokens]:
             self._settle([], note="left whole: the budget holds every token")
             return self
 
-        inv_freq = hosts.frequencies(self._rotary)
         done = []
         for row, total in enumerate(totals):
-            read = zip(watches, layers, strict=True)
-            seen = [watch.observation(row, layer.keys, layer.values, inv_freq) for watch, layer in read]
+            seen = self._observations(row, keep)
             done.append(compress(seen, self.method, total, partial(_in_row, progress, row, len(totals))))
         self._settle(done, seconds=time.perf_counter() - start)
         return self
@@ -295,8 +292,9 @@ class KeepCache(Cache):
         """Repeats the text that was read over its own cache and observes what that asks for; then `compress`.
 
         What a model needs to repeat a text word for word is what it needs to answer about its details. input_ids [1, T]:
-        what was read; lead [1, n]: an instruction to repeat it, in the model's chat format. Costs about two readings.
-        KVzip, arXiv 2505.23416. Raises KeepKVError for a batch, and for another text than the one that was read.
+        what was read; lead [1, n]: an instruction to repeat it, in the model's chat format. Each piece of `chunk` tokens
+        sees itself exactly and the rest of the text as in a draft, an eviction to 1/16: about one more reading, linear in T.
+        After KVzip, arXiv 2505.23416. Raises KeepKVError for a batch, and for another text than the one that was read.
         """
         tokens = self.keep_layers[0].seen
         if self.compressed or tuple(input_ids.shape) != (1, tokens) or self._tokens() != (tokens,):
@@ -305,29 +303,41 @@ class KeepCache(Cache):
                 f"token ids, got {list(input_ids.shape)}"
             )
         lead = input_ids[:, :0] if lead is None else lead.to(input_ids.device)
+        size = min(tokens, max(tokens // DRAFT, 2 * chunk))
+        drafts = compress(self._observations(0), methods.get("snapkv"), size * self._heads).slots
         for lo in range(0, tokens, chunk):
-            first = max(0, lo - OVERLAP)
-            fed = torch.cat([lead, input_ids[:, first : lo + chunk]], dim=1)
+            first, last = max(0, lo - OVERLAP), min(lo + chunk, tokens)
+            fed = torch.cat([lead, input_ids[:, first:last]], dim=1)
             twin = self.fork()
-            twin._rehearsing = True
+            twin._piece = Piece(first, last, drafts)
             model(fed, past_key_values=twin, logits_to_keep=1)
             for ours, theirs in zip(self.keep_layers, twin.keep_layers, strict=True):
                 ours.watch = theirs.watch
-            progress(min(lo + chunk, tokens), tokens)
+            progress(last, tokens)
         return self
+
+    def _observations(self, row: int, keep: Sequence[tuple[int, int]] = ()) -> list[Observation]:
+        """What every layer has shown of one batch row, and the tokens of it that must stay."""
+        inv_freq = hosts.frequencies(self._rotary)
+        seen = [
+            layer.watch.observation(row, layer.keys, layer.values, inv_freq)
+            for layer in self.keep_layers
+            if layer.watch is not None
+        ]
+        if not keep:
+            return seen
+        stay = torch.zeros(seen[0].tokens, dtype=torch.bool, device=seen[0].keys.device)
+        for first, last in keep:
+            stay[first:last] = True
+        return [replace(observation, keep=stay.to(observation.keys.device)) for observation in seen]
 
     def _settle(self, rows: Sequence[Compressed], seconds: float = 0.0, note: str = "") -> None:
         """Takes over what `compress` made of the rows (nothing: the prompt stays whole) and stops observing."""
-        merged = [head for row in rows for layer in row.merged for head in layer]
         self._report = Report(
             method=self.method.name,
             budget=str(self.budget),
             tokens=self._tokens(),
-            kept=tuple(tuple(tuple(map(len, layer)) for layer in row.plan.kept) for row in rows),
-            slots=sum(row.plan.slots for row in rows) / (len(rows) * self._heads) if rows else 0.0,
-            max_vote=max((float(head.bias.max().exp()) for head in merged if len(head.bias)), default=1.0),
-            fallbacks=sum(head.fallbacks for head in merged),
-            error=median([head.error for head in merged] or [0.0]),
+            heads=tuple(tuple(tuple(map(Head.of, layer)) for layer in row.merged) for row in rows),
             compress_seconds=seconds,
             note=note,
         )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
+
+from keepkv import solve
+from keepkv.types import Observation
 
 
 def protect(scores: Tensor, slots: float, sinks: int, recent: int | float) -> Tensor:
@@ -19,13 +25,40 @@ def protect(scores: Tensor, slots: float, sinks: int, recent: int | float) -> Te
     return scores.masked_fill((token < sinks) | (token >= tokens - last), torch.inf)
 
 
-def pin(scores: Tensor, peaks: Tensor, count: int) -> Tensor:
-    """Scores [L, H, T] with +inf on the `count` largest peaks of all layers and heads: what must be there to be recalled."""
-    flat = scores.flatten().index_fill(0, peaks.flatten().topk(count).indices, torch.inf)
-    return flat.view_as(scores)
-
-
 def best(scores: Tensor, count: int) -> Tensor:
     """The `count` best tokens of one head, ascending int64 [count]. scores [T]. Ties: the earliest tokens win."""
     order = scores.argsort(descending=True, stable=True)
     return order[:count].sort().values
+
+
+def top(observation: Observation, scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Per KV head its best tokens. scores [H, T]."""
+    return [best(*head) for head in zip(scores, counts, strict=True)]
+
+
+def eliminate(
+    observation: Observation, scores: Tensor, counts: Sequence[int], over: float = 1.5, rounds: int = 3
+) -> list[Tensor]:
+    """Per KV head, from half as many candidates again as slots, those whose part nobody else can play.
+
+    Votes w are fitted to all candidates over the reference rows; those that then carry least, w_j × rms share_j ×
+    ||v_j - mean v||, are dropped, and the votes are fitted again, three times over.
+    Tokens with a score of +inf stay. scores [H, T].
+    """
+    assert observation.reference is not None, "the method table names a reference"
+    chosen = []
+    for head, count in enumerate(counts):
+        tokens = best(scores[head], min(observation.tokens, int(over * count)))
+        if len(tokens) > count:
+            values = observation.values[head].float()
+            rows = observation.reference.rows(head)
+            gram, target = solve.normal(rows.share(observation.keys[head].float(), tokens), rows.recall[tokens])
+            weight = gram.diagonal().sqrt() * vector_norm(values[tokens] - values.mean(0), dim=-1)
+            weight[scores[head, tokens].isposinf()] = torch.inf
+            stay = torch.arange(len(tokens), device=tokens.device)
+            for left in range(rounds - 1, -1, -1):
+                carried = solve.votes(gram[stay][:, stay], target[stay], steps=50) * weight[stay]
+                stay = stay[best(carried, count + (len(tokens) - count) * left // rounds)]
+            tokens = tokens[stay]
+        chosen.append(tokens)
+    return chosen

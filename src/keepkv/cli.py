@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -22,6 +23,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
+Limit = Annotated[str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
+Name = Annotated[str, typer.Option(help="How to compress; see keepkv methods.")]
 Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
@@ -47,12 +50,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def ask(
     file: File,
     questions: Annotated[list[str], typer.Argument(help="One question or several.", show_default=False)],
-    budget: Annotated[
-        str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')
-    ] = "0.1",
-    method: Annotated[str, typer.Option(help="How to compress; see keepkv methods.")] = "keepkv",
+    budget: Limit = "0.1",
+    method: Name = "keepkv",
     compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
     reference: Reference = "auto",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
+    ] = None,
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
     device: Device = "auto",
@@ -83,7 +88,7 @@ def ask(
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
         _warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
-        results = run(lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, line.phase)
+        results = run(lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), line.phase)
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]
         typer.echo(json.dumps({**first, **({"compare": others} if others else {})}, ensure_ascii=False))
@@ -137,6 +142,55 @@ def fidelity(
         typer.echo(json.dumps([record.to_dict() for record in records]))
     else:
         console.show_fidelity(records)
+
+
+@app.command()
+def inspect(
+    file: File,
+    budget: Limit = "0.1",
+    method: Name = "keepkv",
+    reference: Reference = "auto",
+    html: Annotated[Path | None, typer.Option(help="Write a page: figures, and what was kept.", show_default=False)] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture (needs keepkv\\[plot]).", show_default=False)] = None,
+    model: Model = "smollm2",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a compression makes of a text: budgets, errors and votes per layer and head, and what was kept.
+
+    The errors are predicted: they are measured on queries of the text itself that the fit has not seen.
+
+    [bold]keepkv inspect report.txt --html report.html[/bold]
+    """
+    with bar(f"loading {model}") as line:
+        for target in filter(None, (html, png)):
+            if target.is_dir() or not target.parent.is_dir():
+                raise InputError(f"{str(target)!r} cannot be written: expected a file name in a folder that exists")
+        from keepkv import anatomy, console, figure, loading, page
+        from keepkv.ask import Prompt
+
+        _understood(method, budget)
+        if png:
+            figure.require()
+        text = loading.read_text(file)
+        lm, tokenizer = loading.load(model, device, dtype)
+        prompt = Prompt(tokenizer, text)
+        _warn_if_long(lm, prompt.text.shape[1])
+        found = anatomy.inspect(lm, tokenizer, prompt, model, method, budget, seed, reference, line.phase)
+        try:
+            if html:
+                html.write_text(page.page(found), encoding="utf-8")
+            if png:
+                figure.save(found, png)
+        except OSError as error:
+            raise InputError(f"{error.filename!r} cannot be written ({error.strerror})") from error
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        console.show_anatomy(found)
 
 
 @app.command()

@@ -8,7 +8,8 @@ from itertools import accumulate
 
 import torch
 
-from keepkv.choose import best, pin, protect
+from keepkv.choose import protect
+from keepkv.errors import BudgetError
 from keepkv.merge import Merged
 from keepkv.methods import Method
 from keepkv.types import Observation, Plan, Slots
@@ -28,7 +29,10 @@ class Compressed:
 def compress(
     observations: Sequence[Observation], method: Method, total: int, progress: Progress = lambda done, of: None
 ) -> Compressed:
-    """Compresses the observed layers of one sequence to `total` slots over all layers and heads."""
+    """Compresses the observed layers of one sequence to `total` slots over all layers and heads.
+
+    Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
+    """
     steps = 2 * len(observations)
     seen, scores = [], []
     for layer, observation in enumerate(observations):
@@ -40,12 +44,12 @@ def compress(
 
     average = total / sum(observation.heads for observation in seen)
     guarded = protect(torch.stack(scores), average, method.sinks, method.recent)
-    peaks = [observation.recall for observation in seen if observation.recall is not None]
-    if method.recall and peaks:
-        free = total - int(guarded.isposinf().sum())  # small budgets are mostly protected: never push that out
-        guarded = pin(guarded, torch.stack(peaks), int(min(method.recall * total, 0.8 * free)))
+    if (keep := observations[0].keep) is not None:
+        guarded = guarded.masked_fill(keep, torch.inf)
     counts = method.allot(guarded, total)
-    plan = Plan(tuple(tuple(map(best, *layer)) for layer in zip(guarded, counts, strict=True)))
+    if keep is not None and int(keep.sum()) > min(map(min, counts)):
+        raise BudgetError(f"{int(keep.sum())} tokens must stay in every head, but some head gets {min(map(min, counts))} slots")
+    plan = Plan(tuple(tuple(method.choose(*layer)) for layer in zip(seen, guarded, counts, strict=True)))
 
     merged, slots = [], []
     for layer, (observation, kept) in enumerate(zip(seen, plan.kept, strict=True)):

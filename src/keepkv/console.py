@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
 
+from keepkv.anatomy import Anatomy
 from keepkv.ask import Asked
 from keepkv.fidelity import Fidelity
 from keepkv.methods import METHODS
@@ -64,6 +66,41 @@ def show_verdict(ours: Asked, full: Asked) -> None:
     out.print(
         f"Alike: {same} of {len(full.answers)} answers are word for word those of the full cache; "
         f"{100 * (ours.alike or 0):.0f}% of its words would be chosen by both."
+    )
+
+
+def show_anatomy(anatomy: Anatomy) -> None:
+    """One line per layer: slots per head, errors, largest vote; then the totals."""
+    report, layers, judged = anatomy.report, anatomy.layers, anatomy.judged
+    most = max(sum(head.made.slots for head in layer) for layer in layers)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("layer", justify="right")
+    table.add_column("slots per head", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in ("error", "evicted", "largest vote", "fell back"):
+        table.add_column(name, justify="right")
+    for layer in layers:
+        made = [head.made for head in layer]
+        slots = [head.slots for head in made]
+        shown = " ".join(f"{count:>5,}" for count in slots) if len(slots) <= 4 else f"{min(slots):,} to {max(slots):,}"
+        lost = [f"{fmean(errors):.2%}" for errors in ([head.error for head in made], [head.evict_error for head in made])]
+        fell = sum(head.fallbacks > 0 for head in made)
+        table.add_row(
+            f"{layer[0].layer}", shown, "█" * round(8 * sum(slots) / most), *(lost if judged else ("", "")),
+            f"{max(head.max_vote for head in made):,.1f}", f"{fell or ''}",
+        )  # fmt: skip
+    out.print(table)
+    if judged:
+        out.print(
+            f"Lost of a head's output on held-out queries: {report.error:.2%} (median; a layer's line has the mean), "
+            f"{anatomy.evict_error:.2%} had it been evicted."
+        )
+    else:
+        out.print(f"{report.method} holds no queries out: it has no errors to show.")
+    out.print(f"Fallen back to eviction: {anatomy.fallen} of {len(anatomy.heads)} heads.")
+    out.print(
+        f"Smaller: {report.ratio:.1f} times. The cache of {report.tokens[0]:,} tokens takes {size(report.kv_bytes)} "
+        f"instead of {size(report.kv_bytes_full)}."
     )
 
 

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from keepkv import solve
+from keepkv.types import Rows
+
 
 class Merged(NamedTuple):
     keys: Tensor
     values: Tensor
     bias: Tensor
     fallbacks: int = 0
-    error: float = 0.0  # share of the reference output that is lost, on held-out queries; 0 where nothing is held out
-    evict_error: float = 0.0  # the same, had the head been evicted
+    error: float = 0.0  # share of the output that is lost, on held-out reference rows; 0 where nothing is held out
+    mass_error: float = 0.0  # rms error of the slots' mass there, as a share of the true mass
+    evict_error: float = 0.0  # error, had the head been evicted
 
 
 def evict(keys: Tensor, values: Tensor, kept: Tensor) -> Merged:
@@ -119,61 +123,53 @@ class _Sets:
 
 # --- merging by fitting: keys stay in place, votes and values answer for what was dropped ---
 
-HOLD_OUT = 8  # every 8th reference query judges the fit instead of making it
+HOLD_OUT = 8  # every 8th reference row judges the fit instead of making it
 
 
 def fit(
-    keys: Tensor, values: Tensor, kept: Tensor, queries: Tensor, log_z: Tensor, outputs: Tensor,
-    steps: int = 100, ridge: float = 1e-3,
-) -> Merged:  # fmt: skip
-    """Votes and values fitted together over reference queries, keys in place. DESIGN section 5; after arXiv 2602.16284.
+    keys: Tensor, values: Tensor, kept: Tensor, rows: Rows, verbatim: Tensor | None = None, strength: float = 1e-3
+) -> Merged:
+    """Votes and values fitted together over reference rows, keys in place. DESIGN section 5; after arXiv 2602.16284.
 
-    A_qj = exp(q·k_j - ln Z_q) on the kept keys (queries [R, d] are scaled; log_z [R]; outputs [R, d_v] are exact).
-    Votes: w >= 0 minimising ||A w - 1||², by multiplicative updates w <- w (Aᵀ1)/(AᵀA w) from w = 1; bias = ln w.
-    Values: V + Δ with X = rows of A·w normalised and (XᵀX + λI) Δ = Xᵀ(Y - X V), λ = ridge × mean diagonal, Cholesky.
-    Every 8th query is held out: where the fit answers them worse than eviction does, the head is evicted instead.
+    A_qj = exp(q·k_j - ln Z_q) on the kept keys. Votes: w >= 0 minimising ||A w - 1||²; bias = ln w.
+    Values: V + Δ minimising sum_q m_q² ||o_q - Y_q||² + λ||w Δ||², where m = A w is the mass of the slots, o their output and
+    Y the exact one: rows that the slots hardly answer do not count. Both need one matrix, AᵀA.
+    Recall rows, each asking for one slot alone, count by their rms share: they pull votes to 1 and values to their own.
+    Slots of tokens that are verbatim, bool [T], are not touched: the others are fitted around them.
+    Every 8th row is held out: where the fit answers them worse than eviction does, the head is evicted instead.
     """
     if len(kept) == len(keys):
         return evict(keys, values, kept)
-    share = (queries @ keys[kept].T).sub_(log_z[:, None]).exp_()
-    held = torch.arange(len(queries), device=keys.device) % HOLD_OUT == HOLD_OUT - 1
-    if not held.any():
+    share, held = rows.share(keys, kept), torch.arange(len(rows.queries), device=keys.device) % HOLD_OUT == HOLD_OUT - 1
+    free = torch.ones_like(kept, dtype=torch.bool) if verbatim is None else ~verbatim[kept]
+    if not held.any() or not free.any():
         return evict(keys, values, kept)
-    train, judge = share[~held], share[held]
-    votes = _fit_votes(train, steps)
-    fitted = values[kept] + _fit_values(train * votes, outputs[~held], values[kept], ridge)
-    error = _lost(judge * votes, fitted, outputs[held])
-    evict_error = _lost(judge, values[kept], outputs[held])
-    if not error < evict_error:  # a NaN is a loss too
-        return evict(keys, values, kept)._replace(fallbacks=1, error=evict_error, evict_error=evict_error)
-    return Merged(keys[kept], fitted, votes.log(), 0, error, evict_error)
+    old = values[kept]
+    train, outputs = share[~held], rows.outputs[~held]
+    gram, target = solve.normal(train, rows.recall[kept])
+    votes = solve.votes(gram, target, free)
+    rest = train.T @ ((train @ votes)[:, None] * outputs - train @ (votes[:, None] * old))
+    rest += (target - train.sum(0))[:, None] * (1 - votes)[:, None] * old  # who asks for one slot alone wants its own value
+    scaled = (votes[:, None] * gram * votes)[free][:, free]
+    fitted = old.clone()
+    fitted[free] += solve.ridge(scaled, (votes[:, None] * rest)[free], strength)
+    judge, truth = share[held], rows.outputs[held]
+    found = Merged(keys[kept], fitted, votes.log(), 0, *_lost(judge, votes, fitted, truth))
+    evicted = evict(keys, values, kept)
+    evict_error, evict_mass_error = _lost(judge, torch.ones_like(votes), old, truth)
+    if not found.error < evict_error:  # a NaN is a loss too
+        return evicted._replace(fallbacks=1, error=evict_error, mass_error=evict_mass_error, evict_error=evict_error)
+    return found._replace(evict_error=evict_error)
 
 
-def _fit_votes(share: Tensor, steps: int) -> Tensor:
-    """argmin over w >= 0 of ||share @ w - 1||², approximately and without ever leaving [1e-6, 1e4]."""
-    gram = share.T @ share
-    target = share.sum(0)
-    votes = torch.ones_like(target)
-    for _ in range(steps):
-        votes = (votes * target / (gram @ votes).clamp_(min=1e-30)).clamp_(1e-6, 1e4)
-    return votes
+def _lost(share: Tensor, votes: Tensor, values: Tensor, outputs: Tensor) -> tuple[float, float]:
+    """The share of the output that is lost, and the rms error of the mass, over rows of exact shares on the slots.
 
-
-def _fit_values(mass: Tensor, outputs: Tensor, values: Tensor, ridge: float) -> Tensor:
-    """Δ of the ridge least squares of outputs on the normalised rows of mass, pulled towards the original values."""
-    rows = mass / mass.sum(1, keepdim=True).clamp_(min=1e-30)
-    gram = (rows.T @ rows).double()
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
-    rest = rows.T @ (outputs - rows @ values)
-    return torch.cholesky_solve(rest.double(), torch.linalg.cholesky(gram)).to(values.dtype)
-
-
-def _lost(mass: Tensor, values: Tensor, outputs: Tensor) -> float:
-    """Mean squared error of output and of mass, as a share of the output's: what joining with other slots would see.
-
-    mean ||o - Y||² / mean ||Y||² + mean (M - 1)², o the output over the kept slots and M their mass in shares.
+    mean over rows of min(1, ||d||² / ||Y/2||²) with d = m o/(m + 1) - Y/2, o the output over the slots and m their mass: the
+    output that is seen once the slots are joined with newer tokens of equal mass. It is bounded, so that no single row
+    decides.
     """
-    total = mass.sum(1, keepdim=True)
-    output = mass @ values / total.clamp(min=1e-30)
-    wrong = (output - outputs).square().sum() / outputs.square().sum().clamp(min=1e-30)
-    return float(wrong + (total - 1).square().mean())
+    mass = share @ votes
+    wrong = (share @ (votes[:, None] * values)) / (mass[:, None] + 1) - outputs / 2
+    lost = wrong.square().sum(1) / (outputs / 2).square().sum(1).clamp(min=1e-30)
+    return float(lost.clamp(max=1).mean()), float((mass - 1).square().mean().sqrt())

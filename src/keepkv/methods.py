@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from keepkv import allot, merge, reference, score
+from keepkv import allot, choose, merge, reference, score
 from keepkv.errors import MethodError, nearest
 from keepkv.merge import Merged
 from keepkv.types import Observation, Reference
@@ -17,7 +17,7 @@ Kept = Sequence[Tensor]  # per KV head, the tokens that keep their slots
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: observe (reference, column_mass), score, allot, choose (sinks, recent), merge."""
+    """One row of the table: observe (reference, column_mass), score, allot, choose (sinks, recent, choose), merge."""
 
     name: str
     summary: str
@@ -26,10 +26,11 @@ class Method:
     allot: Callable[[Tensor, int], list[list[int]]] = allot.uniform
     sinks: int = 4  # first tokens that are always kept
     recent: int | float = 32  # newest tokens that are always kept; below 1, a share of the slots
+    choose: Callable[[Observation, Tensor, Sequence[int]], list[Tensor]] = choose.top
     merge: Callable[[Observation, Kept], list[Merged]] = lambda seen, kept: _evict(seen, kept)
     reference: Callable[[Observation], Reference] | None = None
     column_mass: bool = False  # all queries' attention must be summed while reading
-    recall: float = 0.0  # share of the slots for what a repetition of the text asked for, if there was one
+    recall: bool = False  # can use what a repetition of the text asks for
     keeps_all: bool = False  # whatever the budget
 
 
@@ -40,8 +41,8 @@ def _evict(seen: Observation, kept: Kept) -> list[Merged]:
 def _fit(seen: Observation, kept: Kept) -> list[Merged]:
     ref = seen.reference
     assert ref is not None, "the method table names a reference"
-    rows = zip(seen.keys.float(), seen.values.float(), kept, ref.queries, ref.log_z, ref.outputs, strict=True)
-    return [merge.fit(*row) for row in rows]
+    heads = zip(seen.keys.float(), seen.values.float(), kept, map(ref.rows, range(seen.heads)), strict=True)
+    return [merge.fit(*head, verbatim=seen.keep) for head in heads]
 
 
 def _by_similarity(
@@ -88,7 +89,8 @@ METHODS = {
         Method(
             "keepkv", "keys in place, votes and values fitted on future queries, global budgets (default)",
             "KeepKV, arXiv 2504.09936; Attention Matching, arXiv 2602.16284",
-            score.output_change, allot.everywhere, merge=_fit, reference=reference.future, recall=0.5,
+            score.output_change, allot.everywhere, recent=0, choose=choose.eliminate, merge=_fit,
+            reference=reference.context, recall=True,
         ),
     )
 }  # fmt: skip

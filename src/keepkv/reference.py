@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,22 +11,63 @@ from keepkv.attention import attend_watched
 from keepkv.rope import rotate
 from keepkv.types import Observation, Reference
 
-FUTURE = 512  # reference queries are asked from the next FUTURE positions
+FUTURE = 512  # context queries are asked again from the next FUTURE positions
+PER_POSITION = 2  # of a position's query heads of one group, that many are asked again
+RECALL = 1.0  # how often a token is asked for by itself, against one reference row
+WINDOW = 128  # the newest queries are also asked from where they stood
 
 
-def future(observation: Observation) -> Reference:
-    """The context's own queries, each asked again from a random position after the context (DESIGN section 5).
+def context(observation: Observation) -> Reference:
+    """The context's own queries, asked again from after it, and the newest ones as they were asked (DESIGN section 5).
 
-    Every query of the bank is rotated from its position p to one drawn from [T, T + 512); no causal mask: the whole
-    context is past by then. Deterministic in (seed, layer).
+    Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512) and sees all tokens;
+    of the G heads of a group two are taken at each position, in turn (all positions count, neighbouring heads are alike).
+    Window rows: the last 128 queries, all heads, where they stood, under the causal mask: what comes next resembles them.
+    Recall, if the text was repeated: one token in T is what a query wants, with the largest share it got: share² RECALL / T.
+    Deterministic in (seed, layer).
     """
-    asked = observation.query_positions
-    target = observation.tokens + torch.randint(FUTURE, asked.shape, generator=observation.generator)
-    queries = rotate(observation.queries.float(), target.to(asked.device) - asked, observation.inv_freq)
-    return attend_all(queries.flatten(1, 2) * observation.scale, observation.keys.float(), observation.values.float())
+    asked, scale, tokens = observation.query_positions, observation.scale, observation.tokens
+    group, count = observation.queries.shape[1:3]
+    row = torch.arange(count, device=asked.device)
+    heads = [(row + turn) % group for turn in range(min(group, PER_POSITION))]
+    taken = torch.stack([observation.queries[:, head, row] for head in heads], dim=1).float()
+    target = tokens + torch.randint(FUTURE, asked.shape, generator=observation.generator)
+    queries = rotate(taken, target.to(asked.device) - asked, observation.inv_freq).flatten(1, 2) * scale
+    future = attend_all(queries, observation.keys.float(), observation.values.float())
+    rows = join(future, window(observation, WINDOW))
+    if observation.recall is None:
+        return rows
+    return replace(rows, recall=observation.recall * (RECALL / tokens) ** 0.5)
+
+
+def window(observation: Observation, size: int) -> Reference:
+    """The newest `size` queries of every head as they were asked: position p sees the tokens up to p."""
+    queries = observation.queries[:, :, -size:].flatten(1, 2).float() * observation.scale
+    visible = (observation.query_positions[-size:] + 1).repeat(observation.queries.shape[1])
+    keys, values = observation.keys.float(), observation.values.float()
+    token = torch.arange(observation.tokens, device=visible.device)
+    logits = (queries @ keys.transpose(1, 2)).masked_fill_(token >= visible[:, None], -torch.inf)
+    log_z = logits.logsumexp(-1)
+    share = logits.sub_(log_z[..., None]).exp_()
+    return Reference(queries, visible, log_z, share @ values, share.square().mean(1).sqrt(), keys.new_zeros(keys.shape[:2]))
 
 
 def attend_all(queries: Tensor, keys: Tensor, values: Tensor) -> Reference:
-    """Exact attention of queries [H, R, d] (scaled) over keys [H, T, d], values [H, T, d_v]."""
+    """Exact attention of queries [H, R, d] (scaled) over all of keys [H, T, d], values [H, T, d_v]."""
     (outputs, log_z), rms_share = attend_watched(queries, keys, values, "rms")
-    return Reference(queries, log_z, outputs, rms_share)
+    visible = torch.full((queries.shape[1],), keys.shape[1], device=queries.device)
+    return Reference(queries, visible, log_z, outputs, rms_share, torch.zeros_like(rms_share))
+
+
+def join(first: Reference, second: Reference) -> Reference:
+    """The rows of both."""
+    rows = [len(part.visible) for part in (first, second)]
+    square = rows[0] * first.rms_share.square() + rows[1] * second.rms_share.square()
+    return Reference(
+        torch.cat([first.queries, second.queries], 1),
+        torch.cat([first.visible, second.visible]),
+        torch.cat([first.log_z, second.log_z], 1),
+        torch.cat([first.outputs, second.outputs], 1),
+        (square / sum(rows)).sqrt(),
+        torch.maximum(first.recall, second.recall),
+    )

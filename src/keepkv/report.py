@@ -4,17 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 from torch import Tensor
+
+from keepkv.merge import Merged
+
+
+@dataclass(frozen=True)
+class Head:
+    """One compressed KV head. error: the share of its output that is lost, and mass_error the rms error of its slots'
+    mass, on held-out queries; evict_error: error, had it been evicted; all 0 where nothing is held out. max_vote: the
+    largest number of tokens' mass that one slot stands for. fallbacks: see `Report`."""
+
+    slots: int
+    error: float
+    mass_error: float
+    evict_error: float
+    fallbacks: int
+    max_vote: float
+
+    @staticmethod
+    def of(merged: Merged) -> Head:
+        slots = len(merged.bias)
+        vote = float(merged.bias.max().exp()) if slots else 0.0
+        return Head(slots, merged.error, merged.mass_error, merged.evict_error, merged.fallbacks, vote)
 
 
 @dataclass(frozen=True)
 class Report:
     """What was kept of the prompt, and what the cache holds now.
 
-    tokens: read per batch row, without padding. kept[row][layer][head]: slots of the compact part; empty if nothing
-    was compressed. slots: the mean of those. tail: exact tokens read since. max_vote: the largest number of tokens' mass
+    tokens: read per batch row, without padding. heads[row][layer][head]: what the compression made of each; empty if
+    nothing was compressed. slots: their mean. tail: exact tokens read since. max_vote: the largest number of tokens' mass
     that one slot stands for. kv_bytes: bytes of the storages held; kv_bytes_full: of a cache of all tokens seen.
     fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
     the median over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
@@ -24,16 +47,30 @@ class Report:
     method: str
     budget: str
     tokens: tuple[int, ...]
-    kept: tuple[tuple[tuple[int, ...], ...], ...] = field(default=(), repr=False)
-    slots: float = 0.0
+    heads: tuple[tuple[tuple[Head, ...], ...], ...] = field(default=(), repr=False)
+    slots: float = field(init=False)
     tail: int = 0
-    max_vote: float = 1.0
-    fallbacks: int = 0
-    error: float = 0.0
+    max_vote: float = field(init=False)
+    fallbacks: int = field(init=False)
+    error: float = field(init=False)
     kv_bytes: int = 0
     kv_bytes_full: int = 0
     compress_seconds: float = 0.0
     note: str = ""
+
+    def __post_init__(self) -> None:
+        heads = [head for row in self.heads for layer in row for head in layer]
+        vars(self).update(
+            slots=fmean(head.slots for head in heads) if heads else 0.0,
+            max_vote=max((head.max_vote for head in heads), default=1.0),
+            fallbacks=sum(head.fallbacks for head in heads),
+            error=median(head.error for head in heads) if heads else 0.0,
+        )
+
+    @property
+    def kept(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Slots per row, layer and head; empty if nothing was compressed."""
+        return tuple(tuple(tuple(head.slots for head in layer) for layer in row) for row in self.heads)
 
     @property
     def ratio(self) -> float:

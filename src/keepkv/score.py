@@ -107,11 +107,12 @@ def weighted_window(observation: Observation, window: int = 32) -> Tensor:
 def output_change(observation: Observation, window: int = 64) -> Tensor:
     """rms share × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5.
 
-    The rms share is that of the reference queries or of the last 64 queries where they stand, whichever is larger: the
-    references are asked from far away and know little of what the next sentence needs of the last one.
+    The rms share is that of the reference rows or of the last 64 queries where they stand, whichever is larger, with
+    that of the recall queries added in squares: who may be asked for either way counts for both.
     """
-    assert observation.reference is not None, "the method table names a reference"
+    reference = observation.reference
+    assert reference is not None, "the method table names a reference"
     last = window_logits(observation, window).softmax(-1).square_().mean((1, 2)).sqrt_()
     values = observation.values.float()
     distance: Tensor = vector_norm(values - values.mean(1, keepdim=True), dim=-1)
-    return torch.maximum(observation.reference.rms_share, last) * distance
+    return torch.maximum(reference.rms_share, last).hypot(reference.recall) * distance

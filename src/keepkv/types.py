@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +19,37 @@ from torch import Tensor
 class Reference:
     """Reference queries of one layer and the exact attention they get over all T tokens; everything float32.
 
-    queries [H, R, d], R = G*N rows, scaled, so that logits are queries @ keys.T; log_z [H, R], the log of the softmax
-    denominator; outputs [H, R, d_v]; rms_share [H, T], the root mean square over rows of each token's softmax share.
+    queries [H, R, d], R rows, scaled, so that logits are queries @ keys.T; visible [R] int64, how many of the tokens, from
+    the first, each row sees; log_z [H, R], the log of the softmax denominator; outputs [H, R, d_v]; rms_share [H, T], the
+    root mean square over rows of each token's softmax share; recall [H, T], the same for queries that ask for one token
+    each, word for word, and are not among the rows: 0 where the text was not repeated.
     """
 
     queries: Tensor
+    visible: Tensor
     log_z: Tensor
     outputs: Tensor
     rms_share: Tensor
+    recall: Tensor
+
+    def rows(self, head: int) -> Rows:
+        """One head's rows."""
+        return Rows(self.queries[head], self.visible, self.log_z[head], self.outputs[head], self.recall[head])
+
+
+class Rows(NamedTuple):
+    """Reference rows of one head: queries [R, d], visible [R], log_z [R], outputs [R, d_v]; recall [T]."""
+
+    queries: Tensor
+    visible: Tensor
+    log_z: Tensor
+    outputs: Tensor
+    recall: Tensor
+
+    def share(self, keys: Tensor, tokens: Tensor) -> Tensor:
+        """The exact softmax share that every row gives to the tokens, [R, n]. keys [T, d] of all tokens, float32."""
+        share = (self.queries @ keys[tokens].T).sub_(self.log_z[:, None]).exp_()
+        return share.masked_fill_(tokens >= self.visible[:, None], 0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,8 @@ class Observation:
     rotary frequencies (r <= d rotated dimensions, rotate-half layout); scale, the factor on q·k;
     column_mass [H, T] float32 or None, the attention each token received from all queries (mean over the group);
     recall [H, T] float32 or None, the largest share each token got while the text was repeated over its own cache;
-    reference, the queries that a compression must serve, for methods that fit; seed and layer make chance repeatable.
+    keep [T] bool or None, tokens that must stay verbatim whatever the method; reference, the queries that a compression
+    must serve, for methods that fit; seed and layer make chance repeatable.
     """
 
     keys: Tensor
@@ -50,6 +75,7 @@ class Observation:
     seed: int = 0
     column_mass: Tensor | None = None
     recall: Tensor | None = None
+    keep: Tensor | None = None
     reference: Reference | None = None
 
     @property

@@ -1,0 +1,140 @@
+"""Share of the right answers that survive compression, asked only after it: tasks x methods x budgets, paired.
+
+    python benchmarks/retained.py TEXT --squad xquad.json --budgets 10%,5%,2% --methods keepkv,snapkv --samples 8 -o run.jsonl
+
+TEXT is prose to hide things in. Only what the full cache answers counts: retained = sum of min(score, full's score) / sum of
+full's scores, with a bootstrap interval over samples; loss: how much less likely the right answer became, in nats per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+import tasks
+from keepkv import KeepCache, loading
+from keepkv.ask import REPEAT, Prompt, greedy
+
+
+@torch.inference_mode()
+def answers(
+    model: Any, tokenizer: Any, sample: tasks.Sample, methods: list[str], budgets: list[str], reference: str
+) -> list[dict[str, Any]]:
+    """One record per question and variant; every variant starts from the same reading."""
+    prompt = Prompt(tokenizer, sample.text)
+    ids = prompt.text
+    read = KeepCache(model, auto=False, column_mass="h2o" in methods)
+    start = time.perf_counter()
+    model(ids, past_key_values=read, logits_to_keep=1)
+    prefill = time.perf_counter() - start
+    start = time.perf_counter()
+    if reference == "recall":
+        read.rehearse(model, ids, prompt.question(REPEAT))
+    rehearsal = time.perf_counter() - start
+    variants = [("full", "100%"), *((method, budget) for budget in budgets for method in methods)]
+    records = []
+    for method, budget in variants:
+        cache = read.fork().compress(budget, method)
+        report = cache.report()
+        for number, question in enumerate(sample.questions):
+            asked = prompt.question(question.ask)
+            right = tokenizer(question.expected, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            text = greedy(model, tokenizer, cache.fork(), ids, asked, question.ask, 20 + int(1.5 * right.shape[1])).answer
+            records.append(
+                {
+                    "method": method, "budget": budget, "question": number, "score": question.score(text),
+                    "loglik": _loglik(model, cache.fork(), asked, right), "answer": text, "expected": question.expected,
+                    "tokens": ids.shape[1], "kv_bytes": report.kv_bytes, "prefill": prefill, "rehearsal": rehearsal,
+                    "compress": report.compress_seconds, "error": report.error, "fallbacks": report.fallbacks,
+                }
+            )  # fmt: skip
+    return records
+
+
+def _loglik(model: Any, cache: KeepCache, asked: Tensor, right: Tensor) -> float:
+    """Mean log-probability per token of the right answer after the question."""
+    logits = model(torch.cat([asked, right], 1), past_key_values=cache, logits_to_keep=right.shape[1] + 1).logits[0, :-1]
+    return float(logits.float().log_softmax(-1).gather(1, right[0, :, None]).mean())
+
+
+def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    full = {(r["task"], r["sample"], r["question"]): r for r in records if r["method"] == "full"}
+    rows: dict[tuple[str, str, str], dict[int, list[tuple[float, float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for r in records:
+        truth = full[r["task"], r["sample"], r["question"]]
+        if r["method"] != "full" and truth["score"] > 0:
+            row = (min(r["score"], truth["score"]), truth["score"], truth["loglik"] - r["loglik"])
+            rows[r["task"], r["budget"], r["method"]][r["sample"]].append(row)
+    table = []
+    for (task, budget, method), samples in rows.items():
+        groups = list(samples.values())
+        rng, shares = random.Random(0), []
+        for _ in range(1000):
+            drawn = [row for group in rng.choices(groups, k=len(groups)) for row in group]
+            shares.append(sum(row[0] for row in drawn) / sum(row[1] for row in drawn))
+        shares.sort()
+        flat = [row for group in groups for row in group]
+        table.append(
+            {
+                "task": task, "budget": budget, "method": method, "questions": len(flat),
+                "retained": sum(row[0] for row in flat) / sum(row[1] for row in flat),
+                "low": shares[25], "high": shares[974], "loss": statistics.fmean(row[2] for row in flat),
+            }
+        )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="prose to hide things in")
+    parser.add_argument("--squad", type=Path, help="questions in SQuAD format: adds the task passages")
+    parser.add_argument("--tasks", default=",".join(tasks.TASKS))
+    parser.add_argument("--methods", default="keepkv")
+    parser.add_argument("--budgets", default="10%,5%,2%")
+    parser.add_argument("--reference", choices=["context", "recall"], default="recall")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--words", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("-o", "--output", type=Path, help="records, one JSON line each; an interrupted run continues")
+    args = parser.parse_args()
+    model, tokenizer = loading.load(args.model)
+    haystack = tasks.sentences(loading.read_text(args.text))
+    names = args.tasks.split(",") + (["passages"] if args.squad else [])
+    paragraphs = list(tasks.articles(args.squad)) if args.squad else []
+    records: list[dict[str, Any]] = []
+    if args.output and args.output.exists():
+        records = [json.loads(line) for line in args.output.read_text().splitlines()]
+    done = {(r["task"], r["sample"]) for r in records}
+    for name, number in track([(name, i) for i in range(args.samples) for name in names], console=Console(stderr=True)):
+        if (name, number) in done:
+            continue
+        rng = random.Random(f"{args.seed} {name} {number}")
+        sample = (
+            tasks.passages(rng, paragraphs, args.words) if name == "passages" else tasks.TASKS[name](rng, haystack, args.words)
+        )
+        got = answers(model, tokenizer, sample, args.methods.split(","), args.budgets.split(","), args.reference)
+        fresh = [{"task": name, "sample": number, **record} for record in got]
+        records += fresh
+        if args.output:
+            with args.output.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in fresh)
+    for row in summary(records):
+        line = "{task:13} {budget:>4} {method:14} n={questions:<3} retained {retained:.3f} [{low:.3f}, {high:.3f}] loss {loss:+.3f}"
+        print(line.format(**row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

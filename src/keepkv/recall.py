@@ -1,0 +1,45 @@
+"""Recall: what a repetition of the text asks for, piece by piece."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from keepkv.types import Slots
+
+
+class Piece(NamedTuple):
+    """The part of the text that is being repeated, tokens first..last, and a draft of the whole: one Slots per layer."""
+
+    first: int
+    last: int
+    drafts: tuple[Slots, ...]
+
+
+def attend_piece(
+    queries: Tensor, keys: Tensor, values: Tensor, new: int, draft: Slots, first: int, last: int
+) -> tuple[Tensor, Tensor]:
+    """Attention of a repeated piece: output [H, R, d_v], and the largest share that each token of the text got, [H, T].
+
+    queries [H, R, d], scaled, R a multiple of `new`; keys and values [H, T + new, ...]: the text and the repetition itself.
+    A row sees tokens first..last of the text exactly, the rest of it as in the draft, and the repetition causally. So the
+    cost does not depend on how long the text is.
+    """
+    heads, tokens = len(keys), keys.shape[1] - new
+    output = queries.new_empty(*queries.shape[:2], values.shape[2])
+    peak = queries.new_zeros(heads, tokens)
+    piece, itself = torch.arange(first, last, device=keys.device), torch.arange(tokens, tokens + new, device=keys.device)
+    hidden = torch.ones(new, new, dtype=torch.bool, device=keys.device).triu(1).repeat(queries.shape[1] // new, 1)
+    for head, (lo, hi) in enumerate(zip(draft.offsets, draft.offsets[1:], strict=False)):
+        outside = (draft.positions[lo:hi] < first) | (draft.positions[lo:hi] >= last)
+        far = draft.positions[lo:hi][outside].long()
+        seen = torch.cat([piece, far, itself])
+        share = queries[head] @ keys[head, seen].T
+        share[:, -new:].masked_fill_(hidden, -torch.inf)
+        share.sub_(share.amax(1, keepdim=True)).exp_()
+        share.mul_(share.sum(1, keepdim=True).reciprocal_())
+        output[head] = share @ values[head, seen]
+        peak[head, first:last] = share[:, : last - first].amax(0)
+    return output, peak
