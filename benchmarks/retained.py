@@ -132,7 +132,8 @@ def main() -> None:
             with args.output.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in fresh)
     for row in summary(records):
-        line = "{task:13} {budget:>4} {method:14} n={questions:<3} retained {retained:.3f} [{low:.3f}, {high:.3f}] loss {loss:+.3f}"
+        line = "{task:13} {budget:>4} {method:14} n={questions:<3} retained {retained:.3f} [{low:.3f}, {high:.3f}]"
+        line += " loss {loss:+.3f}"
         print(line.format(**row))
 
 

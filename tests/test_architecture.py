@@ -26,7 +26,7 @@ CORE = {
     "attention",
     "compress",
 }
-HOST = {"observe", "report", "standin", "hosts", "cache", "embedded", "loading"}
+HOST = {"observe", "report", "standin", "hosts", "cache", "smallest", "embedded", "loading"}
 OUTSIDE = {"ask", "fidelity", "anatomy", "svg", "page", "figure", "progress", "console", "cli", "__main__", "__init__"}
 ALLOWED = {
     **dict.fromkeys(CORE, ({"torch"}, CORE)),

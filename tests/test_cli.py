@@ -50,6 +50,41 @@ def test_ask_prints_one_json_object(monkeypatch, capsys, folder: str, text: str)
     assert full["alike"] == 1.0
 
 
+def test_ask_finds_a_budget_and_the_others_get_as_much(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["ask", text, "Who jumps?", "--model", folder, "--compare", "full,snapkv", "--json", "--max-new-tokens", "2"]
+    slots = []
+    for tolerance in ("0.001", "0.3"):
+        status, out, err = run(monkeypatch, capsys, *args, "--budget", "auto", "--tolerance", tolerance)
+        assert (status, err) == (0, "")
+        result = json.loads(out)
+        assert result["budget"] == result["compare"][1]["budget"] != "auto"
+        assert result["slots"] == pytest.approx(result["compare"][1]["slots"], rel=0.01)
+        slots.append(result["slots"])
+    assert slots[0] > slots[1]
+
+
+def test_ask_keeps_what_a_pattern_matches(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["ask", text, "Who jumps?", "--model", folder, "--max-new-tokens", "2", "--json", "--budget", "10%"]
+    assert run(monkeypatch, capsys, *args, "--keep", "without")[0] == 0
+    status, _, err = run(monkeypatch, capsys, *args, "--keep", "quick|fox|dog|the|over")
+    assert status == 2
+    assert "must stay in every head" in err
+
+
+def test_spans_cover_what_is_matched(folder: str) -> None:
+    from keepkv import loading
+    from keepkv.ask import Prompt
+
+    _, tokenizer = loading.load(folder, "cpu", "auto")
+    prompt = Prompt(tokenizer, TEXT)
+    spans = prompt.spans(r"lazy dog\b")
+    assert len(spans) == 12
+    for first, last in spans:
+        assert "lazy dog" in tokenizer.decode(prompt.text[0, first:last])
+        assert "lazy dog" not in tokenizer.decode(prompt.text[0, first + 1 : last])
+        assert "lazy dog" not in tokenizer.decode(prompt.text[0, first : last - 1])
+
+
 def test_ask_reads_standard_input_and_answers_alike_twice(folder: str) -> None:
     command = [sys.executable, "-m", "keepkv", "ask", "-", "Who?", "--model", folder, "--json", "--max-new-tokens", "6"]
     answers = []
@@ -111,6 +146,10 @@ MISTAKES = [
     (["ask", "{text}", "?", "--budget", "1.5"], "outside its range"),
     (["ask", "{text}", "?", "--budget", "lots"], "cannot be read: expected a fraction"),
     (["ask", "{text}", "?", "--budget", "3"], "fewer than the 4 that must be kept"),
+    (["ask", "{text}", "?", "--keep", "zebra"], "nothing in the text matches 'zebra'"),
+    (["ask", "{text}", "?", "--keep", "("], "not a regular expression"),
+    (["ask", "{text}", "?", "--budget", "auto", "--method", "snapkv"], "snapkv does not predict its own error"),
+    (["ask", "{text}", "?", "--budget", "auto", "--tolerance", "2"], "tolerance 2: expected the share"),
     (["ask", "{text}", "?", "--budget", "1kB"], "give at least"),
     (["ask", "{text}", "?", "--model", "smollm3"], "did you mean 'smollm2'"),
     (["ask", "{text}", "?", "--model", "./nowhere"], "does not exist"),

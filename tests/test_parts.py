@@ -220,20 +220,20 @@ def test_tokens_are_drawn_alike() -> None:
 # --- choosing with redundancy ---
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_eliminating_answers_better_than_the_best_scores(seed: int) -> None:
-    """Three groups of alike tokens and few others: the best by score are all from one group."""
-    centre = 2 * randn(3, 8, seed=seed)
-    keys = (centre[torch.arange(240) % 3] + 0.3 * randn(240, 8, seed=seed + 1))[None]
-    values = randn(1, 240, 4, seed=seed + 2)
-    reference = attend_all(randn(1, 800, 8, seed=seed + 3), keys, values)
-    seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
-    scores = reference.rms_share
-    errors = [
-        merge.fit(keys[0], values[0], rule(seen, scores, [24])[0], reference.rows(0)).error
-        for rule in (choose.eliminate, choose.top)
-    ]
-    assert errors[0] < errors[1]
+def test_eliminating_answers_better_than_the_best_scores() -> None:
+    """Groups of alike tokens, which score alike: over many draws, 24 slots lose less when chosen together."""
+    ours, best = 0.0, 0.0
+    for seed in range(12):
+        centre = 2 * randn(6, 8, seed=seed)
+        keys = (centre[torch.arange(240) % 6] + 0.5 * randn(240, 8, seed=seed + 100))[None]
+        values = randn(1, 240, 4, seed=seed + 200)
+        reference = attend_all(randn(1, 800, 8, seed=seed + 300), keys, values)
+        seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
+        distance = (values - values.mean(1, keepdim=True)).norm(dim=-1)
+        chosen = [rule(seen, reference.rms_share * distance, [24])[0] for rule in (choose.eliminate, choose.top)]
+        fits = [merge.fit(keys[0], values[0], kept, reference.rows(0)).error for kept in chosen]
+        ours, best = ours + fits[0], best + fits[1]
+    assert ours < 0.95 * best
 
 
 def test_elimination_keeps_the_count_the_order_and_what_must_stay() -> None:

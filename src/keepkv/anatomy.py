@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -60,8 +60,8 @@ class Anatomy:
 
     @property
     def evict_error(self) -> float:
-        """The median error, had all heads been evicted."""
-        return median(head.made.evict_error for head in self.heads)
+        """The mean error, had all heads been evicted."""
+        return fmean(head.made.evict_error for head in self.heads)
 
     @property
     def keepers(self) -> list[int]:

@@ -20,6 +20,7 @@ from keepkv.errors import InputError
 from keepkv.loading import trained_length
 from keepkv.methods import Method
 from keepkv.report import Report
+from keepkv.smallest import TOLERANCE, smallest
 
 REPEAT = "Repeat the text above, word for word."
 _REPEAT_ROOM = 512  # one repeated piece and the instruction
@@ -129,21 +130,23 @@ def ask(
     seed: int = 0,
     reference: str = "auto",
     keep: Sequence[str] = (),
+    tolerance: float = TOLERANCE,
     phase: Callable[[str], Progress] = lambda title: lambda done, of: None,
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
     reference: "recall" also repeats the text over its own cache and keeps what that asks for, for methods that can use
     it (about one more reading, and details survive); "context" does not; "auto" does where the repetition still fits into
-    the trained length. keep: regular expressions; what they match stays verbatim. phase(title) starts a phase and returns
-    what to tell its progress to. A method named "full" is what the others' `alike` is measured against.
+    the trained length. keep: regular expressions; what they match stays verbatim. budget "auto": the smallest at which the
+    first method loses at most `tolerance` (see `smallest`). phase(title) starts a phase and returns what to tell its progress
+    to. A method named "full" is what the others' `alike` is measured against.
     Raises BudgetError, MethodError, InputError.
     """
     spans = [span for pattern in keep for span in prompt.spans(pattern)]
     torch.manual_seed(seed)
     table = [methods.get(name) for name in method_names]
     ids = prompt.text.to(model.device)
-    read = KeepCache(model, budget, seed=seed, column_mass=any(method.column_mass for method in table), auto=False)
+    read = KeepCache(model, seed=seed, column_mass=any(method.column_mass for method in table), auto=False)
     phase(f"reading {ids.shape[1]:,} tokens")
     start = time.perf_counter()
     model(ids, past_key_values=read, logits_to_keep=1)
@@ -156,7 +159,14 @@ def ask(
 
     asked, caches = [], []
     for method in table:
-        cache = read.fork().compress(budget, method, phase(f"compressing ({method.name})"), spans)
+        tell = phase(f"compressing ({method.name})")
+        start = time.perf_counter()
+        if budget == "auto":
+            cache = smallest(read, method, tolerance, spans)
+            budget = cache.report().budget  # the other methods get as much
+        else:
+            cache = read.fork().compress(budget, method, tell, spans)
+        compressing = time.perf_counter() - start
         recalled = repeated and method.recall
         caches.append(cache)
         report, answers = cache.report(), []
@@ -165,7 +175,7 @@ def ask(
             later = prompt.question(question).to(model.device)
             answers.append(greedy(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
             tell(index + 1, len(questions))
-        seconds = report.compress_seconds + (rehearsal if recalled else 0.0)
+        seconds = compressing + (rehearsal if recalled else 0.0)
         kind = "recall" if recalled else "context"
         asked.append(Asked(method.name, report, prefill, seconds, tuple(answers), kind))
 

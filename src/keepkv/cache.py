@@ -251,9 +251,9 @@ class KeepCache(Cache):
         """Compresses everything read so far, in place, and returns the cache itself.
 
         A budget of all the tokens changes nothing at all. progress(done, of) is told of every step. keep: spans of tokens,
-        (first, last + 1), that keep their slots in every head, untouched unless the method merges keys; for one row. Raises BudgetError for a
-        budget below what must be kept; KeepKVError if nothing was read, if the cache is compressed already, or if
-        the method needs what was not observed.
+        (first, last + 1), that keep their slots in every head, untouched unless the method merges keys; for one row.
+        Raises BudgetError for a budget below what must be kept; KeepKVError if nothing was read, if the cache is
+        compressed already, or if the method needs what was not observed.
         """
         self.budget = self.budget if budget is None else Budget.parse(budget)
         self.method = self.method if method is None else methods.get(method)

@@ -37,9 +37,9 @@ def top(observation: Observation, scores: Tensor, counts: Sequence[int]) -> list
 
 
 def eliminate(
-    observation: Observation, scores: Tensor, counts: Sequence[int], over: float = 1.5, rounds: int = 3
+    observation: Observation, scores: Tensor, counts: Sequence[int], spare: int = 64, rounds: int = 3
 ) -> list[Tensor]:
-    """Per KV head, from half as many candidates again as slots, those whose part nobody else can play.
+    """Per KV head, from half as many candidates again as slots (at least 64 more), those whose part nobody else can play.
 
     Votes w are fitted to all candidates over the reference rows; those that then carry least, w_j × rms share_j ×
     ||v_j - mean v||, are dropped, and the votes are fitted again, three times over.
@@ -48,7 +48,7 @@ def eliminate(
     assert observation.reference is not None, "the method table names a reference"
     chosen = []
     for head, count in enumerate(counts):
-        tokens = best(scores[head], min(observation.tokens, int(over * count)))
+        tokens = best(scores[head], min(observation.tokens, count + max(count // 2, spare)))
         if len(tokens) > count:
             values = observation.values[head].float()
             rows = observation.reference.rows(head)

@@ -58,6 +58,7 @@ def ask(
         list[str] | None,
         typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
     ] = None,
+    tolerance: Annotated[float, typer.Option(help="With --budget auto: the share of its outputs a head may lose.")] = 0.03,
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
     device: Device = "auto",
@@ -74,6 +75,8 @@ def ask(
 
     [bold]keepkv ask report.txt "Who signed it?" --budget 5% --compare full,snapkv[/bold]
 
+    [bold]keepkv ask report.txt "Who signed it?" --budget auto --tolerance 0.02 --keep "[0-9]+"[/bold]
+
     [bold]pdftotext paper.pdf - | keepkv ask - "What was measured?" --json | jq .answers[/bold]
     """
     with bar(f"loading {model}") as line:
@@ -81,14 +84,16 @@ def ask(
         from keepkv.ask import Prompt
         from keepkv.ask import ask as run
 
-        names, _ = _understood(",".join([method, compare]), budget)
+        names, _ = _understood(",".join([method, compare]), "10%" if budget == "auto" else budget)
         if not all(question.strip() for question in questions):
             raise InputError("one of the questions is empty: write each in quotes, one after the other")
         text = loading.read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
         _warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
-        results = run(lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), line.phase)
+        results = run(
+            lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), tolerance, line.phase
+        )
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]
         typer.echo(json.dumps({**first, **({"compare": others} if others else {})}, ensure_ascii=False))

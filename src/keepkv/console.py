@@ -92,7 +92,7 @@ def show_anatomy(anatomy: Anatomy) -> None:
     out.print(table)
     if judged:
         out.print(
-            f"Lost of a head's output on held-out queries: {report.error:.2%} (median; a layer's line has the mean), "
+            f"Lost of a head's output on held-out queries: {report.error:.2%} (mean over heads), "
             f"{anatomy.evict_error:.2%} had it been evicted."
         )
     else:

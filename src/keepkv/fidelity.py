@@ -22,7 +22,8 @@ from keepkv.errors import InputError
 @dataclass(frozen=True)
 class Fidelity:
     """One method at one budget, means over segments. delta_nll in nats per token; kl, mean KL(full || compressed) in nats;
-    top1, share of positions with the same most likely token; bytes of one segment's cache; seconds per segment."""
+    top1, share of positions with the same most likely token; bytes of one segment's cache; seconds per segment; error, what
+    the method itself predicts (Report.error)."""
 
     method: str
     budget: str
@@ -37,7 +38,9 @@ class Fidelity:
     context_tokens: int
     continuation_tokens: int
     fallbacks: int
+    error: float
     kl_per_segment: tuple[float, ...]
+    error_per_segment: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,6 +123,7 @@ class _Sample:
     prefill_seconds: float
     compress_seconds: float
     fallbacks: int
+    error: float
 
 
 def _log_probs(model: PreTrainedModel, cache: KeepCache, future: Tensor) -> Tensor:
@@ -139,6 +143,7 @@ def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, prefil
         prefill_seconds=prefill,
         compress_seconds=report.compress_seconds + (rehearsal if cache.method.recall else 0.0),
         fallbacks=report.fallbacks,
+        error=report.error,
     )
 
 
@@ -149,5 +154,6 @@ def _mean(method: str, budget: str, samples: Sequence[_Sample], context: int, co
     return Fidelity(
         method, budget, mean("delta_nll"), mean("kl"), mean("top1"), round(mean("kv_bytes")), round(mean("kv_bytes_full")),
         mean("prefill_seconds"), mean("compress_seconds"), len(samples), context, continuation,
-        sum(sample.fallbacks for sample in samples), tuple(sample.kl for sample in samples),
+        sum(sample.fallbacks for sample in samples), mean("error"), tuple(sample.kl for sample in samples),
+        tuple(sample.error for sample in samples),
     )  # fmt: skip

@@ -31,6 +31,7 @@ class Method:
     reference: Callable[[Observation], Reference] | None = None
     column_mass: bool = False  # all queries' attention must be summed while reading
     recall: bool = False  # can use what a repetition of the text asks for
+    judged: bool = False  # measures its own error on held-out queries
     keeps_all: bool = False  # whatever the budget
 
 
@@ -90,7 +91,7 @@ METHODS = {
             "keepkv", "keys in place, votes and values fitted on future queries, global budgets (default)",
             "KeepKV, arXiv 2504.09936; Attention Matching, arXiv 2602.16284",
             score.output_change, allot.everywhere, recent=0, choose=choose.eliminate, merge=_fit,
-            reference=reference.context, recall=True,
+            reference=reference.context, recall=True, judged=True,
         ),
     )
 }  # fmt: skip

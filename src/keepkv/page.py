@@ -88,7 +88,7 @@ def _facts(anatomy: Anatomy) -> str:
     report = anatomy.report
     facts = {"bytes": f"{size(report.kv_bytes)} of {size(report.kv_bytes_full)}", "times smaller": f"{report.ratio:.1f}"}
     if anatomy.judged:
-        facts["median error"] = f"{report.error:.2%}"
+        facts["mean error"] = f"{report.error:.2%}"
         facts["had it been evicted"] = f"{anatomy.evict_error:.2%}"
     facts["heads fallen back"] = f"{anatomy.fallen} of {len(anatomy.heads)}"
     facts["largest vote"] = f"{report.max_vote:,.1f}"

@@ -14,7 +14,7 @@ from keepkv.types import Observation, Reference
 FUTURE = 512  # context queries are asked again from the next FUTURE positions
 PER_POSITION = 2  # of a position's query heads of one group, that many are asked again
 RECALL = 1.0  # how often a token is asked for by itself, against one reference row
-WINDOW = 128  # the newest queries are also asked from where they stood
+WINDOW = 64  # the newest queries are also asked from where they stood
 
 
 def context(observation: Observation) -> Reference:
@@ -22,7 +22,7 @@ def context(observation: Observation) -> Reference:
 
     Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512) and sees all tokens;
     of the G heads of a group two are taken at each position, in turn (all positions count, neighbouring heads are alike).
-    Window rows: the last 128 queries, all heads, where they stood, under the causal mask: what comes next resembles them.
+    Window rows: the last 64 queries, all heads, where they stood, under the causal mask: what comes next resembles them.
     Recall, if the text was repeated: one token in T is what a query wants, with the largest share it got: share² RECALL / T.
     Deterministic in (seed, layer).
     """

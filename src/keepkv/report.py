@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +40,7 @@ class Report:
     nothing was compressed. slots: their mean. tail: exact tokens read since. max_vote: the largest number of tokens' mass
     that one slot stands for. kv_bytes: bytes of the storages held; kv_bytes_full: of a cache of all tokens seen.
     fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
-    the median over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
+    the mean over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
     note: why nothing was compressed, if so.
     """
 
@@ -64,7 +64,7 @@ class Report:
             slots=fmean(head.slots for head in heads) if heads else 0.0,
             max_vote=max((head.max_vote for head in heads), default=1.0),
             fallbacks=sum(head.fallbacks for head in heads),
-            error=median(head.error for head in heads) if heads else 0.0,
+            error=fmean(head.error for head in heads) if heads else 0.0,
         )
 
     @property

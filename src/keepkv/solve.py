@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST, MOST = 1e-6, 1e4  # bounds of a vote
+BLOCK = 192  # columns of a Gram matrix computed at once
+
 
 def normal(share: Tensor, recall: Tensor) -> tuple[Tensor, Tensor]:
     """AᵀA [n, n] and Aᵀ1 [n] of the shares [R, n] and of R more rows that each ask for one slot alone.
@@ -12,10 +15,12 @@ def normal(share: Tensor, recall: Tensor) -> tuple[Tensor, Tensor]:
     recall [n] is their rms share per slot, so that they add R recall² to the diagonal and to the target: w = 1 suits them.
     """
     alone = len(share) * recall.square()
-    return (share.T @ share).diagonal_scatter(share.square().sum(0) + alone), share.sum(0) + alone
-
-
-LEAST, MOST = 1e-6, 1e4  # bounds of a vote
+    gram = share.new_zeros(len(recall), len(recall))
+    for lo in range(0, len(recall), BLOCK):
+        gram[lo : lo + BLOCK, : lo + BLOCK] = share[:, lo : lo + BLOCK].T @ share[:, : lo + BLOCK]  # the lower triangle
+    gram = gram.tril() + gram.tril(-1).T
+    gram.diagonal().add_(alone)
+    return gram, share.sum(0) + alone
 
 
 def votes(gram: Tensor, target: Tensor, free: Tensor | None = None, steps: int = 100) -> Tensor:
