@@ -14,7 +14,7 @@ from keepkv.merge import Merged
 from keepkv.methods import Method
 from keepkv.types import Observation, Plan, Slots
 
-Progress = Callable[[int, int], None]  # called with (layers done, layers in all), twice per layer
+Progress = Callable[[int, int], None]  # called with (steps done, steps in all), three per layer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def compress(
 
     Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
-    steps = 2 * len(observations)
+    steps = 3 * len(observations)
     seen, scores = [], []
     for layer, observation in enumerate(observations):
         if method.reference:
@@ -49,14 +49,18 @@ def compress(
     counts = method.allot(guarded, total)
     if keep is not None and int(keep.sum()) > min(map(min, counts)):
         raise BudgetError(f"{int(keep.sum())} tokens must stay in every head, but some head gets {min(map(min, counts))} slots")
-    plan = Plan(tuple(tuple(method.choose(*layer)) for layer in zip(seen, guarded, counts, strict=True)))
+    chosen = []
+    for layer, observation in enumerate(seen):
+        chosen.append(tuple(method.choose(observation, guarded[layer], counts[layer])))
+        progress(len(seen) + layer + 1, steps)
+    plan = Plan(tuple(chosen))
 
     merged, slots = [], []
     for layer, (observation, kept) in enumerate(zip(seen, plan.kept, strict=True)):
         merged.append(tuple(method.merge(observation, kept)))
         slots.append(_flat(observation, kept, merged[-1]))
         seen[layer] = observations[layer]  # its reference is not needed any more
-        progress(len(seen) + layer + 1, steps)
+        progress(2 * len(seen) + layer + 1, steps)
     return Compressed(plan, tuple(slots), tuple(merged))
 
 

@@ -21,7 +21,7 @@ def context(observation: Observation) -> Reference:
     """The context's own queries, asked again from after it, and the newest ones as they were asked (DESIGN section 5).
 
     Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512) and sees all tokens;
-    of the G heads of a group two are taken at each position, in turn (all positions count, neighbouring heads are alike).
+    of the G heads of a group two are taken at each position, in turn.
     Window rows: the last 64 queries, all heads, where they stood, under the causal mask: what comes next resembles them.
     Recall, if the text was repeated: one token in T is what a query wants, with the largest share it got: share² RECALL / T.
     Deterministic in (seed, layer).
