@@ -13,7 +13,6 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from torch import Tensor
 
 import tasks
 from keepkv import KeepCache, loading
-from keepkv.ask import REPEAT, Prompt, greedy
+from keepkv.ask import greedy
+from keepkv.methods import get
+from keepkv.reading import REPEAT, Prompt, read
 
 
 @torch.inference_mode()
@@ -35,18 +36,11 @@ def answers(
     """One record per question and variant; every variant starts from the same reading."""
     prompt = Prompt(tokenizer, sample.text)
     ids = prompt.text
-    read = KeepCache(model, auto=False, column_mass="h2o" in methods)
-    start = time.perf_counter()
-    model(ids, past_key_values=read, logits_to_keep=1)
-    prefill = time.perf_counter() - start
-    start = time.perf_counter()
-    if reference == "recall":
-        read.rehearse(model, ids, prompt.question(REPEAT))
-    rehearsal = time.perf_counter() - start
+    once = read(model, ids, [get(name) for name in methods], prompt.question(REPEAT), reference=reference)
     variants = [("full", "100%"), *((method, budget) for budget in budgets for method in methods)]
     records = []
     for method, budget in variants:
-        cache = read.fork().compress(budget, method)
+        cache = once.cache.fork().compress(budget, method)
         report = cache.report()
         for number, question in enumerate(sample.questions):
             asked = prompt.question(question.ask)
@@ -56,7 +50,8 @@ def answers(
                 {
                     "method": method, "budget": budget, "question": number, "score": question.score(text),
                     "loglik": _loglik(model, cache.fork(), asked, right), "answer": text, "expected": question.expected,
-                    "tokens": ids.shape[1], "kv_bytes": report.kv_bytes, "prefill": prefill, "rehearsal": rehearsal,
+                    "tokens": ids.shape[1], "kv_bytes": report.kv_bytes, "prefill": once.seconds,
+                    "rehearsal": once.repeat_seconds,
                     "compress": report.compress_seconds, "error": report.error, "fallbacks": report.fallbacks,
                 }
             )  # fmt: skip

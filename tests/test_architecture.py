@@ -27,7 +27,20 @@ CORE = {
     "compress",
 }
 HOST = {"observe", "report", "standin", "hosts", "cache", "smallest", "embedded", "loading"}
-OUTSIDE = {"ask", "fidelity", "anatomy", "svg", "page", "figure", "progress", "console", "cli", "__main__", "__init__"}
+OUTSIDE = {
+    "reading",
+    "ask",
+    "fidelity",
+    "anatomy",
+    "svg",
+    "page",
+    "figure",
+    "progress",
+    "console",
+    "cli",
+    "__main__",
+    "__init__",
+}
 ALLOWED = {
     **dict.fromkeys(CORE, ({"torch"}, CORE)),
     **dict.fromkeys(HOST, ({"torch", "transformers", "gguf", "tokenizers"}, CORE | HOST)),

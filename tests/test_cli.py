@@ -73,7 +73,7 @@ def test_ask_keeps_what_a_pattern_matches(monkeypatch, capsys, folder: str, text
 
 def test_spans_cover_what_is_matched(folder: str) -> None:
     from keepkv import loading
-    from keepkv.ask import Prompt
+    from keepkv.reading import Prompt
 
     _, tokenizer = loading.load(folder, "cpu", "auto")
     prompt = Prompt(tokenizer, TEXT)

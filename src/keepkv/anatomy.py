@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from statistics import fmean
@@ -12,10 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import methods
-from keepkv.ask import REPEAT, Prompt, repeats
 from keepkv.cache import KeepCache, KeepLayer
-from keepkv.compress import Progress
 from keepkv.errors import InputError
+from keepkv.reading import REPEAT, Phase, Prompt, read, silent
 from keepkv.report import Head, Report
 
 _CUT = "\ufffd"  # what decoding gives for a piece of a character
@@ -121,19 +120,16 @@ def inspect(
     budget: str = "0.1",
     seed: int = 0,
     reference: str = "auto",
-    phase: Callable[[str], Progress] = lambda title: lambda done, of: None,
+    keep: Sequence[str] = (),
+    phase: Phase = silent,
 ) -> Anatomy:
     """Reads prompt.text and compresses it as `ask` does; name: what the model is called. Raises BudgetError, InputError."""
     torch.manual_seed(seed)
     row, ids = methods.get(method), prompt.text.to(model.device)
-    cache = KeepCache(model, budget, row, seed=seed, auto=False)
-    phase(f"reading {ids.shape[1]:,} tokens")
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    repeated = repeats(reference, model, [row], ids.shape[1])
-    if repeated:
-        cache.rehearse(model, ids, prompt.question(REPEAT).to(model.device), progress=phase("repeating the text"))
-    cache.compress(progress=phase(f"compressing ({row.name})"))
-    return of(cache, pieces(tokenizer, ids[0].tolist()), name, "recall" if repeated else "context")
+    spans = prompt.spans(*keep)
+    done = read(model, ids, [row], prompt.question(REPEAT).to(model.device), seed, reference, phase)
+    cache = done.cache.compress(budget, row, phase(f"compressing ({row.name})"), spans)
+    return of(cache, pieces(tokenizer, ids[0].tolist()), name, done.reference(row))
 
 
 def of(cache: KeepCache, tokens: Sequence[str], model: str = "", reference: str = "context") -> Anatomy:

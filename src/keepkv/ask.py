@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,17 +13,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from keepkv import methods
+from keepkv.budget import TOLERANCE
 from keepkv.cache import KeepCache
-from keepkv.compress import Progress
-from keepkv.errors import InputError
-from keepkv.loading import trained_length
-from keepkv.methods import Method
+from keepkv.reading import REPEAT, Phase, Prompt, read, silent
 from keepkv.report import Report
-from keepkv.smallest import TOLERANCE, smallest
-
-REPEAT = "Repeat the text above, word for word."
-_REPEAT_ROOM = 512  # one repeated piece and the instruction
-_MARK = "\u2402keepkv-question\u2403"  # stands where the question will be, while the chat template is applied
+from keepkv.smallest import check, smallest
 
 
 @dataclass(frozen=True)
@@ -81,43 +74,6 @@ class Asked:
         }
 
 
-class Prompt:
-    """A text and questions about it, cut into tokens: `text` is read once, `question(q)` is appended to it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        """Applies the chat template if there is one; the text and then the question are the user's message."""
-        self._tokenizer = tokenizer
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": f"{text.strip()}\n\n{_MARK}"}]
-            whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            before, self._after = str(whole).split(_MARK)
-        else:
-            before, self._after = f"{text.strip()}\n\nQuestion: ", "\nAnswer:"
-        self._before, self._special = before, not tokenizer.chat_template
-        self.text = tokenizer(before, add_special_tokens=self._special, return_tensors="pt", verbose=False)["input_ids"]
-
-    def spans(self, pattern: str) -> list[tuple[int, int]]:
-        """The tokens (first, last + 1) of every match of a regular expression in what is read. Raises InputError."""
-        try:
-            matches = [match.span() for match in re.finditer(pattern, self._before) if match[0]]
-        except re.error as error:
-            raise InputError(f"{pattern!r} is not a regular expression: {error}") from None
-        if not matches:
-            raise InputError(f"nothing in the text matches {pattern!r}, so there is nothing to keep")
-        places = self._tokenizer(self._before, add_special_tokens=self._special, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
-        touched = [[i for i, (lo, hi) in enumerate(places) if lo < last and hi > first] for first, last in matches]
-        return [(found[0], found[-1] + 1) for found in touched if found]
-
-    def question(self, question: str) -> Tensor:
-        """Token ids [1, n] of a question and what the template puts after it."""
-        ids: Tensor = self._tokenizer(question.strip() + self._after, add_special_tokens=False, return_tensors="pt")[
-            "input_ids"
-        ]
-        return ids
-
-
 @torch.inference_mode()
 def ask(
     model: PreTrainedModel,
@@ -131,7 +87,7 @@ def ask(
     reference: str = "auto",
     keep: Sequence[str] = (),
     tolerance: float = TOLERANCE,
-    phase: Callable[[str], Progress] = lambda title: lambda done, of: None,
+    phase: Phase = silent,
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
@@ -142,32 +98,24 @@ def ask(
     to. A method named "full" is what the others' `alike` is measured against.
     Raises BudgetError, MethodError, InputError.
     """
-    spans = [span for pattern in keep for span in prompt.spans(pattern)]
-    torch.manual_seed(seed)
     table = [methods.get(name) for name in method_names]
+    if budget == "auto":
+        check(table[0], tolerance)
+    spans = prompt.spans(*keep)
+    torch.manual_seed(seed)
     ids = prompt.text.to(model.device)
-    read = KeepCache(model, seed=seed, column_mass=any(method.column_mass for method in table), auto=False)
-    phase(f"reading {ids.shape[1]:,} tokens")
-    start = time.perf_counter()
-    model(ids, past_key_values=read, logits_to_keep=1)
-    prefill = time.perf_counter() - start
-
-    start, repeated = time.perf_counter(), repeats(reference, model, table, ids.shape[1])
-    if repeated:
-        read.rehearse(model, ids, prompt.question(REPEAT).to(model.device), progress=phase("repeating the text"))
-    rehearsal = time.perf_counter() - start
+    done = read(model, ids, table, prompt.question(REPEAT).to(model.device), seed, reference, phase)
 
     asked, caches = [], []
     for method in table:
         tell = phase(f"compressing ({method.name})")
         start = time.perf_counter()
         if budget == "auto":
-            cache = smallest(read, method, tolerance, spans)
+            cache = smallest(done.cache, method, tolerance, tell, spans)
             budget = cache.report().budget  # the other methods get as much
         else:
-            cache = read.fork().compress(budget, method, tell, spans)
+            cache = done.cache.fork().compress(budget, method, tell, spans)
         compressing = time.perf_counter() - start
-        recalled = repeated and method.recall
         caches.append(cache)
         report, answers = cache.report(), []
         tell = phase(f"answering ({method.name})")
@@ -175,9 +123,8 @@ def ask(
             later = prompt.question(question).to(model.device)
             answers.append(greedy(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
             tell(index + 1, len(questions))
-        seconds = compressing + (rehearsal if recalled else 0.0)
-        kind = "recall" if recalled else "context"
-        asked.append(Asked(method.name, report, prefill, seconds, tuple(answers), kind))
+        seconds = compressing + done.repeat_cost(method)
+        asked.append(Asked(method.name, report, done.seconds, seconds, tuple(answers), done.reference(method)))
 
     full = next((result for result in asked if result.method == "full"), None)
     if full is None:
@@ -188,14 +135,6 @@ def ask(
         same = [_agreement(model, cache.fork(), prompt.question(answer.question), answer.tokens) for answer in full.answers]
         alike.append(sum(hits for hits, _ in same) / max(1, sum(count for _, count in same)))
     return [replace(result, alike=share) for result, share in zip(asked, alike, strict=True)]
-
-
-def repeats(reference: str, model: PreTrainedModel, table: Sequence[Method], tokens: int) -> bool:
-    """Whether to rehearse a text of so many tokens: a method can use it, and it is wanted or ("auto") within trained length."""
-    if reference == "context" or not any(method.recall for method in table):
-        return False
-    trained = trained_length(model)
-    return reference == "recall" or trained is None or tokens + _REPEAT_ROOM <= trained
 
 
 class _Clock(BaseStreamer):

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -50,10 +48,10 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
     return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
 
 
-def attend_watched(query: Tensor, keys: Tensor, values: Tensor, watch: Literal["rms", "peak"]) -> tuple[Part, Tensor]:
-    """Attention of query [H, R, d], scaled, over keys [H, T, d], all visible, and what each token got of it, [H, T].
+def attend_watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Part, Tensor]:
+    """Attention of query [H, R, d], scaled, over keys [H, T, d], all visible, and each token's rms share of it, [H, T].
 
-    watch: the root mean square, or the largest, of the R softmax shares of every token. Float32 or better, in tiles.
+    Float32 or better, in tiles.
     """
     (heads, rows, _), tokens = query.shape, keys.shape[1]
     output, log_mass = query.new_empty(heads, rows, values.shape[2]), query.new_empty(heads, rows)
@@ -69,11 +67,8 @@ def attend_watched(query: Tensor, keys: Tensor, values: Tensor, watch: Literal["
             share.mul_(total.reciprocal()[:, None])
             log_mass[head, lo : lo + step] = top + total.log()
             torch.mm(share, values[head], out=output[head, lo : lo + step])
-            if watch == "peak":
-                torch.maximum(got[head], share.amax(0), out=got[head])
-            else:
-                got[head] += share.square_().sum(0)
-    return (output, log_mass), got if watch == "peak" else (got / rows).sqrt_()
+            got[head] += share.square_().sum(0)
+    return (output, log_mass), (got / rows).sqrt_()
 
 
 def join(first: Part, second: Part) -> Part:

@@ -9,6 +9,7 @@ from typing import Literal
 from keepkv.errors import BudgetError
 
 MIN_SLOTS = 4  # a KV head's least average: a sink, the newest tokens and one free choice
+TOLERANCE = 0.03  # of `auto`: the share of its outputs that a head may lose
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _EXPECTED = 'expected a fraction ("0.1", "10%"), a number of slots per KV head ("512") or bytes ("64MB", "64MiB")'
 

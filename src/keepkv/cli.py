@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from keepkv.budget import TOLERANCE
 from keepkv.errors import InputError, KeepKVError
 from keepkv.progress import bar, err
 
@@ -33,6 +34,10 @@ Reference = Annotated[
     Literal["auto", "context", "recall"],
     typer.Option(help="recall repeats the text before compressing, so that details survive (slower); auto: where it fits."),
 ]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
@@ -54,11 +59,8 @@ def ask(
     method: Name = "keepkv",
     compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
     reference: Reference = "auto",
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
-    ] = None,
-    tolerance: Annotated[float, typer.Option(help="With --budget auto: the share of its outputs a head may lose.")] = 0.03,
+    keep: Keep = None,
+    tolerance: Annotated[float, typer.Option(help="With --budget auto: the share of its outputs a head may lose.")] = TOLERANCE,
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
     device: Device = "auto",
@@ -81,8 +83,8 @@ def ask(
     """
     with bar(f"loading {model}") as line:
         from keepkv import console, loading
-        from keepkv.ask import Prompt
         from keepkv.ask import ask as run
+        from keepkv.reading import Prompt
 
         names, _ = _understood(",".join([method, compare]), "10%" if budget == "auto" else budget)
         if not all(question.strip() for question in questions):
@@ -155,6 +157,7 @@ def inspect(
     budget: Limit = "0.1",
     method: Name = "keepkv",
     reference: Reference = "auto",
+    keep: Keep = None,
     html: Annotated[Path | None, typer.Option(help="Write a page: figures, and what was kept.", show_default=False)] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture (needs keepkv\\[plot]).", show_default=False)] = None,
     model: Model = "smollm2",
@@ -175,7 +178,7 @@ def inspect(
             if target.is_dir() or not target.parent.is_dir():
                 raise InputError(f"{str(target)!r} cannot be written: expected a file name in a folder that exists")
         from keepkv import anatomy, console, figure, loading, page
-        from keepkv.ask import Prompt
+        from keepkv.reading import Prompt
 
         _understood(method, budget)
         if png:
@@ -184,7 +187,7 @@ def inspect(
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
         _warn_if_long(lm, prompt.text.shape[1])
-        found = anatomy.inspect(lm, tokenizer, prompt, model, method, budget, seed, reference, line.phase)
+        found = anatomy.inspect(lm, tokenizer, prompt, model, method, budget, seed, reference, keep or (), line.phase)
         try:
             if html:
                 html.write_text(page.page(found), encoding="utf-8")

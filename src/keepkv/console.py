@@ -13,6 +13,7 @@ from keepkv.ask import Asked
 from keepkv.fidelity import Fidelity
 from keepkv.methods import METHODS
 from keepkv.progress import err
+from keepkv.report import Report
 
 out = Console(highlight=False)
 
@@ -57,15 +58,18 @@ def show_asked(results: Sequence[Asked]) -> None:
 
 def show_verdict(ours: Asked, full: Asked) -> None:
     """Two lines: how many times smaller, how alike."""
-    report = ours.report
     same = sum(a.answer == b.answer for a, b in zip(ours.answers, full.answers, strict=True))
-    out.print(
-        f"Smaller: {report.ratio:.1f} times. The cache of {report.tokens[0]:,} tokens takes {size(report.kv_bytes)} "
-        f"instead of {size(report.kv_bytes_full)}."
-    )
+    _say_smaller(ours.report)
     out.print(
         f"Alike: {same} of {len(full.answers)} answers are word for word those of the full cache; "
         f"{100 * (ours.alike or 0):.0f}% of its words would be chosen by both."
+    )
+
+
+def _say_smaller(report: Report) -> None:
+    out.print(
+        f"Smaller: {report.ratio:.1f} times. The cache of {report.tokens[0]:,} tokens takes {size(report.kv_bytes)} "
+        f"instead of {size(report.kv_bytes_full)}."
     )
 
 
@@ -98,10 +102,7 @@ def show_anatomy(anatomy: Anatomy) -> None:
     else:
         out.print(f"{report.method} holds no queries out: it has no errors to show.")
     out.print(f"Fallen back to eviction: {anatomy.fallen} of {len(anatomy.heads)} heads.")
-    out.print(
-        f"Smaller: {report.ratio:.1f} times. The cache of {report.tokens[0]:,} tokens takes {size(report.kv_bytes)} "
-        f"instead of {size(report.kv_bytes_full)}."
-    )
+    _say_smaller(report)
 
 
 def show_fidelity(records: Sequence[Fidelity]) -> None:

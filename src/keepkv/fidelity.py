@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,9 +13,9 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import methods
-from keepkv.ask import repeats
 from keepkv.cache import KeepCache
 from keepkv.errors import InputError
+from keepkv.reading import Reading, read
 
 
 @dataclass(frozen=True)
@@ -92,21 +91,14 @@ def measure(
     done = 0
     for stretch in stretches.to(model.device):
         context, future = stretch[None, :-continuation], stretch[None, -continuation:]
-        read = KeepCache(model, seed=seed, column_mass=any(m.column_mass for m in table), auto=False)
-        start = time.perf_counter()
-        model(context, past_key_values=read, logits_to_keep=1)
-        prefill = time.perf_counter() - start
-        start = time.perf_counter()
-        if repeats(reference, model, table, context.shape[1]):
-            read.rehearse(model, context)
-        rehearsal = time.perf_counter() - start
-        full = _log_probs(model, read.fork().compress("100%"), future)
+        once = read(model, context, table, seed=seed, reference=reference)
+        full = _log_probs(model, once.cache.fork().compress("100%"), future)
         tick(done := done + 1)
         for budget in budgets:
             for method in table:
-                cache = read.fork().compress(budget, method)
+                cache = once.cache.fork().compress(budget, method)
                 rows.setdefault((method.name, budget), []).append(
-                    _compare(full, _log_probs(model, cache, future), future[0, 1:], cache, prefill, rehearsal)
+                    _compare(full, _log_probs(model, cache, future), future[0, 1:], cache, once)
                 )
                 tick(done := done + 1)
     size = stretches.shape[1] - continuation
@@ -132,7 +124,7 @@ def _log_probs(model: PreTrainedModel, cache: KeepCache, future: Tensor) -> Tens
     return logits[0, :-1].float().log_softmax(-1)
 
 
-def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, prefill: float, rehearsal: float) -> _Sample:
+def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, once: Reading) -> _Sample:
     report = cache.report()
     return _Sample(
         delta_nll=float(cross_entropy(ours, truth) - cross_entropy(full, truth)),
@@ -140,8 +132,8 @@ def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, prefil
         top1=float((ours.argmax(-1) == full.argmax(-1)).float().mean()),
         kv_bytes=report.kv_bytes,
         kv_bytes_full=report.kv_bytes_full,
-        prefill_seconds=prefill,
-        compress_seconds=report.compress_seconds + (rehearsal if cache.method.recall else 0.0),
+        prefill_seconds=once.seconds,
+        compress_seconds=report.compress_seconds + once.repeat_cost(cache.method),
         fallbacks=report.fallbacks,
         error=report.error,
     )

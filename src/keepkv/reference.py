@@ -22,7 +22,8 @@ def context(observation: Observation) -> Reference:
 
     Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512) and sees all tokens;
     of the G heads of a group two are taken at each position, in turn.
-    Window rows: the last 64 queries, all heads, where they stood, under the causal mask: what comes next resembles them.
+    Window rows: the last 64 queries, all heads, where they stood, under the causal mask: what comes next resembles them, so
+    that a token's rms share is that over all rows or that over these alone, whichever is larger.
     Recall, if the text was repeated: one token in T is what a query wants, with the largest share it got: share² RECALL / T.
     Deterministic in (seed, layer).
     """
@@ -34,7 +35,9 @@ def context(observation: Observation) -> Reference:
     target = tokens + torch.randint(FUTURE, asked.shape, generator=observation.generator)
     queries = rotate(taken, target.to(asked.device) - asked, observation.inv_freq).flatten(1, 2) * scale
     future = attend_all(queries, observation.keys.float(), observation.values.float())
-    rows = join(future, window(observation, WINDOW))
+    newest = window(observation, WINDOW)
+    rows = join(future, newest)
+    rows = replace(rows, rms_share=torch.maximum(rows.rms_share, newest.rms_share))
     if observation.recall is None:
         return rows
     return replace(rows, recall=observation.recall * (RECALL / tokens) ** 0.5)
@@ -42,19 +45,27 @@ def context(observation: Observation) -> Reference:
 
 def window(observation: Observation, size: int) -> Reference:
     """The newest `size` queries of every head as they were asked: position p sees the tokens up to p."""
+    logits = window_logits(observation, size).flatten(1, 2)
     queries = observation.queries[:, :, -size:].flatten(1, 2).float() * observation.scale
     visible = (observation.query_positions[-size:] + 1).repeat(observation.queries.shape[1])
-    keys, values = observation.keys.float(), observation.values.float()
-    token = torch.arange(observation.tokens, device=visible.device)
-    logits = (queries @ keys.transpose(1, 2)).masked_fill_(token >= visible[:, None], -torch.inf)
     log_z = logits.logsumexp(-1)
     share = logits.sub_(log_z[..., None]).exp_()
-    return Reference(queries, visible, log_z, share @ values, share.square().mean(1).sqrt(), keys.new_zeros(keys.shape[:2]))
+    outputs = share @ observation.values.float()
+    return Reference(queries, visible, log_z, outputs, share.square_().mean(1).sqrt_(), torch.zeros_like(share[:, 0]))
+
+
+def window_logits(observation: Observation, window: int) -> Tensor:
+    """Causal logits [H, G, w, T] of the last w = min(window, N) queries, float32; -inf where a query cannot see."""
+    queries = observation.queries[:, :, -window:].float()
+    logits = (queries * observation.scale) @ observation.keys.float()[:, None].transpose(-1, -2)
+    asked = observation.query_positions[-window:]
+    token = torch.arange(observation.tokens, device=asked.device)
+    return logits.masked_fill(token > asked[:, None], -torch.inf)
 
 
 def attend_all(queries: Tensor, keys: Tensor, values: Tensor) -> Reference:
     """Exact attention of queries [H, R, d] (scaled) over all of keys [H, T, d], values [H, T, d_v]."""
-    (outputs, log_z), rms_share = attend_watched(queries, keys, values, "rms")
+    (outputs, log_z), rms_share = attend_watched(queries, keys, values)
     visible = torch.full((queries.shape[1],), keys.shape[1], device=queries.device)
     return Reference(queries, visible, log_z, outputs, rms_share, torch.zeros_like(rms_share))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool1d
 
-from keepkv.reference import FUTURE
+from keepkv.reference import FUTURE, window_logits
 from keepkv.rope import rotate, turn
 from keepkv.types import Observation
 
@@ -28,15 +28,6 @@ def accumulated(observation: Observation) -> Tensor:
     """a_i = sum over all queries so far of their attention on i, mean over the group. H2O, arXiv 2306.14048, section 4."""
     assert observation.column_mass is not None, "the method table asks for column_mass"
     return observation.column_mass
-
-
-def window_logits(observation: Observation, window: int) -> Tensor:
-    """Causal logits [H, G, w, T] of the last w = min(window, N) queries, float32; -inf where a query cannot see."""
-    queries = observation.queries[:, :, -window:].float()
-    logits = (queries * observation.scale) @ observation.keys.float()[:, None].transpose(-1, -2)
-    asked = observation.query_positions[-window:]
-    token = torch.arange(observation.tokens, device=asked.device)
-    return logits.masked_fill(token > asked[:, None], -torch.inf)
 
 
 def pooled_window(observation: Observation, window: int = 32, kernel: int = 5) -> Tensor:
@@ -104,15 +95,14 @@ def weighted_window(observation: Observation, window: int = 32) -> Tensor:
     return (share * weight[:, None]).sum(1)
 
 
-def output_change(observation: Observation, window: int = 64) -> Tensor:
+def output_change(observation: Observation) -> Tensor:
     """rms share × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5.
 
-    The rms share is that of the reference rows or of the last 64 queries where they stand, whichever is larger, with
-    that of the recall queries added in squares: who may be asked for either way counts for both.
+    To the rms share of the reference rows that of the recall queries is added in squares: who may be asked for either way
+    counts for both.
     """
     reference = observation.reference
     assert reference is not None, "the method table names a reference"
-    last = window_logits(observation, window).softmax(-1).square_().mean((1, 2)).sqrt_()
     values = observation.values.float()
     distance: Tensor = vector_norm(values - values.mean(1, keepdim=True), dim=-1)
-    return torch.maximum(reference.rms_share, last).hypot(reference.recall) * distance
+    return reference.rms_share.hypot(reference.recall) * distance

@@ -21,8 +21,8 @@ class Reference:
 
     queries [H, R, d], R rows, scaled, so that logits are queries @ keys.T; visible [R] int64, how many of the tokens, from
     the first, each row sees; log_z [H, R], the log of the softmax denominator; outputs [H, R, d_v]; rms_share [H, T], the
-    root mean square over rows of each token's softmax share; recall [H, T], the same for queries that ask for one token
-    each, word for word, and are not among the rows: 0 where the text was not repeated.
+    root mean square over rows (all, or a part of them) of each token's softmax share; recall [H, T], the same for queries
+    that ask for one token each, word for word, and are not among the rows: 0 where the text was not repeated.
     """
 
     queries: Tensor

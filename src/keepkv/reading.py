@@ -1,0 +1,122 @@
+"""Reading: a text and questions cut into tokens, and the text read, and repeated if wanted, before it is compressed."""
+
+from __future__ import annotations
+
+import re
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keepkv.cache import KeepCache
+from keepkv.compress import Progress
+from keepkv.errors import InputError
+from keepkv.loading import trained_length
+from keepkv.methods import Method
+
+REPEAT = "Repeat the text above, word for word."
+_REPEAT_ROOM = 512  # one repeated piece and the instruction
+_MARK = "\u2402keepkv-question\u2403"  # stands where the question will be, while the chat template is applied
+
+Phase = Callable[[str], Progress]  # starts a phase of that title; returns what to tell its progress to
+
+
+def silent(title: str) -> Progress:
+    """A phase that nobody watches."""
+    return lambda done, of: None
+
+
+class Prompt:
+    """A text and questions about it, cut into tokens: `text` is read once, `question(q)` is appended to it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        """Applies the chat template if there is one; the text and then the question are the user's message."""
+        self._tokenizer = tokenizer
+        if tokenizer.chat_template:
+            message = [{"role": "user", "content": f"{text.strip()}\n\n{_MARK}"}]
+            whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            before, self._after = str(whole).split(_MARK)
+        else:
+            before, self._after = f"{text.strip()}\n\nQuestion: ", "\nAnswer:"
+        self._before, self._special = before, not tokenizer.chat_template
+        self.text = tokenizer(before, add_special_tokens=self._special, return_tensors="pt", verbose=False)["input_ids"]
+
+    def spans(self, *patterns: str) -> list[tuple[int, int]]:
+        """The tokens (first, last + 1) of every match of regular expressions in what is read. Raises InputError."""
+        found = [span for pattern in patterns for span in self._matches(pattern)]
+        if not found:
+            return []
+        if not self._tokenizer.is_fast:
+            raise InputError(
+                "this model's tokenizer does not say where its tokens stand in the text: nothing can be kept by name"
+            )
+        places = self._tokenizer(self._before, add_special_tokens=self._special, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        starts, ends = [lo for lo, _ in places], [hi for _, hi in places]  # both ascend
+        spans = [(bisect_right(ends, first), bisect_left(starts, last)) for first, last in found]
+        return [span for span in spans if span[0] < span[1]]
+
+    def _matches(self, pattern: str) -> list[tuple[int, int]]:
+        try:
+            found = [match.span() for match in re.finditer(pattern, self._before) if match[0]]
+        except re.error as error:
+            raise InputError(f"{pattern!r} is not a regular expression: {error}") from None
+        if not found:
+            raise InputError(f"nothing in the text matches {pattern!r}, so there is nothing to keep")
+        return found
+
+    def question(self, question: str) -> Tensor:
+        """Token ids [1, n] of a question and what the template puts after it."""
+        ids: Tensor = self._tokenizer(question.strip() + self._after, add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
+        return ids
+
+
+class Reading(NamedTuple):
+    """A cache that has read a text and is not compressed yet, and the seconds that reading and repeating it took."""
+
+    cache: KeepCache
+    seconds: float
+    repeat_seconds: float
+    repeated: bool
+
+    def reference(self, method: Method) -> str:
+        """Which queries the method is given, "recall" or "context"."""
+        return "recall" if self.repeated and method.recall else "context"
+
+    def repeat_cost(self, method: Method) -> float:
+        """Seconds of the repetition, if the method uses it."""
+        return self.repeat_seconds if method.recall else 0.0
+
+
+def read(
+    model: PreTrainedModel,
+    ids: Tensor,
+    table: Sequence[Method],
+    lead: Tensor | None = None,
+    seed: int = 0,
+    reference: str = "auto",
+    phase: Phase = silent,
+) -> Reading:
+    """Reads ids [1, T] and repeats them after lead [1, n] where `repeats` says so, for all the methods of the table."""
+    cache = KeepCache(model, seed=seed, column_mass=any(method.column_mass for method in table), auto=False)
+    phase(f"reading {ids.shape[1]:,} tokens")
+    start = time.perf_counter()
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    middle, repeated = time.perf_counter(), repeats(reference, model, table, ids.shape[1])
+    if repeated:
+        cache.rehearse(model, ids, lead, progress=phase("repeating the text"))
+    return Reading(cache, middle - start, time.perf_counter() - middle, repeated)
+
+
+def repeats(reference: str, model: PreTrainedModel, table: Sequence[Method], tokens: int) -> bool:
+    """Whether to rehearse a text of so many tokens: a method can use it, and it is wanted or ("auto") within trained length."""
+    if reference == "context" or not any(method.recall for method in table):
+        return False
+    trained = trained_length(model)
+    return reference == "recall" or trained is None or tokens + _REPEAT_ROOM <= trained
