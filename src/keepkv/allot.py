@@ -21,7 +21,7 @@ def cosine_layers(scores: Tensor, total: int, last: float = 0.8) -> list[list[in
     return _split(_shares([share for share in fall for _ in range(heads)], total, tokens), heads)
 
 
-def everywhere(scores: Tensor, total: int, floor: float = 0.3) -> list[list[int]]:
+def everywhere(scores: Tensor, total: int, floor: float = 0.7) -> list[list[int]]:
     """Global over layers and heads: each head first gets its best floor × average, the rest goes to the best anywhere.
 
     DESIGN section 5; AdaKV (arXiv 2407.11550) is the same within one layer.
@@ -37,9 +37,31 @@ def everywhere(scores: Tensor, total: int, floor: float = 0.3) -> list[list[int]
     return _split(counts, heads)
 
 
-def _shares(weights: list[float], total: int, most: int) -> list[int]:
-    """Integers proportional to weights, at most `most` each, summing to total; the earlier heads take the remainder."""
-    counts = [min(most, int(total * weight / sum(weights))) for weight in weights]
+def by_need(
+    counts: list[list[int]], tried: list[list[int]], errors: list[list[float]], tokens: int, pinned: int, floor: float = 0.3
+) -> list[list[int]]:
+    """Counts × sqrt(e / n), as many in all: e [L][H] is what each head still lost of its output with n = tried slots.
+
+    If the loss falls as 1 / n, a slot more is worth e / n, and slots in proportion to n sqrt(e / n) make it worth the same
+    everywhere. No head gets less than the floor × average, or than the `pinned` tokens that must stay.
+    """
+    need = [
+        [count * math.sqrt(max(error, 1e-9) / max(n, 1)) for count, n, error in zip(*heads, strict=True)]
+        for heads in zip(counts, tried, errors, strict=True)
+    ]
+    flat, total = [weight for heads in need for weight in heads], sum(map(sum, counts))
+    least = max(pinned, int(floor * total / len(flat)))
+    return _split(_shares(flat, total, tokens, least), len(counts[0]))
+
+
+def _shares(weights: list[float], total: int, most: int, least: int = 0) -> list[int]:
+    """Integers proportional to weights, from least to most each, summing to total; the earlier heads take the remainder."""
+    low, high = 0.0, most / max(min(weights), 1e-12)
+    for _ in range(100):  # the factor that makes them sum to the total, or a little less
+        factor = (low + high) / 2
+        counts = [min(most, max(least, int(factor * weight))) for weight in weights]
+        low, high = (factor, high) if sum(counts) <= total else (low, factor)
+    counts = [min(most, max(least, int(low * weight))) for weight in weights]
     left, order = total - sum(counts), 0
     while left > 0:
         if counts[order % len(counts)] < most:

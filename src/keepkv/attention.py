@@ -48,14 +48,14 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
     return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
 
 
-def attend_watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Part, Tensor]:
-    """Attention of query [H, R, d], scaled, over keys [H, T, d], all visible, and each token's rms share of it, [H, T].
+def attend_watched(query: Tensor, keys: Tensor, values: Tensor, answered: int) -> tuple[Part, Tensor]:
+    """Attention of the first `answered` of query [H, R, d], scaled, over keys [H, T, d], all visible, in float32 or better.
 
-    Float32 or better, in tiles.
+    And what all R rows together pay each token: the root mean square over rows of its softmax share, [H, T].
     """
     (heads, rows, _), tokens = query.shape, keys.shape[1]
-    output, log_mass = query.new_empty(heads, rows, values.shape[2]), query.new_empty(heads, rows)
-    got = query.new_zeros(heads, tokens)
+    output, log_mass = query.new_empty(heads, answered, values.shape[2]), query.new_empty(heads, rows)
+    paid = query.new_zeros(heads, tokens)
     step = min(rows, max(1, (1 << 21) // tokens))  # a tile that stays in a CPU's cache
     tile = query.new_empty(step, tokens)
     for head in range(heads):
@@ -66,9 +66,10 @@ def attend_watched(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Part, T
             total = share.sub_(top[:, None]).exp_().sum(-1)
             share.mul_(total.reciprocal()[:, None])
             log_mass[head, lo : lo + step] = top + total.log()
-            torch.mm(share, values[head], out=output[head, lo : lo + step])
-            got[head] += share.square_().sum(0)
-    return (output, log_mass), (got / rows).sqrt_()
+            if lo < answered:
+                torch.mm(share[: answered - lo], values[head], out=output[head, lo : lo + step])
+            paid[head] += share.square_().sum(0)
+    return (output, log_mass[:, :answered]), (paid / rows).sqrt_()
 
 
 def join(first: Part, second: Part) -> Part:

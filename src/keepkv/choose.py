@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from keepkv import solve
 from keepkv.types import Observation
@@ -36,29 +35,29 @@ def top(observation: Observation, scores: Tensor, counts: Sequence[int]) -> list
     return [best(*head) for head in zip(scores, counts, strict=True)]
 
 
-def eliminate(
-    observation: Observation, scores: Tensor, counts: Sequence[int], spare: int = 64, rounds: int = 3
-) -> list[Tensor]:
-    """Per KV head, from half as many candidates again as slots (at least 64 more), those whose part nobody else can play.
+MANY = 512  # slots of a head from which on the best are good enough
 
-    Votes w are fitted to all candidates over the reference rows; those that then carry least, w_j × rms share_j ×
-    ||v_j - mean v||, are dropped, and the votes are fitted again, three times over.
+
+def eliminate(
+    observation: Observation, scores: Tensor, counts: Sequence[int], spare: int = 64, rounds: int = 3, strength: float = 1e-4
+) -> list[Tensor]:
+    """Per KV head, from `spare` more candidates than slots, those whose part nobody else can play (`solve.eliminate`).
+
+    What is to be reached is the output and, as one more column of the same size, the mass of every reference row.
+    Heads of more than 512 slots keep their best: hardly worse, and no matrix grows with the length of the text.
     Tokens with a score of +inf stay. scores [H, T].
     """
     assert observation.reference is not None, "the method table names a reference"
     chosen = []
     for head, count in enumerate(counts):
-        tokens = best(scores[head], min(observation.tokens, count + max(count // 2, spare)))
+        tokens = best(scores[head], min(observation.tokens, count + (spare if count <= MANY else 0)))
         if len(tokens) > count:
-            values = observation.values[head].float()
             rows = observation.reference.rows(head)
-            gram, target = solve.normal(rows.share(observation.keys[head].float(), tokens), rows.recall[tokens])
-            weight = gram.diagonal().sqrt() * vector_norm(values[tokens] - values.mean(0), dim=-1)
-            weight[scores[head, tokens].isposinf()] = torch.inf
-            stay = torch.arange(len(tokens), device=tokens.device)
-            for left in range(rounds - 1, -1, -1):
-                carried = solve.votes(gram[stay][:, stay], target[stay], steps=50) * weight[stay]
-                stay = stay[best(carried, count + (len(tokens) - count) * left // rounds)]
-            tokens = tokens[stay]
+            loud = rows.outputs.square().sum(1).mean().sqrt()
+            wanted = torch.cat([rows.outputs, loud.expand(len(rows.outputs), 1)], 1)
+            gram, target = solve.normal(rows.share(observation.keys[head].float(), tokens), rows.recall[tokens], wanted)
+            own = torch.cat([observation.values[head].float()[tokens], loud.expand(len(tokens), 1)], 1)
+            target += len(wanted) * rows.recall[tokens, None].square() * own
+            tokens = tokens[solve.eliminate(gram, target, scores[head, tokens].isposinf(), count, rounds, strength)]
         chosen.append(tokens)
     return chosen

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
+from keepkv import allot
 from keepkv.choose import protect
 from keepkv.errors import BudgetError
 from keepkv.merge import Merged
 from keepkv.methods import Method
 from keepkv.types import Observation, Plan, Slots
 
-Progress = Callable[[int, int], None]  # called with (steps done, steps in all), three per layer
+Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,54 @@ def compress(
 
     Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
-    steps = 3 * len(observations)
+    steps = iter(range(1, len(observations) * (3 if method.trial else 2) + 1))
+
+    def step() -> None:
+        progress(next(steps), len(observations) * (3 if method.trial else 2))
+
     seen, scores = [], []
-    for layer, observation in enumerate(observations):
+    for observation in observations:
         if method.reference:
             observation = replace(observation, reference=method.reference(observation))
         seen.append(observation)
         scores.append(method.score(observation))
-        progress(layer + 1, steps)
+        step()
+    layered = torch.stack(scores)
+    if (keep := seen[0].keep) is not None:
+        layered = layered.masked_fill(keep, torch.inf)
+    pinned = 0 if keep is None else int(keep.sum())
 
-    average = total / sum(observation.heads for observation in seen)
-    guarded = protect(torch.stack(scores), average, method.sinks, method.recent)
-    if (keep := observations[0].keep) is not None:
-        guarded = guarded.masked_fill(keep, torch.inf)
-    counts = method.allot(guarded, total)
-    if keep is not None and int(keep.sum()) > min(map(min, counts)):
-        raise BudgetError(f"{int(keep.sum())} tokens must stay in every head, but some head gets {min(map(min, counts))} slots")
-    chosen = []
+    guarded, counts = _allotted(layered, method, total)
+    if pinned > (fewest := min(map(min, counts))):
+        raise BudgetError(f"{pinned} tokens must stay in every head, but some head gets {fewest} slots")
+    if method.trial:
+        heads = sum(map(len, counts))
+        tried_scores, tried = _allotted(layered, method, min(total, (method.trial + pinned) * heads))
+        errors = []
+        for observation, score, slots in zip(seen, tried_scores, tried, strict=True):
+            errors.append([head.error for head in method.merge(observation, method.choose(observation, score, slots))])
+            step()
+        counts = allot.by_need(counts, tried, errors, seen[0].tokens, pinned)
+
+    kept: list[tuple[Tensor, ...]] = []
+    merged: list[tuple[Merged, ...]] = []
+    parts: list[Slots] = []
     for layer, observation in enumerate(seen):
-        chosen.append(tuple(method.choose(observation, guarded[layer], counts[layer])))
-        progress(len(seen) + layer + 1, steps)
-    plan = Plan(tuple(chosen))
-
-    merged, slots = [], []
-    for layer, (observation, kept) in enumerate(zip(seen, plan.kept, strict=True)):
-        merged.append(tuple(method.merge(observation, kept)))
-        slots.append(_flat(observation, kept, merged[-1]))
+        kept.append(tuple(method.choose(observation, guarded[layer], counts[layer])))
+        merged.append(tuple(method.merge(observation, kept[-1])))
+        parts.append(_flat(observation, kept[-1], merged[-1]))
         seen[layer] = observations[layer]  # its reference is not needed any more
-        progress(2 * len(seen) + layer + 1, steps)
-    return Compressed(plan, tuple(slots), tuple(merged))
+        step()
+    return Compressed(Plan(tuple(kept)), tuple(parts), tuple(merged))
 
 
-def _flat(observation: Observation, kept: Sequence[torch.Tensor], merged: Sequence[Merged]) -> Slots:
+def _allotted(scores: Tensor, method: Method, total: int) -> tuple[Tensor, list[list[int]]]:
+    """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head."""
+    guarded = protect(scores, total / (scores.shape[0] * scores.shape[1]), method.sinks, method.recent)
+    return guarded, method.allot(guarded, total)
+
+
+def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged]) -> Slots:
     return Slots(
         keys=torch.cat([head.keys for head in merged]).to(observation.keys.dtype),
         values=torch.cat([head.values for head in merged]).to(observation.values.dtype),

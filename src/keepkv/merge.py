@@ -22,7 +22,7 @@ class Merged(NamedTuple):
     values: Tensor
     bias: Tensor
     fallbacks: int = 0
-    error: float = 0.0  # share of the output that is lost, on held-out reference rows; 0 where nothing is held out
+    error: float = 0.0  # share of the output lost on held-out reference rows and on recall rows; 0 where nothing is held out
     mass_error: float = 0.0  # rms error of the slots' mass there, as a share of the true mass
     evict_error: float = 0.0  # error, had the head been evicted
 
@@ -124,6 +124,7 @@ class _Sets:
 # --- merging by fitting: keys stay in place, votes and values answer for what was dropped ---
 
 HOLD_OUT = 8  # every 8th reference row judges the fit instead of making it
+BLOCK = 512  # slots fitted at once
 
 
 def fit(
@@ -134,32 +135,58 @@ def fit(
     A_qj = exp(q·k_j - ln Z_q) on the kept keys. Votes: w >= 0 minimising ||A w - 1||²; bias = ln w.
     Values: V + Δ minimising sum_q m_q² ||o_q - Y_q||² + λ||w Δ||², where m = A w is the mass of the slots, o their output and
     Y the exact one: rows that the slots hardly answer do not count. Both need one matrix, AᵀA.
+    More than 512 slots are fitted in blocks along the text, each to what those before it left over (one sweep of block
+    coordinate descent), so that the cost grows with their number and not with its square.
     Recall rows, each asking for one slot alone, count by their rms share: they pull votes to 1 and values to their own.
     Slots of tokens that are verbatim, bool [T], are not touched: the others are fitted around them.
     Every 8th row is held out: where the fit answers them worse than eviction does, the head is evicted instead.
     """
     if len(kept) == len(keys):
         return evict(keys, values, kept)
-    share, held = rows.share(keys, kept), torch.arange(len(rows.queries), device=keys.device) % HOLD_OUT == HOLD_OUT - 1
+    held = torch.arange(len(rows.queries), device=keys.device) % HOLD_OUT == HOLD_OUT - 1
     free = torch.ones_like(kept, dtype=torch.bool) if verbatim is None else ~verbatim[kept]
     if not held.any() or not free.any():
         return evict(keys, values, kept)
-    old = values[kept]
-    train, outputs = share[~held], rows.outputs[~held]
-    gram, target = solve.normal(train, rows.recall[kept])
-    votes = solve.votes(gram, target, free)
-    rest = train.T @ ((train @ votes)[:, None] * outputs - train @ (votes[:, None] * old))
-    rest += (target - train.sum(0))[:, None] * (1 - votes)[:, None] * old  # who asks for one slot alone wants its own value
-    scaled = (votes[:, None] * gram * votes)[free][:, free]
-    fitted = old.clone()
-    fitted[free] += solve.ridge(scaled, (votes[:, None] * rest)[free], strength)
-    judge, truth = share[held], rows.outputs[held]
-    found = Merged(keys[kept], fitted, votes.log(), 0, *_lost(judge, votes, fitted, truth))
-    evicted = evict(keys, values, kept)
-    evict_error, evict_mass_error = _lost(judge, torch.ones_like(votes), old, truth)
-    if not found.error < evict_error:  # a NaN is a loss too
-        return evicted._replace(fallbacks=1, error=evict_error, mass_error=evict_mass_error, evict_error=evict_error)
-    return found._replace(evict_error=evict_error)
+    judge, train = rows.take(held), rows.take(~held)
+    votes, fitted = _fitted(train.share(keys, kept), values[kept], train.outputs, rows.recall[kept], free, strength)
+    share = judge.share(keys, kept)
+    unasked = float(rows.recall.square().sum() - rows.recall[kept].square().sum())  # what dropped tokens were asked for
+    error, mass_error = _lost(share, votes, fitted, judge.outputs)
+    evict_error, evict_mass_error = _lost(share, torch.ones_like(votes), values[kept], judge.outputs)
+    if error < evict_error:  # not if it is NaN
+        return Merged(keys[kept], fitted, votes.log(), 0, error + unasked, mass_error, evict_error + unasked)
+    evict_error += unasked
+    return evict(keys, values, kept)._replace(
+        fallbacks=1, error=evict_error, mass_error=evict_mass_error, evict_error=evict_error
+    )
+
+
+def _fitted(
+    share: Tensor, values: Tensor, outputs: Tensor, recall: Tensor, free: Tensor, strength: float
+) -> tuple[Tensor, Tensor]:
+    """Votes [n] and values [n, d_v] from shares [R, n] and exact outputs [R, d_v], block by block; see `fit`."""
+    votes, fitted, mass = values.new_ones(len(values)), values.clone(), share.sum(1)
+    alone = len(share) * recall.square()
+    blocks = torch.arange(len(values), device=values.device).tensor_split(-(-len(values) // BLOCK))
+    ranges = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]
+    grams = []
+    for block in ranges:
+        part = share[:, block]
+        wanted = 1 - mass + part.sum(1)  # what the other slots leave over
+        gram, target = solve.normal(part, recall[block], wanted)
+        votes[block] = solve.votes(gram, (target + alone[block]).clamp(min=0), free[block])
+        mass += part @ (votes[block] - 1)
+        grams.append(gram)
+    rest = mass[:, None] * outputs - share @ (votes[:, None] * values)
+    for block, gram in zip(ranges, grams, strict=True):
+        part, vote, some = share[:, block], votes[block, None], free[block]
+        target = part.T @ rest + alone[block, None] * (1 - vote) * values[block]  # who asks for one slot wants its own value
+        scaled = (vote * gram * vote.T)[some][:, some]
+        change = torch.zeros_like(target)
+        change[some] = solve.ridge(scaled, (vote * target)[some], strength)
+        fitted[block] += change
+        rest -= part @ (vote * change)
+    return votes, fitted
 
 
 def _lost(share: Tensor, votes: Tensor, values: Tensor, outputs: Tensor) -> tuple[float, float]:

@@ -32,6 +32,7 @@ class Method:
     column_mass: bool = False  # all queries' attention must be summed while reading
     recall: bool = False  # can use what a repetition of the text asks for
     judged: bool = False  # measures its own error on held-out queries
+    trial: int = 0  # slots per head of a first compression whose errors, if judged, correct the budgets
     keeps_all: bool = False  # whatever the budget
 
 
@@ -91,7 +92,7 @@ METHODS = {
             "keepkv", "keys in place, votes and values fitted on future queries, global budgets (default)",
             "KeepKV, arXiv 2504.09936; Attention Matching, arXiv 2602.16284",
             score.output_change, allot.everywhere, recent=0, choose=choose.eliminate, merge=_fit,
-            reference=reference.context, recall=True, judged=True,
+            reference=reference.context, recall=True, judged=True, trial=32,
         ),
     )
 }  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,8 @@ from keepkv.rope import rotate
 from keepkv.types import Observation, Reference
 
 FUTURE = 512  # context queries are asked again from the next FUTURE positions
-PER_POSITION = 2  # of a position's query heads of one group, that many are asked again
+ASKED = 3  # of a position's query heads of one group, that many are asked again
+ANSWERED = 1  # and of that many the outputs are computed, to fit to
 RECALL = 1.0  # how often a token is asked for by itself, against one reference row
 WINDOW = 64  # the newest queries are also asked from where they stood
 
@@ -21,26 +20,30 @@ def context(observation: Observation) -> Reference:
     """The context's own queries, asked again from after it, and the newest ones as they were asked (DESIGN section 5).
 
     Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512) and sees all tokens;
-    of the G heads of a group two are taken at each position, in turn.
+    of the G heads of a group one is taken at each position, in turn, and two more that count for the rms share alone.
     Window rows: the last 64 queries, all heads, where they stood, under the causal mask: what comes next resembles them, so
-    that a token's rms share is that over all rows or that over these alone, whichever is larger.
+    that a token's rms share is that over the future rows or that over these, whichever is larger.
     Recall, if the text was repeated: one token in T is what a query wants, with the largest share it got: share² RECALL / T.
     Deterministic in (seed, layer).
     """
-    asked, scale, tokens = observation.query_positions, observation.scale, observation.tokens
+    asked, tokens = observation.query_positions, observation.tokens
     group, count = observation.queries.shape[1:3]
     row = torch.arange(count, device=asked.device)
-    heads = [(row + turn) % group for turn in range(min(group, PER_POSITION))]
+    heads = [(row + turn) % group for turn in range(min(group, ASKED))]
     taken = torch.stack([observation.queries[:, head, row] for head in heads], dim=1).float()
     target = tokens + torch.randint(FUTURE, asked.shape, generator=observation.generator)
-    queries = rotate(taken, target.to(asked.device) - asked, observation.inv_freq).flatten(1, 2) * scale
-    future = attend_all(queries, observation.keys.float(), observation.values.float())
+    queries = rotate(taken, target.to(asked.device) - asked, observation.inv_freq).flatten(1, 2) * observation.scale
+    future = attend_all(queries, observation.keys.float(), observation.values.float(), ANSWERED * count)
     newest = window(observation, WINDOW)
-    rows = join(future, newest)
-    rows = replace(rows, rms_share=torch.maximum(rows.rms_share, newest.rms_share))
-    if observation.recall is None:
-        return rows
-    return replace(rows, recall=observation.recall * (RECALL / tokens) ** 0.5)
+    recall = observation.recall
+    return Reference(
+        torch.cat([future.queries, newest.queries], 1),
+        torch.cat([future.visible, newest.visible]),
+        torch.cat([future.log_z, newest.log_z], 1),
+        torch.cat([future.outputs, newest.outputs], 1),
+        torch.maximum(future.rms_share, newest.rms_share),
+        future.recall if recall is None else recall * (RECALL / tokens) ** 0.5,
+    )
 
 
 def window(observation: Observation, size: int) -> Reference:
@@ -63,22 +66,12 @@ def window_logits(observation: Observation, window: int) -> Tensor:
     return logits.masked_fill(token > asked[:, None], -torch.inf)
 
 
-def attend_all(queries: Tensor, keys: Tensor, values: Tensor) -> Reference:
-    """Exact attention of queries [H, R, d] (scaled) over all of keys [H, T, d], values [H, T, d_v]."""
-    (outputs, log_z), rms_share = attend_watched(queries, keys, values)
-    visible = torch.full((queries.shape[1],), keys.shape[1], device=queries.device)
-    return Reference(queries, visible, log_z, outputs, rms_share, torch.zeros_like(rms_share))
+def attend_all(queries: Tensor, keys: Tensor, values: Tensor, answered: int | None = None) -> Reference:
+    """Exact attention of queries [H, R, d] (scaled) over all of keys [H, T, d], values [H, T, d_v].
 
-
-def join(first: Reference, second: Reference) -> Reference:
-    """The rows of both."""
-    rows = [len(part.visible) for part in (first, second)]
-    square = rows[0] * first.rms_share.square() + rows[1] * second.rms_share.square()
-    return Reference(
-        torch.cat([first.queries, second.queries], 1),
-        torch.cat([first.visible, second.visible]),
-        torch.cat([first.log_z, second.log_z], 1),
-        torch.cat([first.outputs, second.outputs], 1),
-        (square / sum(rows)).sqrt(),
-        torch.maximum(first.recall, second.recall),
-    )
+    answered: only so many rows, the first, are in the result; the others count in the rms share.
+    """
+    rows = queries.shape[1] if answered is None else answered
+    (outputs, log_z), rms_share = attend_watched(queries, keys, values, rows)
+    visible = torch.full((rows,), keys.shape[1], device=queries.device)
+    return Reference(queries[:, :rows], visible, log_z, outputs, rms_share, torch.zeros_like(rms_share))

@@ -21,7 +21,7 @@ class Reference:
 
     queries [H, R, d], R rows, scaled, so that logits are queries @ keys.T; visible [R] int64, how many of the tokens, from
     the first, each row sees; log_z [H, R], the log of the softmax denominator; outputs [H, R, d_v]; rms_share [H, T], the
-    root mean square over rows (all, or a part of them) of each token's softmax share; recall [H, T], the same for queries
+    root mean square of each token's softmax share, over these rows and more; recall [H, T], the same for queries
     that ask for one token each, word for word, and are not among the rows: 0 where the text was not repeated.
     """
 
@@ -45,6 +45,10 @@ class Rows(NamedTuple):
     log_z: Tensor
     outputs: Tensor
     recall: Tensor
+
+    def take(self, which: Tensor) -> Rows:
+        """The rows for which bool [R] is true."""
+        return Rows(self.queries[which], self.visible[which], self.log_z[which], self.outputs[which], self.recall)
 
     def share(self, keys: Tensor, tokens: Tensor) -> Tensor:
         """The exact softmax share that every row gives to the tokens, [R, n]. keys [T, d] of all tokens, float32."""
