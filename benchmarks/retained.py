@@ -4,6 +4,8 @@
 
 TEXT is prose to hide things in. Only what the full cache answers counts: retained = sum of min(score, full's score) / sum of
 full's scores, with a bootstrap interval over samples; loss: how much less likely the right answer became, in nats per token.
+--by choice (default): right if the right answer is likelier, per token, than each of three wrong ones, so that small models
+can do the tasks; --by answer: the model writes, and what it wrote is scored.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from keepkv.reading import REPEAT, Prompt, read
 
 @torch.inference_mode()
 def answers(
-    model: Any, tokenizer: Any, sample: tasks.Sample, methods: list[str], budgets: list[str], reference: str
+    model: Any, tokenizer: Any, sample: tasks.Sample, methods: list[str], budgets: list[str], reference: str, by: str
 ) -> list[dict[str, Any]]:
     """One record per question and variant; every variant starts from the same reading."""
     prompt = Prompt(tokenizer, sample.text)
@@ -44,12 +46,16 @@ def answers(
         report = cache.report()
         for number, question in enumerate(sample.questions):
             asked = prompt.question(question.ask)
-            right = tokenizer(question.expected, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            text = greedy(model, tokenizer, cache.fork(), ids, asked, question.ask, 20 + int(1.5 * right.shape[1])).answer
+            chances = [_loglik(model, tokenizer, cache, asked, text) for text in (question.expected, *question.wrong)]
+            if by == "choice":
+                text, score = "", float(chances[0] > max(chances[1:]))
+            else:
+                text = greedy(model, tokenizer, cache.fork(), ids, asked, question.ask, 64).answer
+                score = question.score(text)
             records.append(
                 {
-                    "method": method, "budget": budget, "question": number, "score": question.score(text),
-                    "loglik": _loglik(model, cache.fork(), asked, right), "answer": text, "expected": question.expected,
+                    "method": method, "budget": budget, "question": number, "score": score,
+                    "loglik": chances[0], "answer": text, "expected": question.expected,
                     "tokens": ids.shape[1], "kv_bytes": report.kv_bytes, "prefill": once.seconds,
                     "rehearsal": once.repeat_seconds,
                     "compress": report.compress_seconds, "error": report.error, "fallbacks": report.fallbacks,
@@ -58,10 +64,12 @@ def answers(
     return records
 
 
-def _loglik(model: Any, cache: KeepCache, asked: Tensor, right: Tensor) -> float:
-    """Mean log-probability per token of the right answer after the question."""
-    logits = model(torch.cat([asked, right], 1), past_key_values=cache, logits_to_keep=right.shape[1] + 1).logits[0, :-1]
-    return float(logits.float().log_softmax(-1).gather(1, right[0, :, None]).mean())
+def _loglik(model: Any, tokenizer: Any, cache: KeepCache, asked: Tensor, text: str) -> float:
+    """Mean log-probability per token of an answer after the question."""
+    answer = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    fed = torch.cat([asked, answer], 1)
+    logits = model(fed, past_key_values=cache.fork(), logits_to_keep=answer.shape[1] + 1).logits[0, :-1]
+    return float(logits.float().log_softmax(-1).gather(1, answer[0, :, None]).mean())
 
 
 def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -99,6 +107,7 @@ def main() -> None:
     parser.add_argument("--methods", default="keepkv")
     parser.add_argument("--budgets", default="10%,5%,2%")
     parser.add_argument("--reference", choices=["context", "recall"], default="recall")
+    parser.add_argument("--by", choices=["choice", "answer"], default="choice")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--words", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
@@ -120,7 +129,7 @@ def main() -> None:
         sample = (
             tasks.passages(rng, paragraphs, args.words) if name == "passages" else tasks.TASKS[name](rng, haystack, args.words)
         )
-        got = answers(model, tokenizer, sample, args.methods.split(","), args.budgets.split(","), args.reference)
+        got = answers(model, tokenizer, sample, args.methods.split(","), args.budgets.split(","), args.reference, args.by)
         fresh = [{"task": name, "sample": number, **record} for record in got]
         records += fresh
         if args.output:

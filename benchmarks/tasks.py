@@ -12,18 +12,19 @@ import re
 import string
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, the right answer in words, and the score of an answer in [0, 1]."""
+    """What is asked, the right answer in words, the score of an answer in [0, 1], and wrong answers to choose among."""
 
     ask: str
     expected: str
     score: Callable[[str], float]
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,12 @@ def _needles(rng: random.Random, haystack: list[str], words: int, count: int) ->
     cities = rng.sample(CITIES, count)
     numbers = [str(rng.randrange(10**6, 10**7)) for _ in cities]
     lines = [f"One of the special magic numbers for {c} is: {n}." for c, n in zip(cities, numbers, strict=True)]
+    others = [*numbers, *(str(rng.randrange(10**6, 10**7)) for _ in range(4 - count))]
     questions = [
         Question(
             f"What is the special magic number for {city} mentioned in the text above? Answer with the number.",
             f"The special magic number for {city} is {number}", _contains(number),
+            tuple(f"The special magic number for {city} is {other}" for other in others if other != number),
         )
         for city, number in zip(cities, numbers, strict=True)
     ]  # fmt: skip
@@ -102,10 +105,14 @@ def pairs(rng: random.Random, haystack: list[str], words: int) -> Sample:
     """UUID keys and values in one JSON object; four values asked (key-value retrieval)."""
     table = [(_uuid(rng), _uuid(rng)) for _ in range(max(4, words // 150))]
     body = ",\n".join(f' "{key}": "{value}"' for key, value in table)
+    asked = rng.sample(table, 4)
     questions = [
-        Question(f'What is the value of the key "{key}"?', f'"{value}"', _contains(value))
-        for key, value in rng.sample(table, 4)
-    ]
+        Question(
+            f'What is the value of the key "{key}"?', f'"{value}"', _contains(value),
+            tuple(f'"{other}"' for _, other in asked if other != value),
+        )
+        for key, value in asked
+    ]  # fmt: skip
     return Sample(f"JSON data:\n{{{body}}}", tuple(questions))
 
 
@@ -126,7 +133,9 @@ def common(rng: random.Random, haystack: list[str], words: int) -> Sample:
         return sum(word in answer.lower() for word in often) / len(often)
 
     ask = "Which four words appear most often in the list above? Answer with the four words."
-    return Sample(text, (Question(ask, ", ".join(often), score),))
+    less = rng.sample(sorted(set(listed) - set(often)), 6)
+    wrong = tuple(", ".join([*often[: 4 - swapped], *less[:swapped]]) for swapped in (1, 2, 4))
+    return Sample(text, (Question(ask, ", ".join(often), score, wrong),))
 
 
 def variables(rng: random.Random, haystack: list[str], words: int) -> Sample:
@@ -143,7 +152,9 @@ def variables(rng: random.Random, haystack: list[str], words: int) -> Sample:
         return sum(name in answer for name in names) / len(names)
 
     ask = f"Find all variables that are assigned the value {value} in the text above. Answer with their names."
-    return Sample(" ".join(lines), (Question(ask, ", ".join(names), score),))
+    strange = ["".join(rng.choices(string.ascii_uppercase, k=4)) for _ in range(3)]
+    wrong = tuple(", ".join([*names[: 3 - swapped], *strange[:swapped]]) for swapped in (1, 2, 3))
+    return Sample(" ".join(lines), (Question(ask, ", ".join(names), score, wrong),))
 
 
 def record(rng: random.Random, haystack: list[str], words: int) -> Sample:
@@ -165,7 +176,13 @@ def record(rng: random.Random, haystack: list[str], words: int) -> Sample:
         'the keys "name", "job", "town" and "born". '
         'For example: {"name": "Rosa", "job": "clerk", "town": "Bonn", "born": "1950"}'
     )
-    return Sample(_hide(rng, _stretch(rng, haystack, words), [fact]), (Question(ask, json.dumps(fields), score),))
+    swaps: tuple[tuple[str, list[str]], ...] = (
+        ("job", TRADES),
+        ("town", CITIES),
+        ("born", [str(y) for y in range(1900, 2000)]),
+    )
+    wrong = tuple(json.dumps({**fields, key: rng.choice([x for x in pool if x != fields[key]])}) for key, pool in swaps)
+    return Sample(_hide(rng, _stretch(rng, haystack, words), [fact]), (Question(ask, json.dumps(fields), score, wrong),))
 
 
 def instructions(rng: random.Random, haystack: list[str], words: int) -> Sample:
@@ -182,7 +199,12 @@ def instructions(rng: random.Random, haystack: list[str], words: int) -> Sample:
 
     text = f"{rules}\n\n{' '.join(_stretch(rng, haystack, words))}"
     ask = "Obey the rules given at the beginning and write one short sentence about the text."
-    return Sample(text, (Question(ask, f"{start}: The text is about a {word}. {end}", score),))
+    other = [rng.choice([x for x in pool if x != taken]) for pool, taken in ((NAMES, start), (WORDS, word), (CITIES, end))]
+    wrong = (
+        f"{other[0]}: The text is about a {word}. {end}", f"{start}: The text is about a {other[1]}. {end}",
+        f"{start}: The text is about a {word}. {other[2]}",
+    )  # fmt: skip
+    return Sample(text, (Question(ask, f"{start}: The text is about a {word}. {end}", score, wrong),))
 
 
 def articles(file: Path) -> Iterator[tuple[str, list[Question]]]:
@@ -205,7 +227,12 @@ def passages(rng: random.Random, paragraphs: list[tuple[str, list[Question]]], w
         if count >= words:
             break
     questions = [question for _, asked in chosen for question in asked]
-    return Sample("\n\n".join(text for text, _ in chosen), tuple(rng.sample(questions, min(6, len(questions)))))
+    answers = sorted({question.expected for question in questions})
+    drawn = []
+    for question in rng.sample(questions, min(6, len(questions))):
+        others = [answer for answer in answers if not question.score(answer)]
+        drawn.append(replace(question, wrong=tuple(rng.sample(others, min(3, len(others))))))
+    return Sample("\n\n".join(text for text, _ in chosen), tuple(drawn))
 
 
 TASKS: dict[str, Callable[[random.Random, list[str], int], Sample]] = {

@@ -387,6 +387,20 @@ def test_spans_stay_in_every_head(method: str) -> None:
                 assert layer.slots.bias[at].eq(0).all()
 
 
+@pytest.mark.parametrize("budget", [0.3, 0.21])  # of 300 tokens, 60 of which must stay
+def test_more_tokens_than_a_trial_holds_can_stay(budget: float) -> None:
+    model, ids = make_model("llama", torch.float32), tokens(1, 300)
+    cache = KeepCache(model, budget, auto=False)
+    model(ids, past_key_values=cache)
+    cache.compress(keep=[(100, 160)])
+    slots = sum(sum(layer.slots.counts) for layer in cache.keep_layers)
+    assert slots == int(budget * 300) * sum(layer.heads for layer in cache.keep_layers)
+    for layer in cache.keep_layers:
+        for head in range(layer.heads):
+            lo, hi = layer.slots.offsets[head : head + 2]
+            assert set(range(100, 160)) <= set(layer.slots.positions[lo:hi].tolist())
+
+
 def test_spans_that_do_not_fit_or_name_no_row_are_refused() -> None:
     model = make_model("llama", torch.float32)
     cache = KeepCache(model, 0.1, auto=False)

@@ -180,6 +180,44 @@ def test_near_duplicate_keys_do_not_blow_up_the_fit() -> None:
     assert merged.values.abs().max() < 10 * values.abs().max()
 
 
+def test_what_dropped_tokens_were_asked_for_counts_as_lost() -> None:
+    keys, values = clustered(2, 300)
+    rows, kept = attend_all(randn(600, 16, seed=7)[None], keys[None], values[None]).rows(0), torch.arange(0, 300, 10)
+    asked = torch.zeros(300, dtype=torch.float64)
+    asked[[3, 10]] = torch.tensor([0.5, 0.7], dtype=torch.float64)
+    with_recall = merge.fit(keys, values, kept, rows._replace(recall=asked))
+    assert with_recall.evict_error == pytest.approx(merge.fit(keys, values, kept, rows).evict_error + 0.5**2)  # 10 is kept
+    assert with_recall.error > 0.25
+
+
+def test_a_fit_in_blocks_is_nearly_the_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alike tokens far apart, so that blocks share what they answer for; and exactly the same where they share nothing."""
+    keys, values = clustered(4, 400)
+    kept, queries, fresh = torch.arange(0, 400, 4), randn(900, 16, seed=9), randn(200, 16, seed=79)
+    whole = attention_error(fitted(keys, values, kept, queries), keys, values, fresh)
+    evicted = attention_error(merge.evict(keys, values, kept), keys, values, fresh)
+    monkeypatch.setattr(merge, "BLOCK", 25)
+    assert attention_error(fitted(keys, values, kept, queries), keys, values, fresh) < whole + 0.2 * (evicted - whole)
+
+    side = torch.arange(400) >= 200  # two halves of the text that no query asks for together
+    keys[:, 0], queries[:, 0] = torch.where(side, -60.0, 60.0), torch.where(torch.arange(900) % 2 == 0, -1.0, 1.0)
+    monkeypatch.setattr(merge, "BLOCK", 50)
+    apart = fitted(keys, values, kept, queries)
+    monkeypatch.setattr(merge, "BLOCK", 100)
+    together = fitted(keys, values, kept, queries)
+    torch.testing.assert_close(apart.bias, together.bias)
+    assert attention_error(apart, keys, values, fresh) == pytest.approx(attention_error(together, keys, values, fresh), rel=0.1)
+
+
+def test_rows_that_are_only_counted_do_not_change_the_answered_ones() -> None:
+    queries, keys, values = randn(2, 900, 8), randn(2, 5000, 8, seed=1), randn(2, 5000, 5, seed=2)
+    whole, part = attend_all(queries, keys, values), attend_all(queries, keys, values, answered=100)
+    torch.testing.assert_close(part.outputs, whole.outputs[:, :100])
+    torch.testing.assert_close(part.log_z, whole.log_z[:, :100])
+    assert torch.equal(part.rms_share, whole.rms_share)
+    assert len(part.visible) == part.queries.shape[1] == 100
+
+
 def test_attend_all_is_exact_attention() -> None:
     queries, keys, values = randn(2, 900, 8), randn(2, 5000, 8, seed=1), randn(2, 5000, 5, seed=2)  # three tiles
     reference = attend_all(queries, keys, values)

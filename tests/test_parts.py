@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import make_model, tokens
-from keepkv import allot, choose, hosts, merge, score
+from keepkv import allot, choose, hosts, merge, score, solve
 from keepkv.budget import Budget
 from keepkv.errors import BudgetError, InputError, MethodError
 from keepkv.methods import METHODS, get
 from keepkv.observe import WINDOW, Bank, Watch
-from keepkv.reference import attend_all
+from keepkv.reference import attend_all, context
 from keepkv.rope import rotate
 from keepkv.types import Observation
 
@@ -94,6 +96,24 @@ def test_global_budgets_follow_the_scores_above_a_floor() -> None:
     scores = torch.rand(2, 2, 100) * torch.tensor([[[1.0], [1.0]], [[1.0], [100.0]]])
     counts = allot.everywhere(scores, 80, floor=0.3)
     assert counts == [[6, 6], [6, 62]]
+
+
+def test_budgets_by_need_make_a_slot_worth_the_same_everywhere() -> None:
+    """Errors e = c / n: with n' in proportion to sqrt(c), the loss of one slot less, c / n'^2, is the same for all heads."""
+    cost = torch.tensor([[1.0, 4.0], [9.0, 25.0]])
+    tried = [[20, 40], [10, 30]]
+    errors = (cost / torch.tensor(tried)).tolist()
+    counts = allot.by_need(tried, tried, errors, 1000, 0)
+    assert sum(map(sum, counts)) == 100
+    torch.testing.assert_close(cost / torch.tensor(counts).square(), torch.full((2, 2), 11**2 / 100**2), rtol=0.15, atol=0)
+
+
+def test_budgets_by_need_keep_their_bounds() -> None:
+    counts = allot.by_need([[50, 50], [50, 50]], [[10, 10], [10, 10]], [[0.0, 1e-4], [0.5, 1.5]], 90, 7)
+    assert sum(map(sum, counts)) == 200
+    assert min(map(min, counts)) == 15  # .3 of the average
+    assert max(map(max, counts)) == 90
+    assert min(map(min, allot.by_need([[30, 30]], [[10, 10]], [[0.0, 1.0]], 100, 25))) == 25
 
 
 def test_the_best_are_chosen_and_the_first_of_equals() -> None:
@@ -236,6 +256,26 @@ def test_eliminating_answers_better_than_the_best_scores() -> None:
     assert ours < best
 
 
+def test_elimination_is_greedy_least_squares() -> None:
+    """One column a round: always the one without which ridge regression on the others loses least (brute force)."""
+    share, wanted = torch.rand(60, 12, dtype=torch.float64), randn(60, 3).double()
+    gram, target = solve.normal(share, torch.zeros(12, dtype=torch.float64), wanted)
+    strength = 1e-2
+    penalty = strength * gram.diagonal().mean() + 1e-12
+
+    def loss(columns: list[int]) -> float:
+        part = share[:, columns]
+        found = torch.linalg.solve(part.T @ part + penalty * torch.eye(len(columns), dtype=torch.float64), part.T @ wanted)
+        return float((part @ found - wanted).square().sum() + penalty * found.square().sum())
+
+    left = list(range(12))
+    fixed = torch.zeros(12, dtype=torch.bool)
+    fixed[[2, 5]] = True
+    for count in range(11, 4, -1):
+        left.remove(min((c for c in left if not fixed[c]), key=lambda c: loss([x for x in left if x != c])))
+        assert solve.eliminate(gram, target, fixed, count, rounds=12 - count, strength=strength).tolist() == left
+
+
 def test_elimination_keeps_the_count_the_order_and_what_must_stay() -> None:
     keys, values = randn(1, 30, 8), randn(1, 30, 4, seed=1)
     reference = attend_all(randn(1, 64, 8, seed=2), keys, values)
@@ -247,3 +287,15 @@ def test_elimination_keeps_the_count_the_order_and_what_must_stay() -> None:
         assert len(kept) == count
         assert kept == sorted(set(kept))
         assert {4, 14, 24} <= set(kept)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5])
+def test_references_are_the_same_rows_for_any_number_of_query_heads(group: int) -> None:
+    """At most two heads a position are answered, at most three score; the 64 newest of all heads come on top."""
+    seen = observation(tokens_read=100)
+    seen = replace(seen, queries=randn(2, group, 100, 16, seed=3))
+    made = context(seen)
+    assert made.queries.shape[1] == len(made.visible) == made.outputs.shape[1] == min(group, 2) * 100 + group * 64
+    share = made.rows(1).share(seen.keys[1], torch.arange(100))
+    torch.testing.assert_close(share.sum(1), torch.ones(len(share)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(share @ seen.values[1], made.outputs[1], rtol=1e-4, atol=1e-5)

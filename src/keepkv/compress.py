@@ -52,17 +52,17 @@ def compress(
         layered = layered.masked_fill(keep, torch.inf)
     pinned = 0 if keep is None else int(keep.sum())
 
-    guarded, counts = _allotted(layered, method, total)
+    guarded, counts = _allotted(layered, method, total, pinned)
     if pinned > (fewest := min(map(min, counts))):
         raise BudgetError(f"{pinned} tokens must stay in every head, but some head gets {fewest} slots")
     if method.trial:
-        heads = sum(map(len, counts))
-        tried_scores, tried = _allotted(layered, method, min(total, (method.trial + pinned) * heads))
+        small = min(total, (method.trial + pinned) * sum(map(len, counts)))
+        tried_scores, tried = _allotted(layered, method, small, pinned)
         errors = []
         for observation, score, slots in zip(seen, tried_scores, tried, strict=True):
             errors.append([head.error for head in method.merge(observation, method.choose(observation, score, slots))])
             step()
-        counts = allot.by_need(counts, tried, errors, seen[0].tokens, pinned)
+        counts = allot.by_need(counts, tried, errors, seen[0].tokens, _most_fixed(guarded))
 
     kept: list[tuple[Tensor, ...]] = []
     merged: list[tuple[Merged, ...]] = []
@@ -76,10 +76,21 @@ def compress(
     return Compressed(Plan(tuple(kept)), tuple(parts), tuple(merged))
 
 
-def _allotted(scores: Tensor, method: Method, total: int) -> tuple[Tensor, list[list[int]]]:
-    """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head."""
+def _allotted(scores: Tensor, method: Method, total: int, pinned: int) -> tuple[Tensor, list[list[int]]]:
+    """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head.
+
+    Sinks and recents yield where they and the tokens that a user keeps do not fit together.
+    """
     guarded = protect(scores, total / (scores.shape[0] * scores.shape[1]), method.sinks, method.recent)
-    return guarded, method.allot(guarded, total)
+    counts = method.allot(guarded, total)
+    if pinned and _most_fixed(guarded) > min(map(min, counts)):
+        return scores, method.allot(scores, total)
+    return guarded, counts
+
+
+def _most_fixed(scores: Tensor) -> int:
+    """Tokens of a head that keep their slots whatever happens."""
+    return int(scores.isposinf().sum(-1).max())
 
 
 def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged]) -> Slots:

@@ -11,7 +11,7 @@ from keepkv.types import Observation, Reference
 
 FUTURE = 512  # context queries are asked again from the next FUTURE positions
 ASKED = 3  # of a position's query heads of one group, that many are asked again
-ANSWERED = 1  # and of that many the outputs are computed, to fit to
+ANSWERED = 2  # and of so many the outputs are computed, to fit to
 RECALL = 1.0  # how often a token is asked for by itself, against one reference row
 WINDOW = 64  # the newest queries are also asked from where they stood
 
@@ -20,7 +20,7 @@ def context(observation: Observation) -> Reference:
     """The context's own queries, asked again from after it, and the newest ones as they were asked (DESIGN section 5).
 
     Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512) and sees all tokens;
-    of the G heads of a group one is taken at each position, in turn, and two more that count for the rms share alone.
+    of the G heads of a group two are taken at each position, in turn, and a third that counts for the rms share alone.
     Window rows: the last 64 queries, all heads, where they stood, under the causal mask: what comes next resembles them, so
     that a token's rms share is that over the future rows or that over these, whichever is larger.
     Recall, if the text was repeated: one token in T is what a query wants, with the largest share it got: share² RECALL / T.
@@ -33,7 +33,7 @@ def context(observation: Observation) -> Reference:
     taken = torch.stack([observation.queries[:, head, row] for head in heads], dim=1).float()
     target = tokens + torch.randint(FUTURE, asked.shape, generator=observation.generator)
     queries = rotate(taken, target.to(asked.device) - asked, observation.inv_freq).flatten(1, 2) * observation.scale
-    future = attend_all(queries, observation.keys.float(), observation.values.float(), ANSWERED * count)
+    future = attend_all(queries, observation.keys.float(), observation.values.float(), min(group, ANSWERED) * count)
     newest = window(observation, WINDOW)
     recall = observation.recall
     return Reference(
