@@ -52,11 +52,12 @@ def compress(
         layered = layered.masked_fill(keep, torch.inf)
     pinned = 0 if keep is None else int(keep.sum())
 
+    heads = layered.shape[0] * layered.shape[1]
+    _check_room(pinned, total // heads)
     guarded, counts = _allotted(layered, method, total, pinned)
-    if pinned > (fewest := min(map(min, counts))):
-        raise BudgetError(f"{pinned} tokens must stay in every head, but some head gets {fewest} slots")
+    _check_room(pinned, min(map(min, counts)))
     if method.trial:
-        small = min(total, (method.trial + pinned) * sum(map(len, counts)))
+        small = min(total, (method.trial + pinned) * heads)
         tried_scores, tried = _allotted(layered, method, small, pinned)
         errors = []
         for observation, score, slots in zip(seen, tried_scores, tried, strict=True):
@@ -86,6 +87,11 @@ def _allotted(scores: Tensor, method: Method, total: int, pinned: int) -> tuple[
     if pinned and _most_fixed(guarded) > min(map(min, counts)):
         return scores, method.allot(scores, total)
     return guarded, counts
+
+
+def _check_room(pinned: int, slots: int) -> None:
+    if pinned > slots:
+        raise BudgetError(f"{pinned} tokens must stay in every head, but there are only {slots} slots: give a larger budget")
 
 
 def _most_fixed(scores: Tensor) -> int:

@@ -14,9 +14,12 @@ from keepkv.merge import Merged
 
 @dataclass(frozen=True)
 class Head:
-    """One compressed KV head. error: the share of its output that is lost, and mass_error the rms error of its slots'
-    mass, on held-out queries; evict_error: error, had it been evicted; all 0 where nothing is held out. max_vote: the
-    largest number of tokens' mass that one slot stands for. fallbacks: see `Report`."""
+    """One compressed KV head.
+
+    error: the share of its output that is lost on held-out queries and, if the text was repeated, on recall queries;
+    mass_error: the rms error of its slots' mass on held-out queries; evict_error: error, had it been evicted; all 0 where
+    nothing is held out. max_vote: the largest number of tokens' mass that one slot stands for. fallbacks: see `Report`.
+    """
 
     slots: int
     error: float
