@@ -14,6 +14,7 @@ CORE = {
     "types",
     "budget",
     "rope",
+    "draw",
     "reference",
     "recall",
     "score",
@@ -26,7 +27,20 @@ CORE = {
     "attention",
     "compress",
 }
-HOST = {"observe", "report", "standin", "hosts", "cache", "smallest", "embedded", "loading"}
+HOST = {
+    "observe",
+    "report",
+    "standin",
+    "hosts",
+    "history",
+    "layer",
+    "gather",
+    "prefill",
+    "cache",
+    "smallest",
+    "embedded",
+    "loading",
+}
 OUTSIDE = {
     "reading",
     "ask",

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from conftest import make_model, tokens
 from keepkv import BudgetError, KeepCache, KeepKVError, Method, ModelError, methods, score
-from keepkv.cache import KeepLayer
+from keepkv.layer import KeepLayer
 from keepkv.methods import METHODS
 
 LENGTH = 120

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from keepkv import merge
 from keepkv.attention import exact
 from keepkv.reference import attend_all, window
-from keepkv.types import Observation
+from keepkv.types import Observation, Rows
 
 ZIP_RULES = [merge.zip_merge, merge.convex_exact_merge]
 ALL_RULES = [*ZIP_RULES, merge.mean_merge]
@@ -95,8 +97,16 @@ def test_the_most_similar_kept_key_is_the_target_and_dissimilar_tokens_are_dropp
 # --- fitting ---
 
 
-def fitted(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, queries: torch.Tensor, verbatim=None):
-    return merge.fit(keys, values, kept, attend_all(queries[None], keys[None], values[None]).rows(0), verbatim)
+def rows_of(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None) -> Rows:
+    """Reference rows of one head, asked of all the entries."""
+    ref = attend_all(queries[None], keys[None], values[None], bias=None if bias is None else bias[None])
+    return Rows(
+        ref.queries[0], ref.visible, ref.log_z[0], ref.outputs[0], keys, bias, torch.arange(len(keys)), ref.recall[0]
+    )  # fmt: skip
+
+
+def fitted(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, queries: torch.Tensor, verbatim=None, bias=None):
+    return merge.fit(values, kept, rows_of(keys, values, queries, bias), verbatim)
 
 
 def attention_error(merged: merge.Merged, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> float:
@@ -156,8 +166,8 @@ def test_verbatim_slots_are_not_touched_and_the_others_make_up_for_it() -> None:
 def test_rows_see_only_what_was_visible_to_them() -> None:
     """A window row asked at p gives no share to later tokens, and its shares up to p sum to 1."""
     observation = Observation(randn(2, 50, 8), randn(2, 50, 4), randn(2, 3, 50, 8), torch.arange(50), torch.ones(4), 0.5)
-    rows = window(observation, 10).rows(1)
-    share = rows.share(observation.keys[1].float(), torch.arange(50))
+    rows = replace(observation, reference=window(observation, 10)).rows(1)
+    share = rows.share(torch.arange(50))
     assert rows.visible.tolist() == [*range(41, 51)] * 3
     torch.testing.assert_close(share.sum(1), torch.ones(30), rtol=1e-5, atol=0)
     for row, seen in zip(share, rows.visible.tolist(), strict=True):
@@ -182,11 +192,11 @@ def test_near_duplicate_keys_do_not_blow_up_the_fit() -> None:
 
 def test_what_dropped_tokens_were_asked_for_counts_as_lost() -> None:
     keys, values = clustered(2, 300)
-    rows, kept = attend_all(randn(600, 16, seed=7)[None], keys[None], values[None]).rows(0), torch.arange(0, 300, 10)
+    rows, kept = rows_of(keys, values, randn(600, 16, seed=7)), torch.arange(0, 300, 10)
     asked = torch.zeros(300, dtype=torch.float64)
     asked[[3, 10]] = torch.tensor([0.5, 0.7], dtype=torch.float64)
-    with_recall = merge.fit(keys, values, kept, rows._replace(recall=asked))
-    assert with_recall.evict_error == pytest.approx(merge.fit(keys, values, kept, rows).evict_error + 0.5**2)  # 10 is kept
+    with_recall = merge.fit(values, kept, rows._replace(recall=asked))
+    assert with_recall.evict_error == pytest.approx(merge.fit(values, kept, rows).evict_error + 0.5**2)  # 10 is kept
     assert with_recall.error > 0.25
 
 

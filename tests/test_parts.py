@@ -12,7 +12,7 @@ from keepkv import allot, choose, hosts, merge, score, solve
 from keepkv.budget import Budget
 from keepkv.errors import BudgetError, InputError, MethodError
 from keepkv.methods import METHODS, get
-from keepkv.observe import WINDOW, Bank, Watch
+from keepkv.observe import WINDOW, Bank, Held, Watch
 from keepkv.reference import attend_all, context
 from keepkv.rope import rotate
 from keepkv.types import Observation
@@ -103,17 +103,17 @@ def test_budgets_by_need_make_a_slot_worth_the_same_everywhere() -> None:
     cost = torch.tensor([[1.0, 4.0], [9.0, 25.0]])
     tried = [[20, 40], [10, 30]]
     errors = (cost / torch.tensor(tried)).tolist()
-    counts = allot.by_need(tried, tried, errors, 1000, 0)
+    counts = allot.by_need(tried, tried, errors, [1000] * 4, 0)
     assert sum(map(sum, counts)) == 100
     torch.testing.assert_close(cost / torch.tensor(counts).square(), torch.full((2, 2), 11**2 / 100**2), rtol=0.15, atol=0)
 
 
 def test_budgets_by_need_keep_their_bounds() -> None:
-    counts = allot.by_need([[50, 50], [50, 50]], [[10, 10], [10, 10]], [[0.0, 1e-4], [0.5, 1.5]], 90, 7)
+    counts = allot.by_need([[50, 50], [50, 50]], [[10, 10], [10, 10]], [[0.0, 1e-4], [0.5, 1.5]], [90] * 4, 7)
     assert sum(map(sum, counts)) == 200
     assert min(map(min, counts)) == 15  # .3 of the average
     assert max(map(max, counts)) == 90
-    assert min(map(min, allot.by_need([[30, 30]], [[10, 10]], [[0.0, 1.0]], 100, 25))) == 25
+    assert min(map(min, allot.by_need([[30, 30]], [[10, 10]], [[0.0, 1.0]], [100] * 2, 25))) == 25
 
 
 def test_the_best_are_chosen_and_the_first_of_equals() -> None:
@@ -123,7 +123,7 @@ def test_the_best_are_chosen_and_the_first_of_equals() -> None:
 
 @pytest.mark.parametrize(("slots", "sinks", "recent"), [(100, 4, 32), (20, 4, 10), (8, 2, 4), (4, 1, 2)])
 def test_small_budgets_protect_less(slots: int, sinks: int, recent: int) -> None:
-    guarded = choose.protect(torch.zeros(200), slots, 4, 32).isinf()
+    guarded = choose.protect(torch.zeros(200), torch.arange(200), 200, slots, 4, 32).isinf()
     assert guarded[:sinks].all()
     assert guarded[200 - recent :].all()
     assert guarded.sum() == sinks + recent
@@ -218,10 +218,12 @@ def test_column_mass_is_the_sum_of_causal_attention() -> None:
     mask[1, :, :, :4] = False  # four columns of padding
     watch = Watch(0, 100, 0, True, 0.3)
     for lo, hi in ((0, 12), (12, 30)):
-        watch = watch.see(queries[:, :, :, lo:hi], keys[:, :, :hi], mask[:, :, lo:hi, :hi])
+        held = Held(None, keys[:, :, :hi], keys[:, :, :hi], hi)
+        watch = watch.see(queries[:, :, :, lo:hi], held, mask[:, :, lo:hi, :hi]).banked(held)
     logits = 0.3 * queries @ keys[:, :, None].transpose(-1, -2)
     share = logits.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).nan_to_num()
-    torch.testing.assert_close(watch.column_mass, share.mean(2).sum(2))
+    torch.testing.assert_close(watch.column_mass[0], share[0].mean(1).sum(1))
+    torch.testing.assert_close(watch.column_mass[1], share[1].mean(1).sum(1)[:, 4:])
     assert watch.starts == (0, 4)
     assert watch.banks[1].positions.tolist() == list(range(26))
 
@@ -230,7 +232,7 @@ def test_other_padding_than_on_the_left_is_refused() -> None:
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     mask[..., -1] = False
     with pytest.raises(InputError, match="left-padded"):
-        Watch(0, 10, 0, False, 1.0).see(randn(1, 1, 1, 5, 4), randn(1, 1, 5, 4), mask)
+        Watch(0, 10, 0, False, 1.0).see(randn(1, 1, 1, 5, 4), Held(None, randn(1, 1, 5, 4), randn(1, 1, 5, 4), 5), mask)
 
 
 def test_tokens_are_drawn_alike() -> None:
@@ -251,7 +253,7 @@ def test_eliminating_answers_better_than_the_best_scores() -> None:
         seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
         distance = (values - values.mean(1, keepdim=True)).norm(dim=-1)
         chosen = [rule(seen, reference.rms_share * distance, [24])[0] for rule in (choose.eliminate, choose.top)]
-        fits = [merge.fit(keys[0], values[0], kept, reference.rows(0)).error for kept in chosen]
+        fits = [merge.fit(values[0], kept, seen.rows(0)).error for kept in chosen]
         ours, best = ours + fits[0], best + fits[1]
     assert ours < best
 
@@ -296,6 +298,6 @@ def test_references_are_the_same_rows_for_any_number_of_query_heads(group: int) 
     seen = replace(seen, queries=randn(2, group, 100, 16, seed=3))
     made = context(seen)
     assert made.queries.shape[1] == len(made.visible) == made.outputs.shape[1] == min(group, 2) * 100 + group * 64
-    share = made.rows(1).share(seen.keys[1], torch.arange(100))
+    share = replace(seen, reference=made).rows(1).share(torch.arange(100))
     torch.testing.assert_close(share.sum(1), torch.ones(len(share)), rtol=1e-4, atol=0)
     torch.testing.assert_close(share @ seen.values[1], made.outputs[1], rtol=1e-4, atol=1e-5)

@@ -36,7 +36,8 @@ def test_a_piece_over_a_draft_of_all_tokens_is_exact_attention() -> None:
     """Whatever the piece: what it does not see exactly it sees through the draft; only its own tokens are noted."""
     generator = torch.Generator().manual_seed(1)
     queries, keys, values = (torch.randn(2, n, 8, generator=generator) for n in (12, 46, 46))  # 40 tokens, 6 repeated
-    draft = Slots(torch.empty(0), torch.empty(0), torch.empty(0), torch.arange(40).repeat(2).int(), (0, 40, 80))
+    stored = (keys[:, :40].flatten(0, 1), values[:, :40].flatten(0, 1), torch.zeros(80), torch.arange(40).repeat(2).int())
+    draft = Slots(*stored, (0, 40, 80))
     output, peak = attend_piece(queries, keys, values, 6, draft, 10, 16)
     hidden = torch.ones(6, 46, dtype=torch.bool).triu(41).repeat(2, 1)
     share = (queries @ keys.transpose(1, 2)).masked_fill(hidden, -torch.inf).softmax(-1)

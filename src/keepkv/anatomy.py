@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import methods
-from keepkv.cache import KeepCache, KeepLayer
+from keepkv.cache import KeepCache
 from keepkv.errors import InputError
+from keepkv.layer import KeepLayer
 from keepkv.reading import REPEAT, Phase, Prompt, read, silent
 from keepkv.report import Head, Report
 

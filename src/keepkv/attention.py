@@ -48,10 +48,11 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
     return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
 
 
-def attend_watched(query: Tensor, keys: Tensor, values: Tensor, answered: int) -> tuple[Part, Tensor]:
+def attend_watched(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, answered: int) -> tuple[Part, Tensor]:
     """Attention of the first `answered` of query [H, R, d], scaled, over keys [H, T, d], all visible, in float32 or better.
 
-    And what all R rows together pay each token: the root mean square over rows of its softmax share, [H, T].
+    bias [H, T] or None is added to the logits. And what all R rows together pay each entry: the root mean square over rows
+    of its softmax share, [H, T].
     """
     (heads, rows, _), tokens = query.shape, keys.shape[1]
     output, log_mass = query.new_empty(heads, answered, values.shape[2]), query.new_empty(heads, rows)
@@ -62,6 +63,8 @@ def attend_watched(query: Tensor, keys: Tensor, values: Tensor, answered: int) -
         for lo in range(0, rows, step):
             part = query[head, lo : lo + step]
             share = torch.mm(part, keys[head].T, out=tile[: len(part)])
+            if bias is not None:
+                share.add_(bias[head])
             top = share.amax(-1)
             total = share.sub_(top[:, None]).exp_().sum(-1)
             share.mul_(total.reciprocal()[:, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,15 @@ class Budget:
                 raise BudgetError(f"budget {text!r} is outside its range: a fraction is above 0 and at most 1 (100%)")
             return Budget("fraction", fraction, text)
         return Budget("count", number, text)
+
+    @staticmethod
+    def parse_all(values: str | float | Budget | Sequence[str | float | Budget]) -> tuple[Budget, ...]:
+        """One budget for all rows of a batch, or one for each."""
+        if isinstance(values, str | int | float | Budget):
+            return (Budget.parse(values),)
+        if not values:
+            raise BudgetError("no budget: give one for all rows, or one for each")
+        return tuple(map(Budget.parse, values))
 
     def total_slots(self, tokens: int, heads: int, slot_bytes: float) -> int:
         """Slots over all `heads` (layers x KV heads) for one sequence of `tokens` tokens; slot_bytes is a slot's size.

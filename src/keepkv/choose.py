@@ -11,17 +11,16 @@ from keepkv import solve
 from keepkv.types import Observation
 
 
-def protect(scores: Tensor, slots: float, sinks: int, recent: int | float) -> Tensor:
-    """Scores [..., T] with +inf on the first `sinks` and the last `recent` tokens, which are always kept.
+def protect(scores: Tensor, places: Tensor, tokens: int, slots: float, sinks: int, recent: int | float) -> Tensor:
+    """Scores [..., T] with +inf on the first `sinks` and the last `recent` of the tokens read, which are always kept.
 
+    places [..., T] are the entries' positions. A score of -inf stays: there is no such entry.
     recent is a number of tokens, or, below 1, a share of the slots. Small budgets shrink both: with n slots per head
     on average at most n/4 sinks and n/2 recent tokens (all of n when recent is a share: it then belongs to the method).
     """
-    tokens = scores.shape[-1]
     sinks = min(sinks, int(slots) // 4)
     last = min(int(slots) - sinks, int(recent * slots)) if recent < 1 else min(int(recent), int(slots) // 2)
-    token = torch.arange(tokens, device=scores.device)
-    return scores.masked_fill((token < sinks) | (token >= tokens - last), torch.inf)
+    return scores.masked_fill(((places < sinks) | (places >= tokens - last)) & ~scores.isneginf(), torch.inf)
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -47,15 +46,14 @@ def eliminate(
     Heads of more than 512 slots keep their best: hardly worse, and no matrix grows with the length of the text.
     Tokens with a score of +inf stay. scores [H, T].
     """
-    assert observation.reference is not None, "the method table names a reference"
     chosen = []
-    for head, count in enumerate(counts):
-        tokens = best(scores[head], min(observation.tokens, count + (spare if count <= MANY else 0)))
+    for head, (count, room) in enumerate(zip(counts, observation.counts, strict=True)):
+        tokens = best(scores[head], min(room, count + (spare if count <= MANY else 0)))
         if len(tokens) > count:
-            rows = observation.reference.rows(head)
+            rows = observation.rows(head)
             loud = rows.outputs.square().sum(1).mean().sqrt()
             wanted = torch.cat([rows.outputs, loud.expand(len(rows.outputs), 1)], 1)
-            gram, target = solve.normal(rows.share(observation.keys[head].float(), tokens), rows.recall[tokens], wanted)
+            gram, target = solve.normal(rows.share(tokens), rows.recall[tokens], wanted)
             own = torch.cat([observation.values[head].float()[tokens], loud.expand(len(tokens), 1)], 1)
             target += len(wanted) * rows.recall[tokens, None].square() * own
             tokens = tokens[solve.eliminate(gram, target, scores[head, tokens].isposinf(), count, rounds, strength)]

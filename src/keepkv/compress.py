@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from keepkv import allot
 from keepkv.choose import protect
 from keepkv.errors import BudgetError
-from keepkv.merge import Merged
+from keepkv.merge import Merged, evict
 from keepkv.methods import Method
 from keepkv.types import Observation, Plan, Slots
 
@@ -35,24 +37,29 @@ def compress(
 
     Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
+    if total == 0:  # a row of padding
+        return _nothing(observations)
+    pinned = tokens = 0
     steps = iter(range(1, len(observations) * (3 if method.trial else 2) + 1))
 
     def step() -> None:
         progress(next(steps), len(observations) * (3 if method.trial else 2))
 
-    seen, scores = [], []
-    for observation in observations:
-        if method.reference:
-            observation = replace(observation, reference=method.reference(observation))
-        seen.append(observation)
-        scores.append(method.score(observation))
+    references, scores, places = [], [], []
+    for seen in observations:
+        reference = method.reference(seen) if method.reference else None
+        references.append(reference)
+        score = method.score(replace(seen, reference=reference)).masked_fill(~seen.present, -torch.inf)
+        if seen.keep is not None:
+            score = score.masked_fill(seen.keep & seen.present, torch.inf)
+            pinned = max(pinned, int((seen.keep & seen.present).sum(1).max()))
+        scores.append(score)
+        places.append(seen.positions)
+        tokens = seen.tokens
         step()
-    layered = torch.stack(scores)
-    if (keep := seen[0].keep) is not None:
-        layered = layered.masked_fill(keep, torch.inf)
-    pinned = 0 if keep is None else int(keep.sum())
+    layered = Layered(_level(scores, -torch.inf), _level(places, -1), tokens)
 
-    heads = layered.shape[0] * layered.shape[1]
+    heads = layered.scores.shape[0] * layered.scores.shape[1]
     _check_room(pinned, total // heads)
     guarded, counts = _allotted(layered, method, total, pinned)
     _check_room(pinned, min(map(min, counts)))
@@ -60,29 +67,63 @@ def compress(
         small = min(total, (method.trial + pinned) * heads)
         tried_scores, tried = _allotted(layered, method, small, pinned)
         errors = []
-        for observation, score, slots in zip(seen, tried_scores, tried, strict=True):
-            errors.append([head.error for head in method.merge(observation, method.choose(observation, score, slots))])
+        for layer, (seen, score, slots) in enumerate(zip(observations, tried_scores, tried, strict=True)):
+            watched = replace(seen, reference=references[layer])
+            errors.append([head.error for head in method.merge(watched, method.choose(watched, _own(score, seen), slots))])
             step()
-        counts = allot.by_need(counts, tried, errors, seen[0].tokens, _most_fixed(guarded))
+        counts = allot.by_need(counts, tried, errors, allot.room(guarded), _most_fixed(guarded))
 
     kept: list[tuple[Tensor, ...]] = []
     merged: list[tuple[Merged, ...]] = []
     parts: list[Slots] = []
-    for layer, observation in enumerate(seen):
-        kept.append(tuple(method.choose(observation, guarded[layer], counts[layer])))
-        merged.append(tuple(method.merge(observation, kept[-1])))
-        parts.append(_flat(observation, kept[-1], merged[-1]))
-        seen[layer] = observations[layer]  # its reference is not needed any more
+    for layer, seen in enumerate(observations):
+        watched = replace(seen, reference=references[layer])
+        references[layer] = None  # it is not needed any more
+        kept.append(tuple(method.choose(watched, _own(guarded[layer], seen), counts[layer])))
+        merged.append(tuple(method.merge(watched, kept[-1])))
+        parts.append(_flat(seen, kept[-1], merged[-1]))
         step()
     return Compressed(Plan(tuple(kept)), tuple(parts), tuple(merged))
 
 
-def _allotted(scores: Tensor, method: Method, total: int, pinned: int) -> tuple[Tensor, list[list[int]]]:
+def _nothing(observations: Sequence[Observation]) -> Compressed:
+    kept = tuple((torch.empty(0, dtype=torch.int64, device=seen.keys.device),) * seen.heads for seen in observations)
+    heads = [
+        [evict(k, v, n) for k, v, n in zip(seen.keys, seen.values, none, strict=True)]
+        for seen, none in zip(observations, kept, strict=True)
+    ]
+    slots = tuple(map(_flat, observations, kept, heads))
+    return Compressed(Plan(kept), slots, tuple(map(tuple, heads)))
+
+
+class Layered(NamedTuple):
+    """Scores and places of all layers [L, H, T], and how many tokens were read.
+
+    Layers with fewer entries than others are filled up in front: score -inf, place -1.
+    """
+
+    scores: Tensor
+    places: Tensor
+    tokens: int
+
+
+def _level(layers: Sequence[Tensor], fill: float) -> Tensor:
+    most = max(layer.shape[1] for layer in layers)
+    return torch.stack([pad(layer, (most - layer.shape[1], 0), value=fill) for layer in layers])
+
+
+def _own(scores: Tensor, seen: Observation) -> Tensor:
+    """A layer's own scores [H, its entries]."""
+    return scores[:, scores.shape[1] - seen.entries :]
+
+
+def _allotted(layered: Layered, method: Method, total: int, pinned: int) -> tuple[Tensor, list[list[int]]]:
     """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head.
 
-    Sinks and recents yield where they and the tokens that a user keeps do not fit together.
+    Sinks and recents yield where they and the entries that must stay do not fit together.
     """
-    guarded = protect(scores, total / (scores.shape[0] * scores.shape[1]), method.sinks, method.recent)
+    scores, places, tokens = layered
+    guarded = protect(scores, places, tokens, total / (scores.shape[0] * scores.shape[1]), method.sinks, method.recent)
     counts = method.allot(guarded, total)
     if pinned and _most_fixed(guarded) > min(map(min, counts)):
         return scores, method.allot(scores, total)
@@ -104,6 +145,6 @@ def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Mer
         keys=torch.cat([head.keys for head in merged]).to(observation.keys.dtype),
         values=torch.cat([head.values for head in merged]).to(observation.values.dtype),
         bias=torch.cat([head.bias for head in merged]).float(),
-        positions=torch.cat(list(kept)).int(),
+        positions=torch.cat([observation.positions[h, k] for h, k in enumerate(kept)]).int(),
         offsets=(0, *accumulate(len(head) for head in kept)),
     )

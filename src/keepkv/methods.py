@@ -37,22 +37,19 @@ class Method:
 
 
 def _evict(seen: Observation, kept: Kept) -> list[Merged]:
-    return [merge.evict(keys, values, k) for keys, values, k in zip(seen.keys, seen.values, kept, strict=True)]
+    return [merge.evict(seen.keys[h], seen.values[h], k, seen.head_bias(h)) for h, k in enumerate(kept)]
 
 
 def _fit(seen: Observation, kept: Kept) -> list[Merged]:
-    ref = seen.reference
-    assert ref is not None, "the method table names a reference"
-    heads = zip(seen.keys.float(), seen.values.float(), kept, map(ref.rows, range(seen.heads)), strict=True)
-    return [merge.fit(*head, verbatim=seen.keep) for head in heads]
+    return [merge.fit(seen.values[h].float(), k, seen.rows(h), seen.head_keep(h)) for h, k in enumerate(kept)]
 
 
 def _by_similarity(
-    rule: Callable[[Tensor, Tensor, Tensor, Tensor], Merged], log_score: Callable[[Observation], Tensor]
+    rule: Callable[..., Merged], log_score: Callable[[Observation], Tensor]
 ) -> Callable[[Observation, Kept], list[Merged]]:
     def merge_layer(seen: Observation, kept: Kept) -> list[Merged]:
         rows = zip(seen.keys.float(), seen.values.float(), kept, log_score(seen), strict=True)
-        return [rule(*row) for row in rows]
+        return [rule(*row, bias=seen.head_bias(h), verbatim=seen.head_keep(h)) for h, row in enumerate(rows)]
 
     return merge_layer
 

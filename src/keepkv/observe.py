@@ -1,21 +1,57 @@
-"""Observe: what a layer's attention shows while the prompt is read, in bounded memory.
+"""Observe: what a layer's attention shows while tokens are read, in bounded memory.
 
 A `Watch` is a value: seeing more tokens gives a new one. Per batch row it holds a bank of queries: the newest ones and
-a sample of the others. The sample is the same however the prompt is cut into chunks and whatever the batch around it.
+a sample of the others. The sample is the same however the text is cut into chunks and whatever the batch around it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from keepkv.errors import InputError
-from keepkv.types import Observation
+from keepkv.draw import priority
+from keepkv.errors import InputError, KeepKVError
+from keepkv.types import Observation, Slots
 
 WINDOW = 64  # the newest queries, always in the bank
+PENDING = 256  # queries that wait to be banked: one by one would cost a copy of the bank each
 _TILE = 1 << 24  # logits held at once
+
+
+class Held(NamedTuple):
+    """What a layer holds: slots, or None, and the tail keys, values [B, H, n, ...]: the newest of `seen` columns."""
+
+    slots: Slots | None
+    keys: Tensor
+    values: Tensor
+    seen: int
+
+    @property
+    def width(self) -> int:
+        """Entries of a row without padding, the longest head's slots and the tail."""
+        return self.keys.shape[2] + (max(self.slots.counts, default=0) if self.slots else 0)
+
+    def first(self, start: int) -> int:
+        """The first column of the tail that is a token of a row that starts at column `start`."""
+        return max(start, self.seen - self.keys.shape[2])
+
+    def entries(self, row: int, start: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys [H, T, d], values, bias, places [H, T] of one row's slots and tail together: see `Observation`."""
+        heads, size = self.keys.shape[1:3]
+        first = self.first(start)
+        keys, values = (x[row, :, first - self.seen + size :] for x in (self.keys, self.values))
+        if self.slots is None:
+            return keys, values, None, None
+        older = self.slots.rows([row], heads).padded()
+        places = torch.arange(first - start, self.seen - start, device=keys.device).expand(heads, -1)
+        newer = (keys, values, torch.zeros(places.shape, device=keys.device), places)
+        keys, values, bias, places = (torch.cat(pair, dim=1) for pair in zip(older, newer, strict=True))
+        return keys, values, bias, places
 
 
 @dataclass(frozen=True)
@@ -31,15 +67,24 @@ class Bank:
         positions = torch.cat([self.positions, positions])
         if len(positions) <= limit:
             return Bank(queries, positions)
-        rank = _priority(positions, seed)
+        rank = priority(positions, seed)
         rank[-min(WINDOW, limit) :] = -1
         stay = rank.argsort(stable=True)[:limit].sort().values
         return Bank(queries[:, :, stay], positions[stay])
 
+    def before(self, position: int) -> Bank:
+        """Only what was asked before a position."""
+        stay = self.positions < position
+        return self if bool(stay.all()) else Bank(self.queries[:, :, stay], self.positions[stay])
+
 
 @dataclass(frozen=True)
 class Watch:
-    """What one layer has shown so far: limit queries per row at most; starts, each row's first real token."""
+    """What one layer has shown so far: limit queries per row at most; starts, each row's first real token.
+
+    pending [B, H, G, n, d] are the newest queries, of `waiting` tokens, not in the banks yet. column_mass, per row, and
+    recall, for one row, [H, T'], are of the first T' entries of what the layer holds.
+    """
 
     layer: int
     limit: int
@@ -48,49 +93,107 @@ class Watch:
     scale: float
     banks: tuple[Bank, ...] = ()
     starts: tuple[int, ...] = ()
-    column_mass: Tensor | None = None  # [B, H, seen] float32
-    recall: Tensor | None = None  # [H, T] float32, one row only: see rehearse
+    pending: tuple[Tensor, ...] = ()
+    waiting: int = 0
+    column_mass: tuple[Tensor, ...] | None = None
+    recall: Tensor | None = None
 
-    def see(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Watch:
-        """After a forward pass: queries [B, H, G, new, d], keys [B, H, seen, d], transformers' mask for them."""
-        batch, heads, _, new, _ = queries.shape
-        seen = keys.shape[2]
-        starts = _starts(mask, batch, seen)
-        empty = Bank(queries[0, :, :, :0], torch.empty(0, dtype=torch.int64, device=queries.device))
-        banks = []
-        for row, start in enumerate(starts):
-            first = max(start, seen - new)  # the first real token among the new ones
-            fresh = queries[row, :, :, first - seen + new :]
-            positions = torch.arange(first - start, seen - start, device=queries.device)
-            old = self.banks[row] if self.banks else empty
-            banks.append(old.add(fresh, positions, self.limit, self.seed))
-        mass = self.column_mass
-        if self.with_column_mass:
-            grown = queries.new_zeros(batch, heads, seen, dtype=torch.float32)
-            if mass is not None:
-                grown[:, :, : mass.shape[2]] = mass
-            mass = grown + _column_mass(queries, keys, starts, self.scale)
-        return replace(self, banks=tuple(banks), starts=starts, column_mass=mass)
+    @property
+    def tensors(self) -> list[Tensor]:
+        banks = [x for bank in self.banks for x in (bank.queries, bank.positions)]
+        return [*banks, *self.pending, *(self.column_mass or ()), *([] if self.recall is None else [self.recall])]
 
-    def rehearse(self, peak: Tensor) -> Watch:
-        """After a piece of the text was repeated: peak [H, T], the largest share each token got."""
-        return replace(self, recall=peak if self.recall is None else torch.maximum(self.recall, peak))
+    def see(self, queries: Tensor, held: Held, mask: Tensor | None) -> Watch:
+        """After a forward pass: queries [B, H, G, new, d], what the layer holds now, transformers' mask for all columns."""
+        batch, new = len(queries), queries.shape[3]
+        starts = self.starts
+        if not starts or (mask is not None and (new > 1 or max(starts) >= held.seen - new)):
+            starts = _starts(mask, batch, held.seen)
+        watch = replace(self, starts=starts, pending=(*self.pending, queries), waiting=self.waiting + new)
+        return watch.banked(held) if watch.waiting >= PENDING else watch
 
-    def observation(self, row: int, keys: Tensor, values: Tensor, inv_freq: Tensor) -> Observation:
-        """The Observation of one batch row; keys and values [B, H, seen, ...] with padding."""
-        start, bank = self.starts[row], self.banks[row]
-        mass = None if self.column_mass is None else self.column_mass[row, :, start:]
+    def banked(self, held: Held) -> Watch:
+        """The pending queries moved into the banks, and, if wanted, their attention summed."""
+        if not self.pending:
+            return self
+        pending = torch.cat(self.pending, dim=3)
+        new = pending.shape[3]
+        empty = Bank(pending[0, :, :, :0], torch.empty(0, dtype=torch.int64, device=pending.device))
+        banks, masses = [], []
+        for row, start in enumerate(self.starts):
+            first = max(start, held.seen - new)  # the first real token among the new ones
+            fresh = pending[row, :, :, first - held.seen + new :]
+            positions = torch.arange(first - start, held.seen - start, device=pending.device)
+            banks.append((self.banks[row] if self.banks else empty).add(fresh, positions, self.limit, self.seed))
+            if self.with_column_mass:
+                keys, _, bias, places = held.entries(row, start)
+                mass = _column_mass(fresh, positions, keys, bias, places, self.scale)
+                masses.append(mass if self.column_mass is None else mass + _grown(self.column_mass[row], mass.shape[1]))
+        return replace(self, banks=tuple(banks), pending=(), waiting=0, column_mass=tuple(masses) if masses else None)
+
+    def rehearse(self, peak: Tensor, held: Held) -> Watch:
+        """After a piece of the text was repeated: peak [H, n], the largest share each token of the tail got."""
+        peak = pad(peak, (held.width - peak.shape[1], 0))
+        return replace(self, recall=peak if self.recall is None else torch.maximum(_grown(self.recall, held.width), peak))
+
+    def observation(self, row: int, held: Held, inv_freq: Tensor) -> Observation:
+        """The Observation of one batch row."""
+        watch = self.banked(held)
+        start, bank = watch.starts[row], watch.banks[row]
+        keys, values, bias, places = held.entries(row, start)
+        mass = None if watch.column_mass is None else _grown(watch.column_mass[row], keys.shape[1])
+        recall = None if watch.recall is None else _grown(watch.recall, keys.shape[1])
         return Observation(
-            keys[row, :, start:], values[row, :, start:], bank.queries, bank.positions, inv_freq, self.scale,
-            self.layer, self.seed, mass, self.recall,
+            keys, values, bank.queries, bank.positions, inv_freq, self.scale, self.layer, self.seed, mass, recall,
+            bias=bias, places=places, read=held.seen - start,
         )  # fmt: skip
+
+    def compacted(self, kept: Sequence[Sequence[Tensor]], held: Held) -> Watch:
+        """After a compression of what was held, kept [row][head] its entries that stay."""
+        watch = self.banked(held)
+        mass = watch.column_mass and tuple(_kept(x, heads) for x, heads in zip(watch.column_mass, kept, strict=True))
+        recall = watch.recall
+        if recall is not None:
+            recall = _kept(_grown(recall, 1 + max(int(head[-1]) if len(head) else 0 for head in kept[0])), kept[0])
+        return replace(watch, column_mass=mass, recall=recall)
+
+    def cropped(self, held: Held, count: int) -> Watch:
+        """Without the newest `count` columns of what is held. Raises KeepKVError where their attention is summed already."""
+        pending, left = list(self.pending), count
+        while left and pending:
+            last = pending.pop()
+            if last.shape[3] > left:
+                pending.append(last[:, :, :, : last.shape[3] - left])
+            left -= min(left, last.shape[3])
+        if left and self.with_column_mass:
+            raise KeepKVError(
+                f"crop(-{count}): attention is summed while reading, and what {left} of these tokens gave cannot be undone"
+            )
+        end = held.seen - count
+        banks = self.banks
+        if left:
+            banks = tuple(bank.before(end - start) for bank, start in zip(banks, self.starts, strict=True))
+        recall = None if self.recall is None else self.recall[:, : held.width - count]
+        return replace(self, pending=tuple(pending), waiting=max(0, self.waiting - count), banks=banks, recall=recall)
 
     def rows(self, indices: Tensor) -> Watch:
         """The given batch rows, in that order."""
         take = indices.tolist()
-        mass = None if self.column_mass is None else self.column_mass[indices]
-        banks, starts = tuple(self.banks[row] for row in take), tuple(self.starts[row] for row in take)
-        return replace(self, banks=banks, starts=starts, column_mass=mass)
+        mass = self.column_mass and tuple(self.column_mass[row] for row in take)
+        banks = tuple(self.banks[row] for row in take) if self.banks else ()
+        pending = tuple(part[indices] for part in self.pending)
+        return replace(self, banks=banks, starts=tuple(self.starts[row] for row in take), pending=pending, column_mass=mass)
+
+
+def _grown(x: Tensor, entries: int) -> Tensor:
+    """x [H, n] with zeros for the entries that came later."""
+    return pad(x, (0, max(0, entries - x.shape[1])))
+
+
+def _kept(x: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """x [H, T] of the entries that stay, the shorter heads filled up in front, as in `Slots.padded`."""
+    most = max(map(len, kept), default=0)
+    return torch.stack([pad(head[stay], (most - len(stay), 0)) for head, stay in zip(x, kept, strict=True)])
 
 
 def _starts(mask: Tensor | None, batch: int, seen: int) -> tuple[int, ...]:
@@ -105,28 +208,21 @@ def _starts(mask: Tensor | None, batch: int, seen: int) -> tuple[int, ...]:
     return tuple(hidden.expand(batch).tolist())
 
 
-def _column_mass(queries: Tensor, keys: Tensor, starts: tuple[int, ...], scale: float) -> Tensor:
-    """Attention of the new queries summed per token [B, H, seen], mean over the group, float32, a tile at a time."""
-    batch, heads, group, new, _ = queries.shape
-    seen = keys.shape[2]
-    token = torch.arange(seen, device=keys.device)
-    first = torch.tensor(starts, device=keys.device)[:, None, None]
-    total = torch.zeros(batch, heads, seen, device=keys.device)
-    step = max(1, _TILE // (batch * heads * group * seen))
-    wide = keys.float()
+def _column_mass(
+    queries: Tensor, asked: Tensor, keys: Tensor, bias: Tensor | None, places: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of queries [H, G, n, d], asked at positions [n], summed per entry [H, T], mean over the group; in tiles."""
+    heads, group, new, _ = queries.shape
+    entries = keys.shape[1]
+    if places is None:
+        places = torch.arange(entries, device=keys.device).expand(heads, -1)
+    total = torch.zeros(heads, entries, device=keys.device)
+    step = max(1, _TILE // (heads * group * max(1, entries)))
+    wide = keys.float()[:, None]
     for lo in range(0, new, step):
-        part = queries[:, :, :, lo : lo + step].float() * scale
-        asked = torch.arange(lo, lo + part.shape[3], device=keys.device)[:, None] + seen - new
-        hidden = (token > asked) | (token < first)  # [B, q, seen]
-        logits = torch.einsum("bhgqd,bhtd->bhgqt", part, wide).masked_fill_(hidden[:, None, None], -torch.inf)
-        total += logits.softmax(-1).nan_to_num_().sum(3).mean(2)  # nan: a padding query sees nothing
+        logits = (queries[:, :, lo : lo + step].float() * scale) @ wide.transpose(-1, -2)
+        if bias is not None:
+            logits += bias[:, None, None]
+        logits.masked_fill_((places[:, None] > asked[lo : lo + step, None])[:, None], -torch.inf)
+        total += logits.softmax(-1).nan_to_num_().sum(2).mean(1)
     return total
-
-
-def _priority(positions: Tensor, seed: int) -> Tensor:
-    """A fixed pseudo-random number in [0, 2^31) per position (a mixing hash): the lowest are sampled."""
-    x = positions + (seed * 0x9E3779B9 & 0x7FFFFFFF)
-    for _ in range(2):
-        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
-        x = ((x ^ (x >> 12)) * 0x297A2D39) & 0x7FFFFFFF
-    return x ^ (x >> 15)

@@ -19,27 +19,27 @@ class Piece(NamedTuple):
 
 
 def attend_piece(
-    queries: Tensor, keys: Tensor, values: Tensor, new: int, draft: Slots, first: int, last: int
+    queries: Tensor, keys: Tensor, values: Tensor, new: int, draft: Slots, first: int, last: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a repeated piece: output [H, R, d_v], and the largest share that each token of the text got, [H, T].
+    """Attention of a repeated piece: output [H, R, d_v], and the largest share that each token of the tail got, [H, n].
 
-    queries [H, R, d], scaled, R a multiple of `new`; keys and values [H, T + new, ...]: the text and the repetition itself.
-    A row sees tokens first..last of the text exactly, the rest of it as in the draft, and the repetition causally. So the
-    cost does not depend on how long the text is.
+    queries [H, R, d], scaled, R a multiple of `new`; keys and values [H, n + new, ...]: the tail, whose first token stands at
+    position `offset`, and the repetition itself. A row sees tokens first..last exactly, the rest of the text as in the draft,
+    and the repetition causally. So the cost does not depend on how long the text is.
     """
     heads, tokens = len(keys), keys.shape[1] - new
     output = queries.new_empty(*queries.shape[:2], values.shape[2])
     peak = queries.new_zeros(heads, tokens)
-    piece, itself = torch.arange(first, last, device=keys.device), torch.arange(tokens, tokens + new, device=keys.device)
+    near = torch.arange(first - offset, last - offset, device=keys.device)
+    near = torch.cat([near, torch.arange(tokens, tokens + new, device=keys.device)])
     hidden = torch.ones(new, new, dtype=torch.bool, device=keys.device).triu(1).repeat(queries.shape[1] // new, 1)
     for head, (lo, hi) in enumerate(zip(draft.offsets, draft.offsets[1:], strict=False)):
-        outside = (draft.positions[lo:hi] < first) | (draft.positions[lo:hi] >= last)
-        far = draft.positions[lo:hi][outside].long()
-        seen = torch.cat([piece, far, itself])
-        share = queries[head] @ keys[head, seen].T
-        share[:, -new:].masked_fill_(hidden, -torch.inf)
+        far = lo + ((draft.positions[lo:hi] < first) | (draft.positions[lo:hi] >= last)).nonzero()[:, 0]
+        share = queries[head] @ torch.cat([keys[head, near], draft.keys[far].to(keys.dtype)]).T
+        share[:, last - first : len(near)].masked_fill_(hidden, -torch.inf)
+        share[:, len(near) :] += draft.bias[far]
         share.sub_(share.amax(1, keepdim=True)).exp_()
         share.mul_(share.sum(1, keepdim=True).reciprocal_())
-        output[head] = share @ values[head, seen]
-        peak[head, first:last] = share[:, : last - first].amax(0)
+        output[head] = share @ torch.cat([values[head, near], draft.values[far].to(values.dtype)])
+        peak[head, first - offset : last - offset] = share[:, : last - first].amax(0)
     return output, peak

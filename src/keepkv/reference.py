@@ -33,7 +33,8 @@ def context(observation: Observation) -> Reference:
     taken = torch.stack([observation.queries[:, head, row] for head in heads], dim=1).float()
     target = tokens + torch.randint(FUTURE, asked.shape, generator=observation.generator)
     queries = rotate(taken, target.to(asked.device) - asked, observation.inv_freq).flatten(1, 2) * observation.scale
-    future = attend_all(queries, observation.keys.float(), observation.values.float(), min(group, ANSWERED) * count)
+    answered = min(group, ANSWERED) * count
+    future = attend_all(queries, observation.keys.float(), observation.values.float(), answered, observation.bias, tokens)
     newest = window(observation, WINDOW)
     recall = observation.recall
     return Reference(
@@ -57,21 +58,30 @@ def window(observation: Observation, size: int) -> Reference:
     return Reference(queries, visible, log_z, outputs, share.square_().mean(1).sqrt_(), torch.zeros_like(share[:, 0]))
 
 
-def window_logits(observation: Observation, window: int) -> Tensor:
-    """Causal logits [H, G, w, T] of the last w = min(window, N) queries, float32; -inf where a query cannot see."""
+def window_logits(observation: Observation, window: int, voted: bool = True) -> Tensor:
+    """Causal logits [H, G, w, T] of the last w = min(window, N) queries, float32; -inf where a query cannot see.
+
+    voted: votes count, as in attention; otherwise they are q·k alone.
+    """
     queries = observation.queries[:, :, -window:].float()
     logits = (queries * observation.scale) @ observation.keys.float()[:, None].transpose(-1, -2)
+    if voted and observation.bias is not None:
+        logits += observation.bias[:, None, None]
     asked = observation.query_positions[-window:]
-    token = torch.arange(observation.tokens, device=asked.device)
-    return logits.masked_fill(token > asked[:, None], -torch.inf)
+    hidden = (observation.positions[:, None] > asked[:, None]) | ~observation.present[:, None]  # [H, w, T]
+    return logits.masked_fill_(hidden[:, None], -torch.inf)
 
 
-def attend_all(queries: Tensor, keys: Tensor, values: Tensor, answered: int | None = None) -> Reference:
-    """Exact attention of queries [H, R, d] (scaled) over all of keys [H, T, d], values [H, T, d_v].
+def attend_all(
+    queries: Tensor, keys: Tensor, values: Tensor, answered: int | None = None, bias: Tensor | None = None,
+    tokens: int | None = None,
+) -> Reference:  # fmt: skip
+    """Exact attention of queries [H, R, d] (scaled) over all of keys [H, T, d], values [H, T, d_v], bias [H, T] or None.
 
-    answered: only so many rows, the first, are in the result; the others count in the rms share.
+    answered: only so many rows, the first, are in the result; the others count in the rms share. tokens: how many were read,
+    if the entries are not tokens.
     """
     rows = queries.shape[1] if answered is None else answered
-    (outputs, log_z), rms_share = attend_watched(queries, keys, values, rows)
-    visible = torch.full((rows,), keys.shape[1], device=queries.device)
+    (outputs, log_z), rms_share = attend_watched(queries, keys, values, bias, rows)
+    visible = torch.full((rows,), keys.shape[1] if tokens is None else tokens, device=queries.device)
     return Reference(queries[:, :rows], visible, log_z, outputs, rms_share, torch.zeros_like(rms_share))

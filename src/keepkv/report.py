@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from keepkv.merge import Merged
+
+if TYPE_CHECKING:
+    from keepkv.layer import KeepLayer
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Head:
     max_vote: float
 
     @staticmethod
-    def of(merged: Merged) -> Head:
-        slots = len(merged.bias)
+    def of(merged: Merged, exact: int = 0) -> Head:
+        """exact: how many of the newest entries are not slots but stay in the tail."""
+        slots = len(merged.bias) - exact
         vote = float(merged.bias.max().exp()) if slots else 0.0
         return Head(slots, merged.error, merged.mass_error, merged.evict_error, merged.fallbacks, vote)
 
@@ -39,9 +43,12 @@ class Head:
 class Report:
     """What was kept of the prompt, and what the cache holds now.
 
-    tokens: read per batch row, without padding. heads[row][layer][head]: what the compression made of each; empty if
-    nothing was compressed. slots: their mean. tail: exact tokens read since. max_vote: the largest number of tokens' mass
-    that one slot stands for. kv_bytes: bytes of the storages held; kv_bytes_full: of a cache of all tokens seen.
+    tokens: read per batch row, without padding, when it was last compressed. heads[row][layer][head]: what the compression
+    made of each; empty if nothing was compressed. slots: their mean. tail: tokens that are held exactly beside the slots.
+    max_vote: the largest number of tokens' mass that one slot stands for. kv_bytes: bytes of the storages held;
+    kv_bytes_full: of a cache of all tokens seen.
+    watch_bytes: of the queries remembered for the next compression; backing_bytes: of the exact history outside the device;
+    neither is part of kv_bytes. compress_seconds: of all `compressions` together; longest_pause: of the slowest.
     fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
     the mean over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
     note: why nothing was compressed, if so.
@@ -58,7 +65,11 @@ class Report:
     error: float = field(init=False)
     kv_bytes: int = 0
     kv_bytes_full: int = 0
+    watch_bytes: int = 0
+    backing_bytes: int = 0
     compress_seconds: float = 0.0
+    longest_pause: float = 0.0
+    compressions: int = 0
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -82,6 +93,20 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def weighed(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor]) -> Report:
+    """The report with what the layers, and the tensors of other layers, hold at this moment."""
+    ours = [x for layer in layers for x in (layer.keys, layer.values, *(layer.slots.tensors if layer.slots else ()))]
+    width = sum((layer.slot_bytes - 8) * layer.heads for layer in layers) * len(layers[0].keys)
+    return replace(
+        report,
+        tail=layers[0].tail,
+        kv_bytes=held_bytes([*ours, *others]),
+        kv_bytes_full=layers[0].seen * width + held_bytes(others),
+        watch_bytes=held_bytes(x for layer in layers if layer.watch for x in layer.watch.tensors),
+        backing_bytes=sum(layer.history.bytes for layer in layers if layer.history),
+    )
 
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:

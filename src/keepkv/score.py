@@ -1,4 +1,7 @@
-"""Score: how much each token matters. Every function maps an Observation to float32 [H, T], larger is better."""
+"""Score: how much each token matters. Every function maps an Observation to float32 [H, T], larger is better.
+
+T entries, of which those that only fill up (bias -inf) may get anything: whoever chooses passes over them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool1d
 
+from keepkv.draw import priority
 from keepkv.reference import FUTURE, window_logits
 from keepkv.rope import rotate, turn
 from keepkv.types import Observation
@@ -14,14 +18,16 @@ from keepkv.types import Observation
 
 def recency(observation: Observation) -> Tensor:
     """The position itself: the newest tokens win. StreamingLLM, arXiv 2309.17453."""
-    position = torch.arange(observation.tokens, dtype=torch.float32, device=observation.keys.device)
-    return position.expand(observation.heads, -1)
+    return observation.positions.float()
 
 
 def chance(observation: Observation) -> Tensor:
-    """Uniform random numbers, deterministic in (seed, layer): the control that every method must beat."""
-    score = torch.rand(observation.heads, observation.tokens, generator=observation.generator)
-    return score.to(observation.keys.device)
+    """A pseudo-random number per position, head, layer and seed: the control that every method must beat.
+
+    A token's number never changes, so that compressing in steps keeps the same sample as compressing once.
+    """
+    head = torch.arange(observation.heads, device=observation.keys.device)[:, None]
+    return priority(observation.positions, (observation.seed * 1_000 + observation.layer) * 1_000 + head).float()
 
 
 def accumulated(observation: Observation) -> Tensor:
@@ -36,10 +42,11 @@ def pooled_window(observation: Observation, window: int = 32, kernel: int = 5) -
     SnapKV, arXiv 2404.14469, section 4. The group is averaged after the softmax and before the pooling (GQA).
     """
     share = window_logits(observation, window).softmax(-1).mean((1, 2))
-    seen = observation.tokens - min(window, observation.queries.shape[2])
+    newest = observation.positions >= observation.tokens - min(window, observation.queries.shape[2])
+    before = observation.entries - int(newest.all(0).sum())
     score = torch.full_like(share, torch.inf)
-    if seen > 0:
-        score[:, :seen] = avg_pool1d(share[:, :seen], kernel, 1, kernel // 2, count_include_pad=False)
+    if before > 0:
+        score[:, :before] = avg_pool1d(share[:, :before], kernel, 1, kernel // 2, count_include_pad=False)
     return score
 
 
@@ -61,6 +68,8 @@ def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
     covariance = turn(turn(covariance, cos, sin).transpose(-1, -2), cos, sin)
     keys = observation.keys.float()
     logits = mean @ keys.transpose(-1, -2) + ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) / 2
+    if observation.bias is not None:
+        logits += observation.bias[:, None]
     loudness: Tensor = vector_norm(observation.values.float(), dim=-1)
     return logits.softmax(-1).mean(1) * loudness
 
@@ -80,12 +89,12 @@ def window_mean(observation: Observation, window: int = 32) -> Tensor:
 
 
 def _log_mean(observation: Observation, window: int, alpha: float) -> Tensor:
-    logits = window_logits(observation, window)
+    logits = window_logits(observation, window, voted=False)
     age = torch.arange(logits.shape[2] - 1, -1, -1, device=logits.device, dtype=torch.float32)
-    log_weight = (age * torch.tensor(alpha).log())[:, None].expand(-1, logits.shape[3])
-    log_weight = log_weight.masked_fill(logits[0, 0].isneginf(), -torch.inf)
-    total = log_weight.logsumexp(0) + torch.tensor(float(logits.shape[1])).log()
-    return (logits + log_weight).logsumexp((1, 2)) - total
+    log_weight = (age * torch.tensor(alpha).log())[:, None].expand(len(logits), -1, logits.shape[3])
+    log_weight = log_weight.masked_fill(logits[:, 0].isneginf(), -torch.inf)  # [H, w, T]
+    total = log_weight.logsumexp(1) + torch.tensor(float(logits.shape[1])).log()
+    return ((logits + log_weight[:, None]).logsumexp((1, 2)) - total).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 
 
 def weighted_window(observation: Observation, window: int = 32) -> Tensor:
@@ -104,5 +113,8 @@ def output_change(observation: Observation) -> Tensor:
     reference = observation.reference
     assert reference is not None, "the method table names a reference"
     values = observation.values.float()
-    distance: Tensor = vector_norm(values - values.mean(1, keepdim=True), dim=-1)
+    mean = values.mean(1, keepdim=True)
+    if observation.bias is not None:
+        mean = observation.bias.softmax(1)[:, None] @ values
+    distance: Tensor = vector_norm(values - mean, dim=-1)
     return reference.rms_share.hypot(reference.recall) * distance

@@ -17,11 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference queries of one layer and the exact attention they get over all T tokens; everything float32.
+    """Reference queries of one layer and the exact attention they get over all T entries; everything float32.
 
-    queries [H, R, d], R rows, scaled, so that logits are queries @ keys.T; visible [R] int64, how many of the tokens, from
-    the first, each row sees; log_z [H, R], the log of the softmax denominator; outputs [H, R, d_v]; rms_share [H, T], the
-    root mean square of each token's softmax share, over these rows and more; recall [H, T], the same for queries
+    queries [H, R, d], R rows, scaled, so that logits are queries @ keys.T; visible [R] int64: each row sees the entries of
+    smaller positions; log_z [H, R], the log of the softmax denominator; outputs [H, R, d_v]; rms_share [H, T], the
+    root mean square of each entry's softmax share, over these rows and more; recall [H, T], the same for queries
     that ask for one token each, word for word, and are not among the rows: 0 where the text was not repeated.
     """
 
@@ -32,41 +32,49 @@ class Reference:
     rms_share: Tensor
     recall: Tensor
 
-    def rows(self, head: int) -> Rows:
-        """One head's rows."""
-        return Rows(self.queries[head], self.visible, self.log_z[head], self.outputs[head], self.recall[head])
-
 
 class Rows(NamedTuple):
-    """Reference rows of one head: queries [R, d], visible [R], log_z [R], outputs [R, d_v]; recall [T]."""
+    """Reference rows of one head, queries [R, d], visible [R], log_z [R], outputs [R, d_v], and the entries they are asked of:
+    keys [T, d] float32, bias [T] or None, positions [T], recall [T], as in `Observation`."""
 
     queries: Tensor
     visible: Tensor
     log_z: Tensor
     outputs: Tensor
+    keys: Tensor
+    bias: Tensor | None
+    positions: Tensor
     recall: Tensor
 
     def take(self, which: Tensor) -> Rows:
         """The rows for which bool [R] is true."""
-        return Rows(self.queries[which], self.visible[which], self.log_z[which], self.outputs[which], self.recall)
+        return self._replace(
+            queries=self.queries[which], visible=self.visible[which], log_z=self.log_z[which], outputs=self.outputs[which]
+        )
 
-    def share(self, keys: Tensor, tokens: Tensor) -> Tensor:
-        """The exact softmax share that every row gives to the tokens, [R, n]. keys [T, d] of all tokens, float32."""
-        share = (self.queries @ keys[tokens].T).sub_(self.log_z[:, None]).exp_()
-        return share.masked_fill_(tokens >= self.visible[:, None], 0)
+    def share(self, entries: Tensor) -> Tensor:
+        """The exact softmax share that every row gives to the entries, votes counted, [R, n]."""
+        logits = self.queries @ self.keys[entries].T
+        if self.bias is not None:
+            logits += self.bias[entries]
+        share = logits.sub_(self.log_z[:, None]).exp_()
+        return share.masked_fill_(self.positions[entries] >= self.visible[:, None], 0)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one layer showed while it read one sequence.
+    """What one layer showed while it read one sequence: T entries, each a token, or a slot of an earlier compression.
 
     keys [H, T, d] as stored (after RoPE); values [H, T, d_v]; queries [H, G, N, d] as they were asked (after RoPE),
     the newest last; query_positions [N] int64, ascending, the token index that asked; inv_freq [r/2] float32, the
     rotary frequencies (r <= d rotated dimensions, rotate-half layout); scale, the factor on q·k;
-    column_mass [H, T] float32 or None, the attention each token received from all queries (mean over the group);
-    recall [H, T] float32 or None, the largest share each token got while the text was repeated over its own cache;
-    keep [T] bool or None, tokens that must stay verbatim whatever the method; reference, the queries that a compression
+    column_mass [H, T] float32 or None, the attention each entry received from all queries (mean over the group);
+    recall [H, T] float32 or None, the largest share each entry got while the text was repeated over its own cache;
+    keep [H, T] bool or None, entries that must stay verbatim whatever the method; reference, the queries that a compression
     must serve, for methods that fit; seed and layer make chance repeatable.
+    Where entries are slots: bias [H, T] float32, the log of their votes, -inf for the first ones of a head that has fewer
+    entries than another; places [H, T] int64, ascending, the token each key comes from; read, how many tokens were read.
+    All three are None where every entry is one token.
     """
 
     keys: Tensor
@@ -81,10 +89,53 @@ class Observation:
     recall: Tensor | None = None
     keep: Tensor | None = None
     reference: Reference | None = None
+    bias: Tensor | None = None
+    places: Tensor | None = None
+    read: int | None = None
+
+    @property
+    def entries(self) -> int:
+        """T, with those that only fill up."""
+        return self.keys.shape[1]
 
     @property
     def tokens(self) -> int:
-        return self.keys.shape[1]
+        """Tokens read: the next one's position."""
+        return self.entries if self.read is None else self.read
+
+    @property
+    def positions(self) -> Tensor:
+        """The token each entry's key comes from, int64 [H, T]."""
+        if self.places is not None:
+            return self.places
+        return torch.arange(self.entries, device=self.keys.device).expand(self.heads, -1)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many entries each head really has."""
+        return [self.entries] * self.heads if self.bias is None else self.present.sum(1).tolist()
+
+    @property
+    def present(self) -> Tensor:
+        """Which entries are real, bool [H, T]."""
+        if self.bias is None:
+            return torch.ones(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device)
+        return self.bias > -torch.inf
+
+    def head_bias(self, head: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[head]
+
+    def head_keep(self, head: int) -> Tensor | None:
+        return None if self.keep is None else self.keep[head]
+
+    def rows(self, head: int) -> Rows:
+        """One head's reference rows. The method must name a reference."""
+        ref = self.reference
+        assert ref is not None, "the method table names a reference"
+        return Rows(
+            ref.queries[head], ref.visible, ref.log_z[head], ref.outputs[head],
+            self.keys[head].float(), self.head_bias(head), self.positions[head], ref.recall[head],
+        )  # fmt: skip
 
     @property
     def heads(self) -> int:
@@ -98,7 +149,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens keep their slot: kept[layer][head] is int64 [n], ascending token indices."""
+    """Which entries keep a slot: kept[layer][head] is int64 [n], ascending indices of entries (tokens, the first time)."""
 
     kept: tuple[tuple[Tensor, ...], ...]
 
@@ -138,6 +189,27 @@ class Slots:
         stacked = zip(*(part.tensors for part in parts), strict=True)
         keys, values, bias, positions = (torch.cat(tensors) for tensors in stacked)
         return Slots(keys, values, bias, positions, (0, *accumulate(counts)))
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys [H, n, d], values, bias, positions [H, n] of one row, the shorter heads filled up in front: bias -inf there."""
+        most = max(self.counts, default=0)
+        index = torch.full((len(self.counts), most), -1, device=self.bias.device)
+        for head, (lo, hi) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+            index[head, most - (hi - lo) :] = torch.arange(lo, hi, device=index.device)
+        real, index = index >= 0, index.clamp(min=0)
+        keys, values, bias, positions = (tensor[index] for tensor in self.tensors)
+        away = ~real[..., None]
+        return (
+            keys.masked_fill_(away, 0), values.masked_fill_(away, 0), bias.masked_fill_(~real, -torch.inf),
+            positions.long().masked_fill_(~real, -1),
+        )  # fmt: skip
+
+    def newest_off(self, count: int) -> Slots:
+        """Without the last `count` slots of every head."""
+        index = [torch.arange(lo, hi - count) for lo, hi in zip(self.offsets, self.offsets[1:], strict=False)]
+        stay = torch.cat(index).to(self.keys.device)
+        keys, values, bias, positions = (tensor[stay] for tensor in self.tensors)
+        return Slots(keys, values, bias, positions, (0, *accumulate(map(len, index))))
 
     def rows(self, indices: Sequence[int], heads: int) -> Slots:
         """The given batch rows, in that order, copied: what beam search and batch selection need. heads = H."""

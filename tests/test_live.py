@@ -1,0 +1,461 @@
+"""A live cache: bounded memory while reading, while writing, across turns, in batches."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from conftest import make_model, tokens
+from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, merge, score
+from keepkv.methods import METHODS
+from keepkv.reference import context
+from keepkv.types import Observation
+
+# keeps every entry, so that any number of folds must be lossless
+EVERYTHING = Method("everything", "", "", score.recency, lambda s, n: (~s.isneginf()).sum(-1).tolist())
+
+
+def log_probs(model, ids, cache) -> torch.Tensor:
+    return model(ids, past_key_values=cache).logits.double().log_softmax(-1)
+
+
+def entries(cache: KeepCache) -> int:
+    """Slots and tail tokens really stored, for all layers and heads."""
+    return sum(
+        layer.keys.shape[:3].numel() + (0 if layer.slots is None else len(layer.slots.keys)) for layer in cache.keep_layers
+    )
+
+
+# --- composition: folding is exact where the merge is ---
+
+
+@pytest.mark.parametrize("tail", [0, 5])
+def test_folds_that_keep_everything_change_nothing(family: str, tail: int) -> None:
+    """However the text is cut and folded: the same logits as the full cache, with padding in front of one row."""
+    model, ids = make_model(family), tokens(2, 120, seed=1)
+    mask = torch.ones_like(ids)
+    mask[1, :33] = 0
+    ours, theirs = KeepCache(model, 0.9, EVERYTHING, period=7, tail=tail), DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for lo, hi in ((0, 50), (50, 51), (51, 56), (56, 80), *((i, i + 1) for i in range(80, 120))):
+        options = {"attention_mask": mask[:, :hi], "position_ids": positions[:, lo:hi]}
+        got = model(ids[:, lo:hi], past_key_values=ours, **options).logits
+        full = model(ids[:, lo:hi], past_key_values=theirs, **options).logits
+        for row in (0, 1):
+            real = mask[row, lo:hi].bool()
+            torch.testing.assert_close(got[row, real], full[row, real], rtol=1e-9, atol=1e-9)
+    assert ours.report().compressions > 4
+    assert tail <= ours.report().tail < 7 + tail
+
+
+@pytest.mark.parametrize("rule", [merge.zip_merge, merge.convex_exact_merge, merge.mean_merge])
+def test_merging_alike_entries_in_two_steps_is_merging_them_at_once(rule) -> None:
+    """Votes add up: 12 copies of 3 entries, merged six by six and then together, are 3 slots of 4 votes each."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(3, 8, generator=generator, dtype=torch.float64).repeat(4, 1) for _ in range(2))
+    level = torch.randn(3, generator=generator, dtype=torch.float64).repeat(4)
+    first = [rule(keys[part], values[part], torch.arange(3), level[part]) for part in (slice(0, 6), slice(6, 12))]
+    bias = torch.cat([made.bias for made in first])
+    again = rule(
+        torch.cat([made.keys for made in first]),
+        torch.cat([made.values for made in first]),
+        torch.arange(3),
+        level[:6],
+        bias=bias,
+    )
+    torch.testing.assert_close(again.bias.exp(), torch.full((3,), 4.0, dtype=torch.float64))
+    torch.testing.assert_close(again.keys, keys[:3])
+    torch.testing.assert_close(again.values, values[:3])
+
+
+@pytest.mark.parametrize("rule", [merge.zip_merge, merge.convex_exact_merge])
+@pytest.mark.parametrize("seed", range(3))
+def test_zip_is_lossless_for_its_query_with_votes_too(rule, seed: int) -> None:
+    """Entries that stand for several tokens already: mass and output of each set stay what they were for that query."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    keys, values, query = torch.randn(20, 8, **draw), torch.randn(20, 4, **draw), torch.randn(8, **draw)
+    bias = torch.randint(1, 9, (20,), generator=generator).double().log()
+    made = rule(keys, values, torch.arange(5), keys @ query, -1.0, bias=bias)
+    before, after = keys @ query + bias, made.keys @ query + made.bias
+    torch.testing.assert_close(after.logsumexp(0), before.logsumexp(0))
+    torch.testing.assert_close(after.softmax(0) @ made.values, before.softmax(0) @ values)
+
+
+def test_an_entry_of_p_votes_is_p_copies_to_references_and_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values, queries = (torch.randn(2, n, 16, generator=generator) for n in (60, 60, 40 * 3))
+    votes = torch.randint(1, 5, (60,), generator=generator)
+    queries = queries.reshape(2, 40, 3, 16).transpose(1, 2)
+    known = {"inv_freq": torch.ones(8), "scale": 0.25, "query_positions": torch.arange(100, 140)}
+    copies = torch.arange(60).repeat_interleave(votes)
+    first = (copies[:, None] < torch.arange(60)).sum(0)
+    places = torch.arange(60).expand(2, -1)
+    one = Observation(
+        keys, values, queries, bias=votes.float().log().expand(2, -1), places=places, read=140, **known
+    )  # fmt: skip
+    other = Observation(keys[:, copies], values[:, copies], queries, bias=torch.zeros(2, len(copies)),
+                        places=places[:, copies], read=140, **known)  # fmt: skip
+    ours, theirs = context(one), context(other)
+    torch.testing.assert_close(ours.outputs, theirs.outputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.log_z, theirs.log_z)
+    torch.testing.assert_close(ours.rms_share, votes * theirs.rms_share[:, first], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        score.output_change(Observation(**{**vars(one), "reference": ours})),
+        votes * score.output_change(Observation(**{**vars(other), "reference": theirs}))[:, first], rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    for rule in (score.expected_attention, score.weighted_window):
+        torch.testing.assert_close(rule(one), votes * rule(other)[:, first], rtol=1e-4, atol=1e-6)
+
+
+def test_a_fit_over_entries_with_votes_answers_better_than_evicting_them() -> None:
+    generator = torch.Generator().manual_seed(5)
+    centre = 2 * torch.randn(8, 16, generator=generator)
+    keys = (centre[torch.arange(160) % 8] + 0.4 * torch.randn(160, 16, generator=generator))[None]
+    values = torch.randn(1, 160, 4, generator=generator)
+    bias = torch.randint(1, 6, (1, 160), generator=generator).float().log()
+    queries = torch.randn(1, 1, 300, 16, generator=generator)
+    seen = Observation(
+        keys, values, queries, torch.arange(160, 460), torch.ones(8), 0.2, bias=bias,
+        places=torch.arange(160)[None], read=460,
+    )  # fmt: skip
+    seen = Observation(**{**vars(seen), "reference": context(seen)})
+    made = merge.fit(values[0], torch.arange(0, 160, 5), seen.rows(0))
+    assert made.fallbacks == 0
+    assert made.error < 0.6 * made.evict_error
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"full"}))
+def test_every_method_lives(method: str) -> None:
+    """Read in chunks and folded while writing, each keeps to its budget and stays finite."""
+    model = make_model("llama", torch.float32)
+    cache = KeepCache(model, 30, method, chunk=40, period=20)
+    cache.read(model, tokens(1, 170))
+    heads = sum(layer.heads for layer in cache.keep_layers)
+    for step in range(50):
+        assert model(tokens(1, 1, seed=step), past_key_values=cache).logits.isfinite().all()
+        assert entries(cache) <= (30 + 20) * heads
+    assert cache.get_seq_length() == 220
+    assert cache.report().slots == 30
+    kept = [x for layer in cache.keep_layers for x in layer.slots.positions.tolist()]
+    assert min(kept) >= 0
+    assert max(kept) < 220
+
+
+# --- memory ---
+
+
+def peak_of_reading(model, length: int, **options) -> tuple[int, KeepCache]:
+    """The largest number of bytes that hang on the cache after any layer's attention while a prompt is read."""
+    cache = KeepCache(model, **options)
+    most = 0
+    attend = cache._attention
+
+    def spy(*args, **kwargs):
+        nonlocal most
+        output = attend(*args, **kwargs)
+        if all(layer.is_initialized for layer in cache.layers):
+            report = cache.report()
+            most = max(most, report.kv_bytes + report.watch_bytes)
+        return output
+
+    cache._attention = spy
+    cache.read(model, tokens(1, length))
+    return most, cache
+
+
+def test_reading_takes_no_more_than_budget_and_chunk_whatever_the_length() -> None:
+    model = make_model("llama", torch.float32, max_position_embeddings=8192)
+    short, cache = peak_of_reading(model, 700, budget=64, chunk=96, references=64)
+    long, _ = peak_of_reading(model, 3000, budget=64, chunk=96, references=64)
+    assert long <= 1.02 * short
+    layer = cache.keep_layers[0]
+    heads = sum(layer.heads for layer in cache.keep_layers)
+    queries = 3 * 4 * 16 * 4 * (64 + 96)  # a bank and a chunk's queries of three layers with four query heads
+    assert short <= (64 + 96) * heads * layer.slot_bytes + 2 * queries
+
+
+def test_writing_takes_no_more_memory_the_longer_it_is() -> None:
+    model = make_model("llama", torch.float32, max_position_embeddings=8192)
+    cache = KeepCache(model, 48, period=32, references=64)
+    model(tokens(1, 100), past_key_values=cache)
+    most = []
+    for step in range(400):
+        model(tokens(1, 1, seed=step), past_key_values=cache)
+        report = cache.report()
+        most.append(report.kv_bytes + report.watch_bytes)
+    assert max(most[200:]) <= max(most[100:200])
+    assert cache.report().tail < 32
+    gc.collect()
+
+
+def test_a_fraction_of_a_prompt_read_in_chunks_is_of_the_whole_prompt() -> None:
+    model = make_model("llama", torch.float32)
+    cache = KeepCache(model, 0.25, chunk=50, references=64).read(model, tokens(1, 400))
+    assert cache.report().slots == 100
+
+
+def test_a_budget_that_holds_everything_is_bit_identical_as_long_as_it_does() -> None:
+    model, ids = make_model("llama", torch.float32), tokens(1, 90)
+    ours, theirs = KeepCache(model, 100, chunk=30), DynamicCache(config=model.config)
+    ours.read(model, ids)
+    for lo in (0, 30, 60):
+        model(ids[:, lo : lo + 30], past_key_values=theirs)
+    new = tokens(1, 5, seed=2)
+    assert torch.equal(model(new, past_key_values=ours).logits, model(new, past_key_values=theirs).logits)
+    assert ours.keep_layers[0].slots is None
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("method", ["keepkv", "h2o", "snapkv", "keepkv-paper"])
+def test_rows_read_in_chunks_and_folded_are_as_if_alone(method: str) -> None:
+    model, lengths = make_model(), (150, 67, 20)
+    ids, mask = tokens(3, 150), torch.ones(3, 150, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, : 150 - length] = 0
+    options = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+    def run(ids, mask, budget) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = KeepCache(model, budget, method, chunk=32, period=16, references=64)
+        cache.read(model, ids[:, :-1], mask[:, :-1])
+        made = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        assert cache.report().compressions > 2
+        return made.sequences[:, ids.shape[1] :], torch.stack(made.logits)
+
+    budgets = [0.5, 24, 0.6]
+    words, logits = run(ids, mask, budgets)
+    for row, length in enumerate(lengths):
+        alone, wanted = run(ids[row : row + 1, 150 - length :], mask[row : row + 1, 150 - length :], budgets[row])
+        assert torch.equal(words[row], alone[0])
+        torch.testing.assert_close(logits[:, row], wanted[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_beams_are_folded_row_by_row() -> None:
+    """Beam search over a cache whose folds keep everything finds what it finds over the full cache."""
+    model, ids = make_model(), tokens(2, 60)
+    options = {"num_beams": 3, "max_new_tokens": 30, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    full = model.generate(ids, **options)
+    cache = KeepCache(model, 0.99, EVERYTHING, period=8)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), full)
+    assert cache.report().compressions > 2
+    assert len(cache.report().tokens) == 6
+
+
+def test_sampling_draws_the_same_words() -> None:
+    model, ids = make_model(), tokens(2, 60)
+    made = []
+    for cache in (None, KeepCache(model, 0.99, EVERYTHING, period=8)):
+        torch.manual_seed(5)
+        made.append(model.generate(ids, past_key_values=cache, do_sample=True, max_new_tokens=30))
+    assert torch.equal(*made)
+
+
+def test_budgets_follow_their_rows() -> None:
+    model = make_model()
+    cache = KeepCache(model, [20, 40, 60], period=10)
+    model(tokens(3, 80), past_key_values=cache)
+    slots = [sum(map(sum, row)) for row in cache.report().kept]
+    assert [count / slots[0] for count in slots] == [1, 2, 3]
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    for step in range(10):
+        model(tokens(2, 1, seed=step), past_key_values=cache)
+    assert [sum(map(sum, row)) for row in cache.report().kept] == [slots[2], slots[0]]
+    with pytest.raises(KeepKVError, match="3 budgets for 1 rows"):
+        model(tokens(1, 80), past_key_values=KeepCache(model, [20, 40, 60]))
+
+
+# --- going back ---
+
+
+def test_assisted_generation_writes_what_greedy_generation_writes() -> None:
+    """Candidates from the prompt itself are tried and cropped; the tail is where they can be cropped from."""
+    model, ids = make_model(), tokens(1, 30).repeat(1, 4)
+    options = {"max_new_tokens": 40, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    full = model.generate(ids, **options)
+    cache = KeepCache(model, 0.5, EVERYTHING, period=16, tail=12)
+    assert torch.equal(model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=8, **options), full)
+    assert cache.report().compressions > 1
+
+
+@pytest.mark.parametrize("method", ["keepkv", "h2o"])
+def test_cropped_and_read_again_is_as_if_nothing_had_happened(method: str) -> None:
+    model = make_model()
+    cache = KeepCache(model, 30, method, period=40, references=64)
+    model(tokens(1, 100), past_key_values=cache)
+    twin = cache.fork()
+    model(tokens(1, 20, seed=3), past_key_values=cache)
+    cache.crop(-20)
+    for one in (cache, twin):
+        for step in range(45):
+            model(tokens(1, 1, seed=step), past_key_values=one)
+    assert cache.report().compressions == twin.report().compressions == 2
+    for a, b in zip(cache.keep_layers, twin.keep_layers, strict=True):
+        assert torch.equal(a.slots.positions, b.slots.positions)
+        assert torch.equal(a.slots.values, b.slots.values)
+
+
+def test_a_crop_past_the_start_changes_nothing(family: str) -> None:
+    model = make_model(family)
+    cache = KeepCache(model, 30, period=40)
+    model(tokens(1, 100), past_key_values=cache)
+    model(tokens(1, 5, seed=1), past_key_values=cache)
+    before = model(tokens(1, 3, seed=2), past_key_values=cache.fork()).logits
+    for count in (-6, -1000, 3):
+        with pytest.raises(KeepKVError, match="cannot be forgotten"):
+            cache.crop(count)
+    assert torch.equal(model(tokens(1, 3, seed=2), past_key_values=cache).logits, before)
+
+
+def test_forks_share_what_they_hold_and_go_their_own_ways() -> None:
+    """Copy on write: branching copies nothing; each branch folds on its own, the trunk stays."""
+    model = make_model()
+    trunk = KeepCache(model, 30, period=20, backing="cpu")
+    model(tokens(1, 100), past_key_values=trunk)
+    stored = [(layer.slots, layer.keys, layer.history) for layer in trunk.keep_layers]
+    branches = [trunk.fork() for _ in range(3)]
+    for branch in branches:
+        for layer, (slots, keys, history) in zip(branch.keep_layers, stored, strict=True):
+            assert layer.slots is slots
+            assert layer.keys is keys
+            assert layer.history is history
+    for number, branch in enumerate(branches):
+        for step in range(25):
+            model(tokens(1, 1, seed=100 * number + step), past_key_values=branch)
+        assert branch.report().compressions == 2
+    assert trunk.get_seq_length() == 100
+    for layer, (slots, keys, history) in zip(trunk.keep_layers, stored, strict=True):
+        assert layer.slots is slots
+        assert layer.keys is keys
+        assert layer.history is history
+
+
+# --- refresh ---
+
+
+@pytest.mark.parametrize("backing", ["cpu", "disk"])
+@pytest.mark.parametrize("tail", [0, 6])
+def test_a_refresh_is_a_compression_of_the_exact_history(backing: str, tail: int) -> None:
+    """With folds that lose nothing of what the model computes, refreshing is compressing everything at once."""
+    model, ids, mask = make_model(), tokens(2, 130), torch.ones(2, 130, dtype=torch.int64)
+    mask[1, :21] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    live = KeepCache(model, 0.5, EVERYTHING, period=20, backing=backing, references=2048, tail=tail)
+    once = KeepCache(model, 0.3, auto=False, period=1000, references=2048, tail=tail)
+    for lo, hi in ((0, 70), (70, 90), (90, 115), (115, 130)):
+        for cache in (live, once):
+            options = {"attention_mask": mask[:, :hi], "position_ids": positions[:, lo:hi]}
+            model(ids[:, lo:hi], past_key_values=cache, **options)
+    assert live.report().compressions > 1
+    assert live.report().backing_bytes > 0
+    live.budgets, live.method = once.budgets, once.method
+    live.refresh()
+    once.compress()
+    for a, b in zip(live.keep_layers, once.keep_layers, strict=True):
+        assert torch.equal(a.slots.positions, b.slots.positions)
+        torch.testing.assert_close(a.slots.values, b.slots.values, rtol=1e-4, atol=1e-4)
+
+
+def test_refreshing_brings_back_what_folds_lost() -> None:
+    """Folded eagerly by eviction of all but the newest, then refreshed: much closer to the full cache again."""
+    model, ids = make_model(), tokens(1, 330)
+    drifted, full = KeepCache(model, 40, "streaming", period=10, backing="cpu"), DynamicCache(config=model.config)
+    for lo, hi in ((0, 260), (260, 270), (270, 280), (280, 290), (290, 300)):
+        model(ids[:, lo:hi], past_key_values=drifted)
+        model(ids[:, lo:hi], past_key_values=full)
+    fresh = drifted.fork()
+    fresh.method = METHODS["keepkv"]
+    fresh.refresh()
+    truth = log_probs(model, ids[:, 300:], full)
+    loss = [float((truth.exp() * (truth - log_probs(model, ids[:, 300:], c))).sum(-1).mean()) for c in (drifted, fresh)]
+    assert loss[1] < 0.5 * loss[0]
+
+
+def test_refresh_comes_by_itself_and_only_with_a_backing() -> None:
+    model = make_model()
+    cache = KeepCache(model, 40, period=10, backing="disk", refresh=50)
+    model(tokens(1, 100), past_key_values=cache)
+    refreshed = []
+    for step in range(100):
+        model(tokens(1, 1, seed=step), past_key_values=cache)
+        refreshed.append(cache._refreshed)
+    assert sorted(set(refreshed)) == [0, 110, 160] or sorted(set(refreshed)) == [100, 150, 200]
+    with pytest.raises(InputError, match="needs a backing"):
+        KeepCache(model, period=10, refresh=50)
+    bare = KeepCache(model, 40, period=10)
+    model(tokens(1, 100), past_key_values=bare)
+    slots = bare.keep_layers[0].slots
+    with pytest.raises(KeepKVError, match="nothing to refresh from"):
+        bare.refresh()
+    assert bare.keep_layers[0].slots is slots
+
+
+def test_rows_with_a_backing_are_not_moved() -> None:
+    model = make_model()
+    cache = KeepCache(model, 30, period=10, backing="cpu")
+    model(tokens(2, 60), past_key_values=cache)
+    with pytest.raises(KeepKVError, match="cannot be moved"):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reorder_cache(torch.tensor([0, 1]))
+
+
+# --- mistakes ---
+
+
+def test_a_forward_pass_larger_than_the_chunk_is_refused_with_the_way_out() -> None:
+    model, ids = make_model(), tokens(1, 80)
+    cache = KeepCache(model, 20, chunk=32)
+    with pytest.raises(KeepKVError, match="prefill_chunk_size=32"):
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, prefill_chunk_size=32, max_new_tokens=5
+    )
+    assert made.shape[1] == 85
+    assert cache.report().compressions == 2  # 64 tokens, and 16 in the tail
+
+
+@pytest.mark.parametrize(
+    "options", [{"period": 0}, {"chunk": -1}, {"tail": -1}, {"refresh": 0}, {"backing": "tape"}, {"backing": "cpu"}]
+)
+def test_unusable_settings_are_refused(options: dict) -> None:
+    with pytest.raises(InputError):
+        KeepCache(make_model(), **options)
+
+
+def test_a_failed_compression_changes_nothing() -> None:
+    model = make_model()
+    cache = KeepCache(model, 20, period=50)
+    model(tokens(1, 100), past_key_values=cache)
+    model(tokens(1, 10), past_key_values=cache)
+    before = [layer.slots for layer in cache.keep_layers]
+    with pytest.raises(BudgetError, match="must stay"):
+        cache.compress("keepkv" and 10, keep=[(0, 0), (100, 110), (0, 90)])
+    assert [layer.slots for layer in cache.keep_layers] == before
+    assert str(cache.budgets[0]) == "20"
+    cache.compress()
+    assert cache.report().slots == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_folds_like_float64(dtype: torch.dtype) -> None:
+    """Biases stay float32; as far from the full float64 cache as the float64 folds are, but for the model's own rounding."""
+    ids = tokens(1, 260)
+    logits = {}
+    for name in (torch.float64, dtype):
+        model = make_model("llama", name)
+        cache = KeepCache(model, 60, period=20, references=128)
+        full = DynamicCache(config=model.config)
+        for lo, hi in ((0, 120), *((i, i + 20) for i in range(120, 240, 20))):
+            model(ids[:, lo:hi], past_key_values=cache)
+            model(ids[:, lo:hi], past_key_values=full)
+        assert cache.keep_layers[0].slots.bias.dtype == torch.float32
+        assert cache.keep_layers[0].slots.keys.dtype == name
+        logits[name] = [model(ids[:, 240:], past_key_values=c).logits.double() for c in (cache, full)]
+    truth = logits[torch.float64][1]
+    ours, rounded, exact = ((x - truth).abs().mean() for x in (*logits[dtype], logits[torch.float64][0]))
+    assert ours < 1.2 * exact + 2 * rounded
