@@ -15,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 from keepkv import methods
 from keepkv.budget import TOLERANCE
 from keepkv.cache import KeepCache
-from keepkv.reading import REPEAT, Phase, Prompt, read, silent
+from keepkv.errors import InputError
+from keepkv.reading import REPEAT, Phase, Prompt, read, read_in_chunks, silent
 from keepkv.report import Report
 from keepkv.smallest import check, smallest
 
@@ -87,6 +88,7 @@ def ask(
     reference: str = "auto",
     keep: Sequence[str] = (),
     tolerance: float = TOLERANCE,
+    chunk: int = 0,
     phase: Phase = silent,
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
@@ -94,28 +96,37 @@ def ask(
     reference: "recall" also repeats the text over its own cache and keeps what that asks for, for methods that can use
     it (about one more reading, and details survive); "context" does not; "auto" does where the repetition still fits into
     the trained length. keep: regular expressions; what they match stays verbatim. budget "auto": the smallest at which the
-    first method loses at most `tolerance` (see `smallest`). phase(title) starts a phase and returns what to tell its progress
-    to. A method named "full" is what the others' `alike` is measured against.
+    first method loses at most `tolerance` (see `smallest`). chunk: read so many tokens at a time and compress on the way,
+    once for each method; 0 reads all at once, for all methods together. phase(title) starts a phase and returns what to
+    tell its progress to. A method named "full" is what the others' `alike` is measured against.
     Raises BudgetError, MethodError, InputError.
     """
     table = [methods.get(name) for name in method_names]
     if budget == "auto":
         check(table[0], tolerance)
+        if chunk:
+            raise InputError("a budget is found by trying several on the whole text: give one, or read all at once (--chunk 0)")
     spans = prompt.spans(*keep)
     torch.manual_seed(seed)
     ids = prompt.text.to(model.device)
-    done = read(model, ids, table, prompt.question(REPEAT).to(model.device), seed, reference, phase)
+    lead = prompt.question(REPEAT).to(model.device)
+    if not chunk:
+        done = read(model, ids, table, lead, seed, reference, phase)
 
     asked, caches = [], []
     for method in table:
-        tell = phase(f"compressing ({method.name})")
-        start = time.perf_counter()
-        if budget == "auto":
-            cache = smallest(done.cache, method, tolerance, tell, spans)
-            budget = cache.report().budget  # the other methods get as much
+        if chunk:
+            done = read_in_chunks(model, ids, method, budget, chunk, lead, seed, reference, spans, phase)
+            cache, compressing = done.cache, done.cache.report().compress_seconds
         else:
-            cache = done.cache.fork().compress(budget, method, tell, spans)
-        compressing = time.perf_counter() - start
+            tell = phase(f"compressing ({method.name})")
+            start = time.perf_counter()
+            if budget == "auto":
+                cache = smallest(done.cache, method, tolerance, tell, spans)
+                budget = cache.report().budget  # the other methods get as much
+            else:
+                cache = done.cache.fork().compress(budget, method, tell, spans)
+            compressing = time.perf_counter() - start
         caches.append(cache)
         report, answers = cache.report(), []
         tell = phase(f"answering ({method.name})")

@@ -48,12 +48,13 @@ class KeepCache(Cache):
     period: the cache is live: whenever so many tokens have come since, they are folded into the compact part, which is then
     compressed again to its budget, so that memory does not grow with what is written. chunk: the same while reading; no
     forward pass may have more tokens (`read` cuts a prompt, `generate` with prefill_chunk_size), and period is chunk if
-    not given. A live cache keeps at most budget + tail + period (or chunk) tokens, and `references` queries per layer.
+    not given. A live cache holds at most budget + tail + period (or chunk) tokens, and queries (below).
 
     budget: a fraction (0.1, "10%") of the tokens read so far, slots per KV head on average (512, "512"), or bytes for all
     rows ("64MB"); or a list with one for each row of the batch. tail: the newest tokens, on top of the budget, that
     are left out of every compression, so that `crop` can forget them (assisted generation needs that).
-    references: how many of each layer's queries are remembered at most, whatever the length (2,048; live 512).
+    references: how many of each layer's queries are remembered at most until the next compression, whatever the length; a
+    live cache keeps half of them beyond it, in two bytes a number. Fewer take less memory and time, and fit worse.
     backing: "cpu" or "disk" keeps the exact keys and values of all tokens there; `refresh()` then rebuilds the compact part
     from them, by itself every `refresh` tokens if given, so that the error of many folds does not add up.
     column_mass: also sum all attention while reading, for methods that need it (default: if `method` does).
@@ -72,7 +73,7 @@ class KeepCache(Cache):
         backing: Backing | None = None,
         refresh: int | None = None,
         seed: int = 0,
-        references: int | None = None,
+        references: int = 2048,
         column_mass: bool | None = None,
         auto: bool = True,
     ) -> None:
@@ -87,8 +88,7 @@ class KeepCache(Cache):
             raise InputError(f"backing {backing!r}: expected 'cpu', 'disk' or None")
         if (refresh is not None and backing is None) or (backing is not None and self.period is None):
             raise InputError("refresh needs a backing, and a backing a live cache: give a period, or a chunk, and a backing")
-        self.seed, self.auto = seed, auto
-        self.references = references or (2048 if self.period is None else 512)
+        self.seed, self.references, self.auto = seed, references, auto
         self.column_mass = self.method.column_mass if column_mass is None else column_mass
         super().__init__(layers=[KeepLayer() if kind is None else kind for kind in hosts.layer_kinds(model)])
         for layer in self.keep_layers:
@@ -100,6 +100,7 @@ class KeepCache(Cache):
         self._expected: tuple[int, ...] = ()  # tokens that every row will have when its prompt has been read
         self._keep: tuple[tuple[int, int], ...] = ()
         self._refreshed = 0  # columns at the last refresh
+        self._repeat_seconds = 0.0
 
     layers: list[Any]  # KeepLayer, or transformers' sliding-window layers
 
@@ -309,7 +310,7 @@ class KeepCache(Cache):
             return Report(self.method.name, budget, (), note="nothing has been read yet")
         known = self._report or Report(self.method.name, budget, self._tokens(), note="not compressed yet")
         sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
-        return weighed(known, self.keep_layers, sliding)
+        return weighed(replace(known, repeat_seconds=self._repeat_seconds), self.keep_layers, sliding)
 
     def fork(self) -> KeepCache:
         """A second cache that goes on from here on its own. Nothing is copied: stored tensors are never written to."""
@@ -319,7 +320,7 @@ class KeepCache(Cache):
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]
-        self._report, self._expected, self._keep, self._refreshed = None, (), (), 0
+        self._report, self._expected, self._keep, self._refreshed, self._repeat_seconds = None, (), (), 0, 0.0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest -tokens_to_remove tokens, exactly. Raises KeepKVError, and changes nothing, if it cannot."""

@@ -38,6 +38,14 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
 ]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        min=0, show_default=False,
+        help="Read so many tokens at a time and compress on the way: memory does not grow with the text. 0: all at once. "
+        "Default: 2048 for texts of more than 8,192 tokens, otherwise 0.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
@@ -61,6 +69,7 @@ def ask(
     reference: Reference = "auto",
     keep: Keep = None,
     tolerance: Annotated[float, typer.Option(help="With --budget auto: the share of its outputs a head may lose.")] = TOLERANCE,
+    chunk: Chunk = None,
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
     device: Device = "auto",
@@ -94,8 +103,9 @@ def ask(
         prompt = Prompt(tokenizer, text)
         _warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
         results = run(
-            lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), tolerance, line.phase
-        )
+            lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), tolerance,
+            _chunk(chunk, prompt.text.shape[1], budget), line.phase,
+        )  # fmt: skip
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]
         typer.echo(json.dumps({**first, **({"compare": others} if others else {})}, ensure_ascii=False))
@@ -228,6 +238,14 @@ def _understood(methods: str, budgets: str) -> tuple[list[str], list[str]]:
     for limit in limits:
         Budget.parse(limit)
     return list(dict.fromkeys(names)), list(dict.fromkeys(limits))
+
+
+def _chunk(chunk: int | None, tokens: int, budget: str) -> int:
+    from keepkv.reading import CHUNK, LONG
+
+    if chunk is not None:
+        return chunk
+    return CHUNK if tokens > LONG and budget != "auto" else 0
 
 
 def _warn_if_long(model: PreTrainedModel, tokens: int) -> None:

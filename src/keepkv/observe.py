@@ -80,7 +80,8 @@ class Bank:
 
 @dataclass(frozen=True)
 class Watch:
-    """What one layer has shown so far: limit queries per row at most; starts, each row's first real token.
+    """What one layer has shown so far: at most `limit` queries per row, beside `old` ones from before the last compression;
+    starts, each row's first real token.
 
     pending [B, H, G, n, d] are the newest queries, of `waiting` tokens, not in the banks yet. column_mass, per row, and
     recall, for one row, [H, T'], are of the first T' entries of what the layer holds.
@@ -95,6 +96,7 @@ class Watch:
     starts: tuple[int, ...] = ()
     pending: tuple[Tensor, ...] = ()
     waiting: int = 0
+    old: int = 0
     column_mass: tuple[Tensor, ...] | None = None
     recall: Tensor | None = None
 
@@ -124,7 +126,7 @@ class Watch:
             first = max(start, held.seen - new)  # the first real token among the new ones
             fresh = pending[row, :, :, first - held.seen + new :]
             positions = torch.arange(first - start, held.seen - start, device=pending.device)
-            banks.append((self.banks[row] if self.banks else empty).add(fresh, positions, self.limit, self.seed))
+            banks.append((self.banks[row] if self.banks else empty).add(fresh, positions, self.limit + self.old, self.seed))
             if self.with_column_mass:
                 keys, _, bias, places = held.entries(row, start)
                 mass = _column_mass(fresh, positions, keys, bias, places, self.scale)
@@ -149,13 +151,20 @@ class Watch:
         )  # fmt: skip
 
     def compacted(self, kept: Sequence[Sequence[Tensor]], held: Held) -> Watch:
-        """After a compression of what was held, kept [row][head] its entries that stay."""
+        """After a compression of what was held, kept [row][head] its entries that stay. Half of the queries are remembered.
+
+        In bfloat16 where they were float32 or better: as good for references, and half the memory.
+        """
         watch = self.banked(held)
+        banks = tuple(bank.add(bank.queries[:, :, :0], bank.positions[:0], self.limit // 2, self.seed) for bank in watch.banks)
+        if banks and banks[0].queries.element_size() > 2:
+            banks = tuple(Bank(bank.queries.bfloat16(), bank.positions) for bank in banks)
         mass = watch.column_mass and tuple(_kept(x, heads) for x, heads in zip(watch.column_mass, kept, strict=True))
         recall = watch.recall
         if recall is not None:
             recall = _kept(_grown(recall, 1 + max(int(head[-1]) if len(head) else 0 for head in kept[0])), kept[0])
-        return replace(watch, column_mass=mass, recall=recall)
+        old = max(len(bank.positions) for bank in banks)
+        return replace(watch, banks=banks, old=old, column_mass=mass, recall=recall)
 
     def cropped(self, held: Held, count: int) -> Watch:
         """Without the newest `count` columns of what is held. Raises KeepKVError where their attention is summed already."""

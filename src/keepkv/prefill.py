@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,13 +29,15 @@ def read(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     repeat: Tensor | None = None,
+    keep: Sequence[tuple[int, int]] = (),
     progress: Progress = lambda done, of: None,
 ) -> KeepCache:
     """Reads a prompt [B, T] of any length, `chunk` tokens at a time, and compresses whenever it outgrows the budget.
 
     A fraction is that of the whole prompt, so that its first chunks stay whole as long as there is room. The first chunk
     is the shortest: so a row of a left-padded batch is cut as if alone. repeat [1, n]: an instruction to repeat
-    the text; each chunk is then rehearsed (see `rehearse`) before it is compressed. Returns the cache itself.
+    the text; each chunk is then rehearsed (see `rehearse`) before it is compressed. keep: as in `compress`. Returns the
+    cache itself.
     """
     batch, length = input_ids.shape
     size = self.chunk or max(1, length)
@@ -61,11 +65,11 @@ def read(
             if repeat is not None:
                 self.rehearse(model, input_ids[:, lo:hi], repeat)
             if self.live and (auto or hi < length):
-                self.compress()
+                self.compress(keep=() if lo else keep)  # they are remembered
             lo = hi
             progress(lo, length)
         if auto and not self.live:
-            self.compress()
+            self.compress(keep=keep)
     finally:
         self.auto = auto
     return self
@@ -94,6 +98,7 @@ def rehearse(
             f"rehearse() repeats the text that was just read, before compression, one row: expected [1, {tail}] "
             f"token ids, got {list(input_ids.shape)}"
         )
+    start = time.perf_counter()
     lead = input_ids[:, :0] if lead is None else lead.to(input_ids.device)
     seen, begin = self._observations(0), tokens - input_ids.shape[1]
     room = sum(sum(observation.counts) for observation in seen)
@@ -108,6 +113,7 @@ def rehearse(
         for ours, theirs in zip(self.keep_layers, twin.keep_layers, strict=True):
             ours.watch = theirs.watch
         progress(last - begin, tokens - begin)
+    self._repeat_seconds += time.perf_counter() - start
     return self
 
 

@@ -17,6 +17,8 @@ from keepkv.errors import InputError
 from keepkv.loading import trained_length
 from keepkv.methods import Method
 
+CHUNK = 2048  # tokens of a chunk, where a text is read in chunks
+LONG = 8192  # tokens from which on it is, unless something else is asked for
 REPEAT = "Repeat the text above, word for word."
 _REPEAT_ROOM = 512  # one repeated piece and the instruction
 _MARK = "\u2402keepkv-question\u2403"  # stands where the question will be, while the chat template is applied
@@ -78,7 +80,10 @@ class Prompt:
 
 
 class Reading(NamedTuple):
-    """A cache that has read a text and is not compressed yet, and the seconds that reading and repeating it took."""
+    """A cache that has read a text, and the seconds that reading and repeating it took.
+
+    It is not compressed yet, or, if the text was read in chunks, has been on the way.
+    """
 
     cache: KeepCache
     seconds: float
@@ -112,6 +117,30 @@ def read(
     if repeated:
         cache.rehearse(model, ids, lead, progress=phase("repeating the text"))
     return Reading(cache, middle - start, time.perf_counter() - middle, repeated)
+
+
+def read_in_chunks(
+    model: PreTrainedModel,
+    ids: Tensor,
+    method: Method,
+    budget: str,
+    chunk: int,
+    lead: Tensor | None = None,
+    seed: int = 0,
+    reference: str = "auto",
+    keep: Sequence[tuple[int, int]] = (),
+    phase: Phase = silent,
+) -> Reading:
+    """Reads ids [1, T] `chunk` tokens at a time, compressing as it goes, so that memory does not grow with the text."""
+    cache = KeepCache(model, budget, method, chunk=chunk, seed=seed)
+    repeated = repeats(reference, model, [method], ids.shape[1])
+    start = time.perf_counter()
+    cache.read(
+        model, ids, repeat=lead if repeated else None, keep=keep,
+        progress=phase(f"reading {ids.shape[1]:,} tokens in chunks ({method.name})"),
+    )  # fmt: skip
+    seconds, report = time.perf_counter() - start, cache.report()
+    return Reading(cache, seconds - report.compress_seconds - report.repeat_seconds, report.repeat_seconds, repeated)
 
 
 def repeats(reference: str, model: PreTrainedModel, table: Sequence[Method], tokens: int) -> bool:

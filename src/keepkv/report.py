@@ -48,7 +48,8 @@ class Report:
     max_vote: the largest number of tokens' mass that one slot stands for. kv_bytes: bytes of the storages held;
     kv_bytes_full: of a cache of all tokens seen.
     watch_bytes: of the queries remembered for the next compression; backing_bytes: of the exact history outside the device;
-    neither is part of kv_bytes. compress_seconds: of all `compressions` together; longest_pause: of the slowest.
+    neither is part of kv_bytes. compress_seconds: of all `compressions` together; longest_pause: of the slowest;
+    repeat_seconds: of repeating the text.
     fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
     the mean over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
     note: why nothing was compressed, if so.
@@ -68,6 +69,7 @@ class Report:
     watch_bytes: int = 0
     backing_bytes: int = 0
     compress_seconds: float = 0.0
+    repeat_seconds: float = 0.0
     longest_pause: float = 0.0
     compressions: int = 0
     note: str = ""
