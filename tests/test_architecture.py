@@ -44,6 +44,8 @@ HOST = {
 OUTSIDE = {
     "reading",
     "ask",
+    "conversation",
+    "chat",
     "fidelity",
     "anatomy",
     "svg",

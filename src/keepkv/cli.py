@@ -117,6 +117,49 @@ def ask(
 
 
 @app.command()
+def chat(
+    budget: Annotated[
+        str, typer.Option(help='Slots per KV head ("1024"), bytes ("64MB"), or a growing share ("10%").')
+    ] = "1024",
+    method: Name = "keepkv",
+    system: Annotated[str, typer.Option(help="A system prompt; it stays verbatim.", show_default=False)] = "",
+    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.", show_default=False)] = None,
+    period: Annotated[int, typer.Option(min=1, help="Compress whenever so many tokens have come.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest word.")] = 0.7,
+    model: Model = "smollm2",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model for as long as you like, in memory that does not grow.
+
+    What was said is compressed to the budget as the conversation goes on. /help lists what else can be done.
+
+    [bold]keepkv chat --budget 512[/bold]
+
+    [bold]echo "What is a whale?" | keepkv chat --system "Answer in one sentence."[/bold]
+    """
+    with bar(f"loading {model}"):
+        import torch
+
+        from keepkv import loading
+        from keepkv.chat import Chat, lines
+        from keepkv.conversation import Conversation
+
+        _understood(method, budget)
+        lm, tokenizer = loading.load(model, device, dtype)
+        torch.manual_seed(seed)
+        talk = Chat(lambda: Conversation(lm, tokenizer, budget, method, system, period, seed), max_new_tokens, temperature)
+    if load is not None:
+        talk.load(str(load))
+    if sys.stdin.isatty():
+        err.print("[dim]/help lists the commands, Ctrl-D ends[/dim]")
+    talk.run(lines())
+
+
+@app.command()
 def fidelity(
     file: File,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; see keepkv methods.")] = "keepkv,snapkv,h2o",

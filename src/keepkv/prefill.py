@@ -64,8 +64,10 @@ def read(
             )  # fmt: skip
             if repeat is not None:
                 self.rehearse(model, input_ids[:, lo:hi], repeat)
-            if self.live and (auto or hi < length):
-                self.compress(keep=() if lo else keep)  # they are remembered
+            due = self.period is not None and self.keep_layers[0].tail >= self.period + self.keep_tail
+            if self.live and (due or (auto and before == 0 and hi == length)):
+                self.compress(keep=keep)
+                keep = ()  # they are remembered
             lo = hi
             progress(lo, length)
         if auto and not self.live:

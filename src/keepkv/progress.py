@@ -22,6 +22,10 @@ class Bar:
         self._progress.reset(self._task, description=title, total=None)
         return self
 
+    def hide(self) -> None:
+        """Makes room for other output, for good."""
+        self._progress.stop()
+
     def __call__(self, done: int, of: int) -> None:
         self._progress.update(self._task, completed=done, total=of)
 
