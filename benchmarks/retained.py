@@ -28,21 +28,35 @@ import tasks
 from keepkv import KeepCache, loading
 from keepkv.ask import greedy
 from keepkv.methods import get
-from keepkv.reading import REPEAT, Prompt, read
+from keepkv.reading import REPEAT, Prompt, read, read_in_chunks
 
 
 @torch.inference_mode()
 def answers(
-    model: Any, tokenizer: Any, sample: tasks.Sample, methods: list[str], budgets: list[str], reference: str, by: str
-) -> list[dict[str, Any]]:
-    """One record per question and variant; every variant starts from the same reading."""
+    model: Any,
+    tokenizer: Any,
+    sample: tasks.Sample,
+    methods: list[str],
+    budgets: list[str],
+    reference: str,
+    by: str,
+    chunk: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One record per question and variant; every variant starts from the same reading, those in chunks from their own."""
     prompt = Prompt(tokenizer, sample.text)
     ids = prompt.text
     once = read(model, ids, [get(name) for name in methods], prompt.question(REPEAT), reference=reference)
     variants = [("full", "100%"), *((method, budget) for budget in budgets for method in methods)]
+    if chunk:
+        variants += [(f"{method}/{chunk}", budget) for budget in budgets for method in methods]
     records = []
     for method, budget in variants:
-        cache = once.cache.fork().compress(budget, method)
+        name, _, pieces = method.partition("/")
+        if pieces:
+            lead = prompt.question(REPEAT)
+            cache = read_in_chunks(model, ids, get(name), budget, int(pieces), lead, reference=reference).cache
+        else:
+            cache = once.cache.fork().compress(budget, name)
         report = cache.report()
         for number, question in enumerate(sample.questions):
             asked = prompt.question(question.ask)
@@ -107,6 +121,7 @@ def main() -> None:
     parser.add_argument("--methods", default="keepkv")
     parser.add_argument("--budgets", default="10%,5%,2%")
     parser.add_argument("--reference", choices=["context", "recall"], default="recall")
+    parser.add_argument("--chunk", type=int, default=0, help="also read so many tokens at a time, for comparison")
     parser.add_argument("--by", choices=["choice", "answer"], default="choice")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--words", type=int, default=1200)
@@ -129,7 +144,9 @@ def main() -> None:
         sample = (
             tasks.passages(rng, paragraphs, args.words) if name == "passages" else tasks.TASKS[name](rng, haystack, args.words)
         )
-        got = answers(model, tokenizer, sample, args.methods.split(","), args.budgets.split(","), args.reference, args.by)
+        got = answers(
+            model, tokenizer, sample, args.methods.split(","), args.budgets.split(","), args.reference, args.by, args.chunk
+        )
         fresh = [{"task": name, "sample": number, **record} for record in got]
         records += fresh
         if args.output:
