@@ -256,6 +256,28 @@ def test_sampling_draws_the_same_words() -> None:
     assert torch.equal(*made)
 
 
+def test_rows_that_finish_early_leave_the_others_alone() -> None:
+    model, ids = make_model(), tokens(3, 60)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False, "pad_token_id": 2}
+
+    def run(ids: torch.Tensor, **more: object) -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        return model.generate(
+            ids, past_key_values=KeepCache(model, 20, period=8), **{**options, "attention_mask": mask, **more}
+        )
+
+    free = run(ids)
+    end = int(free[1, 66])  # what one row writes early ends it
+    ended = run(ids, eos_token_id=end)
+    lengths = []
+    for row in range(3):
+        alone = run(ids[row : row + 1], eos_token_id=end)[0]
+        lengths.append(len(alone))
+        assert torch.equal(ended[row, : len(alone)], alone)
+        assert ended[row, len(alone) :].eq(2).all()
+    assert min(lengths) < max(lengths)
+
+
 def test_budgets_follow_their_rows() -> None:
     model = make_model()
     cache = KeepCache(model, [20, 40, 60], period=10)
@@ -462,3 +484,32 @@ def test_low_precision_folds_like_float64(dtype: torch.dtype) -> None:
     truth = logits[torch.float64][1]
     ours, rounded, exact = ((x - truth).abs().mean() for x in (*logits[dtype], logits[torch.float64][0]))
     assert ours < 1.2 * exact + 2 * rounded
+
+
+# --- torch.compile ---
+
+
+def test_parts_of_a_model_can_be_compiled_and_the_whole_says_why_not() -> None:
+    """The parts without attention are traced once and not again, whatever is folded; attention is not."""
+    model = make_model("llama", torch.float32)
+    made, graphs = [], []
+
+    def count(graph: torch.fx.GraphModule, example: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    for compiled in (False, True):
+        cache = KeepCache(model, 30, period=8)
+        model(tokens(1, 60), past_key_values=cache)
+        if compiled:
+            for layer in model.model.layers:
+                layer.mlp.compile(backend=count, dynamic=False)
+        made.append([model(tokens(1, 1, seed=step), past_key_values=cache).logits for step in range(20)])
+    assert cache.report().compressions == 3
+    torch.testing.assert_close(made[0], made[1])
+    assert 1 <= len(graphs) <= len(model.model.layers)
+    torch._dynamo.reset()
+    whole = torch.compile(make_model("llama", torch.float32), backend="eager")
+    with pytest.raises(Exception, match="compile other parts"):
+        whole(tokens(1, 60), past_key_values=KeepCache(model, 30))
+    torch._dynamo.reset()

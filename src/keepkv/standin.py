@@ -37,6 +37,11 @@ class StandIn(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            raise ModelError(
+                "torch.compile cannot trace attention over a KeepCache: compile other parts, for layer in "
+                "model.model.layers: layer.mlp.compile()"
+            )
         if func is scaled_dot_product_attention:
             key = args[1] if len(args) > 1 else kwargs["key"]
             return key.attend(*args, **kwargs)
