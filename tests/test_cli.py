@@ -226,9 +226,10 @@ def test_the_commands_of_the_readme_exist(monkeypatch, capsys) -> None:
 
 
 def test_the_python_of_the_readme_runs(folder: str, capsys) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code is not None
-    exec(code[1].replace("your/model", folder).replace("max_new_tokens=100", "max_new_tokens=2"), {"long_text": TEXT})
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(blocks).replace("your/model", folder).replace("max_new_tokens=100", "max_new_tokens=2")
+    exec(code, {"long_text": TEXT})
     assert "Report(method='keepkv', budget='0.1'" in capsys.readouterr().out
 
 

@@ -215,13 +215,9 @@ class KeepCache(Cache):
         and values are on the device at a time. Raises KeepKVError without a backing, or for a method that sums attention.
         """
         if any(layer.history is None for layer in self.keep_layers):
-            raise KeepKVError(
-                'nothing to refresh from: KeepCache(..., backing="cpu") or "disk" keeps the exact keys and values'
-            )
+            raise KeepKVError('nothing to refresh from: KeepCache(..., backing="cpu") or "disk" keeps exact keys and values')
         if self.method.column_mass:
-            raise KeepKVError(
-                f"{self.method.name} sums attention while reading: what dropped tokens would have got is not known"
-            )
+            raise KeepKVError(f"{self.method.name} sums attention: what dropped tokens would have got is not known")
         self._compress(progress, exact=True)
         self._refreshed = self.get_seq_length()
         return self
@@ -229,8 +225,6 @@ class KeepCache(Cache):
     def _compress(self, progress: Progress, exact: bool = False) -> KeepCache:
         start = time.perf_counter()
         self._check_watched()
-        for layer in self.keep_layers:
-            layer.watch = layer.watch and layer.watch.banked(layer.held)
         tokens, tails = self._tokens(), self._tails()
         try:
             totals = [self._total_slots(row, count) for row, count in enumerate(tokens)]
@@ -243,6 +237,7 @@ class KeepCache(Cache):
                 self._settle([], note="left whole: the budget holds every token")
             return self
 
+        self._bank()
         done = []
         for row, (total, tail) in enumerate(zip(totals, tails, strict=True)):
             seen = self._observations(row, exact)
@@ -266,12 +261,14 @@ class KeepCache(Cache):
         if self._keep and len(self._tokens()) > 1:
             raise KeepKVError("keep names tokens of one text: this cache has read a batch")
         if len(self.budgets) not in (1, len(self._tokens())):
-            raise KeepKVError(
-                f"{len(self.budgets)} budgets for {len(self._tokens())} rows: give one for each row, or one for all"
-            )
+            raise KeepKVError(f"{len(self.budgets)} budgets for {len(self._tokens())} rows: give one for each, or one for all")
 
     read = read
     rehearse = rehearse
+
+    def _bank(self) -> None:
+        for layer in self.keep_layers:
+            layer.watch = layer.watch and layer.watch.banked(layer.held)
 
     def _observations(self, row: int, exact: bool = False) -> Sequence[Observation]:
         """What every layer has shown of one batch row; exact: of all its tokens as they were."""
@@ -282,7 +279,7 @@ class KeepCache(Cache):
         last, tails = self._report, self._tails()
         self._report = Report(
             method=self.method.name,
-            budget=", ".join(map(str, self.budgets)),
+            budget=self._limits,
             tokens=self._tokens(),
             heads=tuple(
                 tuple(tuple(Head.of(head, tail) for head in layer) for layer in row.merged)
@@ -305,10 +302,9 @@ class KeepCache(Cache):
 
     def report(self) -> Report:
         """What was kept, the votes, and the bytes held at this moment."""
-        budget = ", ".join(map(str, self.budgets))
         if not self.keep_layers[0].is_initialized:
-            return Report(self.method.name, budget, (), note="nothing has been read yet")
-        known = self._report or Report(self.method.name, budget, self._tokens(), note="not compressed yet")
+            return Report(self.method.name, self._limits, (), note="nothing has been read yet")
+        known = self._report or Report(self.method.name, self._limits, self._tokens(), note="not compressed yet")
         sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
         return weighed(replace(known, repeat_seconds=self._repeat_seconds), self.keep_layers, sliding)
 
@@ -332,12 +328,12 @@ class KeepCache(Cache):
         self._take(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = torch.arange(len(self.keep_layers[0].keys))[indices.cpu()]
+        rows = torch.arange(len(self._starts()))[indices.cpu()]
         super().batch_select_indices(indices)
         self._take(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(len(self.keep_layers[0].keys)).repeat_interleave(repeats)
+        rows = torch.arange(len(self._starts())).repeat_interleave(repeats)
         super().batch_repeat_interleave(repeats)
         self._take(rows.tolist())
 
@@ -353,6 +349,10 @@ class KeepCache(Cache):
                 tokens=tuple(tokens[row] for row in rows),
                 heads=tuple(heads[row] for row in rows) if heads else (),
             )
+
+    @property
+    def _limits(self) -> str:
+        return ", ".join(map(str, self.budgets))
 
     @property
     def _heads(self) -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keepkv import methods
+from keepkv import hosts, methods
 from keepkv.compress import Progress, compress
 from keepkv.errors import InputError, KeepKVError
+from keepkv.gather import Observations
 from keepkv.recall import Piece
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def read(
         columns = torch.arange(before, device=mask.device).expand(batch, -1)
         mask = torch.cat([(columns >= torch.tensor(starts, device=mask.device)[:, None]).to(mask.dtype), mask], 1)
     padded = not bool(mask.all())
-    auto, self.auto = self.auto, False
+    auto, self.auto, kept = self.auto, False, self._keep
+    self._keep = (*kept, *keep)
     try:
         lo = 0
         while lo < length:
@@ -66,12 +68,14 @@ def read(
                 self.rehearse(model, input_ids[:, lo:hi], repeat)
             due = self.period is not None and self.keep_layers[0].tail >= self.period + self.keep_tail
             if self.live and (due or (auto and before == 0 and hi == length)):
-                self.compress(keep=keep)
-                keep = ()  # they are remembered
+                self.compress()
             lo = hi
             progress(lo, length)
         if auto and not self.live:
-            self.compress(keep=keep)
+            self.compress()
+    except KeepKVError:
+        self._keep = kept
+        raise
     finally:
         self.auto = auto
     return self
@@ -102,7 +106,9 @@ def rehearse(
         )
     start = time.perf_counter()
     lead = input_ids[:, :0] if lead is None else lead.to(input_ids.device)
-    seen, begin = self._observations(0), tokens - input_ids.shape[1]
+    self._bank()
+    seen = Observations(self.keep_layers, 0, hosts.frequencies(self._rotary), (), 0)
+    begin = tokens - input_ids.shape[1]
     room = sum(sum(observation.counts) for observation in seen)
     size = max(room // self._heads // DRAFT, 2 * chunk)
     drafts = compress(seen, methods.get("snapkv"), min(room, size * self._heads)).slots
