@@ -298,7 +298,13 @@ def test_budgets_follow_their_rows() -> None:
 def test_assisted_generation_writes_what_greedy_generation_writes() -> None:
     """Candidates from the prompt itself are tried and cropped; the tail is where they can be cropped from."""
     model, ids = make_model(), tokens(1, 30).repeat(1, 4)
-    options = {"max_new_tokens": 40, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    options = {
+        "eos_token_id": 0,
+        "pad_token_id": 2,
+        "max_new_tokens": 40,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
     full = model.generate(ids, **options)
     cache = KeepCache(model, 0.5, EVERYTHING, period=16, tail=12)
     assert torch.equal(model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=8, **options), full)
@@ -328,7 +334,7 @@ def test_a_crop_past_the_start_changes_nothing(family: str) -> None:
     model(tokens(1, 100), past_key_values=cache)
     model(tokens(1, 5, seed=1), past_key_values=cache)
     before = model(tokens(1, 3, seed=2), past_key_values=cache.fork()).logits
-    for count in (-6, -1000, 3):
+    for count in (-6, -1000, 3):  # 3: all but the first three
         with pytest.raises(KeepKVError, match="cannot be forgotten"):
             cache.crop(count)
     assert torch.equal(model(tokens(1, 3, seed=2), past_key_values=cache).logits, before)

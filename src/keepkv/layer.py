@@ -102,7 +102,12 @@ class KeepLayer(CacheLayerMixin):
         self.keys, self.values = self.keys[:, :, size:].clone(), self.values[:, :, size:].clone()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest -tokens_to_remove tokens, exactly. They must not have been compressed."""
+        """Forgets the newest -tokens_to_remove tokens, exactly. They must not have been compressed.
+
+        A positive number is how many columns stay, as transformers before 5.16 asks for it.
+        """
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.seen)
         if not -self.tail <= tokens_to_remove <= 0:
             raise KeepKVError(
                 f"crop({tokens_to_remove}): tokens that are compressed cannot be forgotten one by one: "
