@@ -70,7 +70,9 @@ class KeepLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0  # masks are made for tokens, as if nothing had been compressed
+        """Masks are made for tokens, as if nothing had been compressed, but only for those that are still held one by one."""
+        held = self.seen if self.slots is None else self.tail
+        return held + query_length, self.seen - held
 
     def get_max_length(self) -> int:
         return -1

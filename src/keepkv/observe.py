@@ -106,11 +106,11 @@ class Watch:
         return [*banks, *self.pending, *(self.column_mass or ()), *([] if self.recall is None else [self.recall])]
 
     def see(self, queries: Tensor, held: Held, mask: Tensor | None) -> Watch:
-        """After a forward pass: queries [B, H, G, new, d], what the layer holds now, transformers' mask for all columns."""
+        """After a forward pass: queries [B, H, G, new, d], what the layer holds now, a mask for the newest columns."""
         batch, new = len(queries), queries.shape[3]
         starts = self.starts
         if not starts or (mask is not None and (new > 1 or max(starts) >= held.seen - new)):
-            starts = _starts(mask, batch, held.seen)
+            starts = _starts(mask, batch, held.seen, starts, held.seen - new)
         watch = replace(self, starts=starts, pending=(*self.pending, queries), waiting=self.waiting + new)
         return watch.banked(held) if watch.waiting >= PENDING else watch
 
@@ -205,16 +205,22 @@ def _kept(x: Tensor, kept: Sequence[Tensor]) -> Tensor:
     return torch.stack([pad(head[stay], (most - len(stay), 0)) for head, stay in zip(x, kept, strict=True)])
 
 
-def _starts(mask: Tensor | None, batch: int, seen: int) -> tuple[int, ...]:
-    """The first visible column of every row of a mask [B or 1, 1, q, seen]; raises InputError unless the rest is visible."""
+def _starts(mask: Tensor | None, batch: int, seen: int, known: tuple[int, ...], before: int) -> tuple[int, ...]:
+    """The first visible column of every row of a mask [B or 1, 1, q, n] for the newest n of `seen` columns.
+
+    known: the same from before, settled where a row had tokens among the first `before` columns. Raises InputError where
+    anything but the padding in front is hidden.
+    """
     if mask is None:
         return (0,) * batch
     last = mask[:, 0, -1]
     visible = last if mask.dtype == torch.bool else last > torch.finfo(mask.dtype).min / 2
-    hidden = seen - visible.sum(-1)
-    if visible.cummax(-1).values.ne(visible).any():
+    offset = seen - visible.shape[-1]
+    found = (offset + visible.shape[-1] - visible.sum(-1)).expand(batch).tolist()
+    settled = [i for i, start in enumerate(known) if start < before]
+    if visible.cummax(-1).values.ne(visible).any() or any(found[i] != max(known[i], offset) for i in settled):
         raise InputError("KeepCache reads left-padded batches; the attention mask hides tokens after the first visible one")
-    return tuple(hidden.expand(batch).tolist())
+    return tuple(known[i] if i in settled else start for i, start in enumerate(found))
 
 
 def _column_mass(
