@@ -63,6 +63,22 @@ def test_ask_finds_a_budget_and_the_others_get_as_much(monkeypatch, capsys, fold
     assert slots[0] > slots[1]
 
 
+def test_ask_reads_in_chunks(monkeypatch, capsys, folder: str, text: str) -> None:
+    """The same budget whatever the way of reading; every method reads for itself, and the full cache stays full."""
+    args = ["ask", text, "Who jumps?", "--model", folder, "--compare", "full,snapkv", "--json", "--max-new-tokens", "3"]
+    found = []
+    for more in ([], ["--chunk", "64"], ["--chunk", "64", "--reference", "recall"]):
+        status, out, err = run(monkeypatch, capsys, *args, "--budget", "20%", "--keep", "quick", *more)
+        assert (status, err) == (0, "")
+        found.append(json.loads(out))
+    once, chunked, recalled = found
+    assert chunked["slots"] == recalled["slots"] == once["slots"]
+    assert recalled["reference"] == "recall"
+    assert chunked["compare"][0]["kv_bytes"] == once["kv_bytes_full"]
+    assert chunked["compare"][0]["answers"] == once["compare"][0]["answers"]
+    assert 0 < chunked["alike"] <= 1
+
+
 def test_ask_keeps_what_a_pattern_matches(monkeypatch, capsys, folder: str, text: str) -> None:
     args = ["ask", text, "Who jumps?", "--model", folder, "--max-new-tokens", "2", "--json", "--budget", "10%"]
     assert run(monkeypatch, capsys, *args, "--keep", "without")[0] == 0
@@ -160,6 +176,9 @@ MISTAKES = [
     (["ask", "{text}", "?", "--dtype", "float31"], "unknown dtype"),
     (["ask", "{text}"], "Missing argument"),
     (["ask", "{text}", "?", " "], "one of the questions is empty"),
+    (["ask", "{text}", "?", "--chunk", "64", "--budget", "auto"], "--chunk 0"),
+    (["chat", "--budget", "lots"], "cannot be read: expected a fraction"),
+    (["chat", "--load", "{folder}/nowhere.json"], "cannot be read (No such file"),
     (["inspect", "{text}", "--budget", "100%"], "there is nothing to inspect (left whole"),
     (["inspect", "{text}", "--html", "{folder}/nowhere/page.html"], "expected a file name in a folder that exists"),
     (["inspect", "{text}", "--png", "{here}"], "expected a file name in a folder that exists"),
