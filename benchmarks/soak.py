@@ -53,9 +53,9 @@ class Log:
 
 
 @torch.inference_mode()
-def reading(model: Any, ids: torch.Tensor, tokens: int, budget: str, chunk: int, log: Log) -> KeepCache:
+def reading(model: Any, ids: torch.Tensor, tokens: int, budget: str, chunk: int, references: int, log: Log) -> KeepCache:
     ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
-    cache = KeepCache(model, budget, chunk=chunk)
+    cache = KeepCache(model, budget, chunk=chunk, references=references)
     attend, layers = cache._attention, cache.keep_layers
 
     def spy(layer: int, *args: Any, **kwargs: Any) -> torch.Tensor:  # memory is largest before a chunk is compressed
@@ -69,9 +69,9 @@ def reading(model: Any, ids: torch.Tensor, tokens: int, budget: str, chunk: int,
 
 
 @torch.inference_mode()
-def writing(model: Any, ids: torch.Tensor, tokens: int, budget: str, period: int, log: Log) -> KeepCache:
+def writing(model: Any, ids: torch.Tensor, tokens: int, budget: str, period: int, references: int, log: Log) -> KeepCache:
     torch.manual_seed(0)
-    cache = KeepCache(model, budget, period=period)
+    cache = KeepCache(model, budget, period=period, references=references)
     logits = model(ids[:, :2000], past_key_values=cache, logits_to_keep=1).logits
     for step in range(1, tokens + 1):
         word = torch.multinomial((logits[:, -1].float() / 0.8).softmax(-1), 1)
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--budget", default="2048")
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--period", type=int, default=512)
+    parser.add_argument("--references", type=int, default=2048, help="queries remembered per layer: memory and time")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
@@ -95,9 +96,9 @@ def main() -> None:
     ids = tokenizer(loading.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"]
     log = Log(args.chunk * 5 if args.what == "read" else 1000)
     if args.what == "read":
-        cache = reading(model, ids, args.tokens, args.budget, args.chunk, log)
+        cache = reading(model, ids, args.tokens, args.budget, args.chunk, args.references, log)
     else:
-        cache = writing(model, ids, args.tokens, args.budget, args.period, log)
+        cache = writing(model, ids, args.tokens, args.budget, args.period, args.references, log)
     report = cache.report()
     summary = {
         **{name: str(value) for name, value in vars(args).items()}, "threads": torch.get_num_threads(),

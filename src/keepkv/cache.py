@@ -54,7 +54,7 @@ class KeepCache(Cache):
     rows ("64MB"); or a list with one for each row of the batch. tail: the newest tokens, on top of the budget, that
     are left out of every compression, so that `crop` can forget them (assisted generation needs that).
     references: how many of each layer's queries are remembered at most until the next compression, whatever the length; a
-    live cache keeps half of them beyond it, in two bytes a number. Fewer take less memory and time, and fit worse.
+    live cache keeps half of them beyond it, all in bfloat16. Fewer take less memory and time, and fit worse.
     backing: "cpu" or "disk" keeps the exact keys and values of all tokens there; `refresh()` then rebuilds the compact part
     from them, by itself every `refresh` tokens if given, so that the error of many folds does not add up.
     column_mass: also sum all attention while reading, for methods that need it (default: if `method` does).
@@ -158,7 +158,7 @@ class KeepCache(Cache):
                 query, keys, values, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         if self.live or not self.compressed:
-            before = layer.watch or Watch(layer_idx, self.references, self.seed, self.column_mass, scale)
+            before = layer.watch or Watch(layer_idx, self.references, self.seed, self.column_mass, scale, self.live)
             grouped = query.detach().reshape(len(query), layer.heads, -1, new, query.shape[-1])
             layer.watch = before.see(grouped, layer.held, attn_mask)
             if self.auto and layer_idx == self._last:

@@ -81,7 +81,7 @@ class Bank:
 @dataclass(frozen=True)
 class Watch:
     """What one layer has shown so far: at most `limit` queries per row, beside `old` ones from before the last compression;
-    starts, each row's first real token.
+    starts, each row's first real token. rounded: queries are kept in bfloat16, as good for references and half the memory.
 
     pending [B, H, G, n, d] are the newest queries, of `waiting` tokens, not in the banks yet. column_mass, per row, and
     recall, for one row, [H, T'], are of the first T' entries of what the layer holds.
@@ -92,6 +92,7 @@ class Watch:
     seed: int
     with_column_mass: bool
     scale: float
+    rounded: bool = False
     banks: tuple[Bank, ...] = ()
     starts: tuple[int, ...] = ()
     pending: tuple[Tensor, ...] = ()
@@ -111,6 +112,8 @@ class Watch:
         starts = self.starts
         if not starts or (mask is not None and (new > 1 or max(starts) >= held.seen - new)):
             starts = _starts(mask, batch, held.seen, starts, held.seen - new)
+        if self.rounded and queries.element_size() > 2:
+            queries = queries.bfloat16()
         watch = replace(self, starts=starts, pending=(*self.pending, queries), waiting=self.waiting + new)
         return watch.banked(held) if watch.waiting >= PENDING else watch
 
@@ -151,14 +154,9 @@ class Watch:
         )  # fmt: skip
 
     def compacted(self, kept: Sequence[Sequence[Tensor]], held: Held) -> Watch:
-        """After a compression of what was held, kept [row][head] its entries that stay. Half of the queries are remembered.
-
-        In bfloat16 where they were float32 or better: as good for references, and half the memory.
-        """
+        """After a compression of what was held, kept [row][head] its entries that stay. Half of the queries are remembered."""
         watch = self.banked(held)
         banks = tuple(bank.add(bank.queries[:, :, :0], bank.positions[:0], self.limit // 2, self.seed) for bank in watch.banks)
-        if banks and banks[0].queries.element_size() > 2:
-            banks = tuple(Bank(bank.queries.bfloat16(), bank.positions) for bank in banks)
         mass = watch.column_mass and tuple(_kept(x, heads) for x, heads in zip(watch.column_mass, kept, strict=True))
         recall = watch.recall
         if recall is not None:
