@@ -270,6 +270,17 @@ def test_sliding_layers_are_left_alone() -> None:
     assert torch.equal(cache.layers[0].keys, stock.layers[0].keys)
 
 
+def test_sliding_layers_hold_their_window_and_no_more() -> None:
+    """transformers keeps views of all keys of a forward pass; here what has left the window is freed."""
+    model = make_model("gemma3", torch.float32)
+    cache = read(model, tokens(1, 200), budget=0.1)
+    for layer in cache.layers:
+        if not isinstance(layer, KeepLayer):
+            assert layer.keys.untyped_storage().nbytes() == layer.keys.numel() * 4
+            assert layer.keys.shape[2] == 23
+    assert stored(cache) == cache.report().kv_bytes
+
+
 def test_reading_in_pieces_is_reading_at_once() -> None:
     model, ids = make_model(), tokens(2, 200)
     at_once, in_pieces = (KeepCache(model, 0.2, method, column_mass=True, auto=False) for method in ("keepkv", "keepkv"))

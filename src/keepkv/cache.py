@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from keepkv import hosts, methods
 from keepkv.budget import Budget
-from keepkv.compress import Compressed, Progress, compress
+from keepkv.compress import Compressed, Progress, compress, in_row
 from keepkv.errors import BudgetError, InputError, KeepKVError
 from keepkv.gather import Observations
 from keepkv.history import Backing, History
@@ -50,9 +50,9 @@ class KeepCache(Cache):
     forward pass may have more tokens (`read` cuts a prompt, `generate` with prefill_chunk_size), and period is chunk if
     not given. A live cache holds at most budget + tail + period (or chunk) tokens, and queries (below).
 
-    budget: a fraction (0.1, "10%") of the tokens read so far, slots per KV head on average (512, "512"), or bytes for all
-    rows ("64MB"); or a list with one for each row of the batch. tail: the newest tokens, on top of the budget, that
-    are left out of every compression, so that `crop` can forget them (assisted generation needs that).
+    budget: a fraction (0.1, "10%") of the tokens read so far, slots per KV head on average (512), or bytes for all rows
+    ("64MB"); or a list, one for each row of the batch. tail: the newest tokens, on top of the budget, that are left out of
+    every compression, so that `crop` can forget them (assisted generation needs that).
     references: how many of each layer's queries are remembered at most until the next compression, whatever the length; a
     live cache keeps half of them beyond it, all in bfloat16. Fewer take less memory and time, and fit worse.
     backing: "cpu" or "disk" keeps the exact keys and values of all tokens there; `refresh()` then rebuilds the compact part
@@ -131,6 +131,7 @@ class KeepCache(Cache):
             )
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, KeepLayer):
+            hosts.let_go(layer)
             return keys, values
         attend = partial(self._attention, layer_idx, key_states.shape[2])
         return StandIn.of(key_states, layer.seen, attend), StandIn.of(value_states, layer.seen, attend)
@@ -243,7 +244,7 @@ class KeepCache(Cache):
             seen = self._observations(row, exact)
             room = sum(sum(observation.counts) for observation in seen)
             total = min(total + tail * self._heads, room)
-            done.append(compress(seen, self.method, total, partial(_in_row, progress, row, len(totals))))
+            done.append(compress(seen, self.method, total, partial(in_row, progress, row, len(totals))))
         self._settle(done, time.perf_counter() - start, exact=exact)
         return self
 
@@ -393,7 +394,3 @@ class KeepCache(Cache):
         budget = self.budgets[row if len(self.budgets) > 1 else 0]
         shared = budget.kind == "bytes" and len(self.budgets) == 1  # bytes are for the whole cache, rows share them
         return budget.total_slots(tokens, self._heads, layer.slot_bytes * (len(layer.keys) if shared else 1))
-
-
-def _in_row(progress: Progress, row: int, rows: int, done: int, of: int) -> None:
-    progress(row * of + done, rows * of)

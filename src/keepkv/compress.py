@@ -148,3 +148,8 @@ def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Mer
         positions=torch.cat([observation.positions[h, k] for h, k in enumerate(kept)]).int(),
         offsets=(0, *accumulate(len(head) for head in kept)),
     )
+
+
+def in_row(progress: Progress, row: int, rows: int, done: int, of: int) -> None:
+    """Progress in one of several rows, told as that of all of them."""
+    progress(row * of + done, rows * of)

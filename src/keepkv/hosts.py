@@ -38,6 +38,14 @@ def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
     return kinds
 
 
+def let_go(layer: CacheLayerMixin) -> None:
+    """Frees what a sliding window has passed: transformers' layers keep views that hold all keys of a forward pass."""
+    for name in ("keys", "values"):
+        kept = getattr(layer, name)
+        if kept.untyped_storage().nbytes() > 2 * kept.numel() * kept.element_size():
+            setattr(layer, name, kept.clone())
+
+
 def rotary(model: PreTrainedModel) -> nn.Module:
     """The module that holds the rotary frequencies. Raises ModelError if there is none."""
     module = getattr(model.get_decoder(), "rotary_emb", None)
