@@ -67,7 +67,7 @@ def read(
             if repeat is not None:
                 self.rehearse(model, input_ids[:, lo:hi], repeat)
             due = self.period is not None and self.keep_layers[0].tail >= self.period + self.keep_tail
-            if self.live and (due or (auto and before == 0 and hi == length)):
+            if self.live and (due or hi < length or (auto and before == 0)):
                 self.compress()
             lo = hi
             progress(lo, length)
