@@ -465,7 +465,7 @@ def test_a_failed_compression_changes_nothing() -> None:
     model(tokens(1, 10), past_key_values=cache)
     before = [layer.slots for layer in cache.keep_layers]
     with pytest.raises(BudgetError, match="must stay"):
-        cache.compress("keepkv" and 10, keep=[(0, 0), (100, 110), (0, 90)])
+        cache.compress(10, keep=[(0, 0), (100, 110), (0, 90)])
     assert [layer.slots for layer in cache.keep_layers] == before
     assert str(cache.budgets[0]) == "20"
     cache.compress()

@@ -148,6 +148,19 @@ def ask(
     return [replace(result, alike=share) for result, share in zip(asked, alike, strict=True)]
 
 
+def generation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 0.0
+) -> GenerationConfig:
+    """How an answer is written, whatever else the model's own configuration says: temperature 0 is greedy."""
+    own = model.generation_config
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id if own.pad_token_id is not None else tokenizer.eos_token_id,
+        **({"temperature": temperature} if temperature > 0 else {}),
+    )  # fmt: skip
+
+
 class _Clock(BaseStreamer):
     """Notes when the first and the last token came."""
 
@@ -168,14 +181,13 @@ def greedy(
     """Greedy decoding of one answer after `later` = question tokens, from a cache that has read `ids`."""
     clock = _Clock()
     prompt = torch.cat([ids, later], dim=1)
-    own = model.generation_config
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
-        pad_token_id=own.pad_token_id if own.pad_token_id is not None else tokenizer.eos_token_id,
-    )  # fmt: skip
     generate: Any = model.generate
     output = generate(
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=config, streamer=clock
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        generation_config=generation(model, tokenizer, max_new_tokens),
+        streamer=clock,
     )
     new = output[0, prompt.shape[1] :].tolist()
     first, last = clock.times[1], clock.times[-1]  # the streamer is given the prompt first

@@ -115,6 +115,11 @@ class KeepCache(Cache):
         return self.period is not None
 
     @property
+    def _due(self) -> bool:
+        """Whether enough tokens have come since the last compression for the next one."""
+        return self.period is not None and self.keep_layers[0].tail >= self.period + self.keep_tail
+
+    @property
     def compressed(self) -> bool:
         """Whether the decision has been taken: compressed, or left whole (the report says why)."""
         return self._report is not None
@@ -175,7 +180,7 @@ class KeepCache(Cache):
             except BudgetError as error:  # a prompt of a few tokens: nobody's generation should fail for that
                 warnings.warn(f"the prompt stays whole: {error}", stacklevel=2)
                 self._settle([], note=f"left whole: {error}")
-        elif self.period is not None and (first or self.keep_layers[0].tail >= self.period + self.keep_tail):
+        elif first or self._due:
             if self.refresh_every is not None and self.get_seq_length() - self._refreshed >= self.refresh_every:
                 self.refresh()
             else:
@@ -233,18 +238,18 @@ class KeepCache(Cache):
             if not self.live:
                 raise
             return self  # too few tokens as yet
-        if not exact and all(total >= self._entries(row) for row, total in enumerate(totals)):
+        held = [(count - tails[row]) * self._heads if exact else self._entries(row) for row, count in enumerate(tokens)]
+        if not exact and all(total >= entries for total, entries in zip(totals, held, strict=True)):
             if not self.live:
                 self._settle([], note="left whole: the budget holds every token")
             return self
 
         self._bank()
         done = []
-        for row, (total, tail) in enumerate(zip(totals, tails, strict=True)):
-            seen = self._observations(row, exact)
-            room = sum(sum(observation.counts) for observation in seen)
-            total = min(total + tail * self._heads, room)
-            done.append(compress(seen, self.method, total, partial(in_row, progress, row, len(totals))))
+        for row, total in enumerate(totals):
+            slots = min(total, held[row]) + tails[row] * self._heads
+            tell = partial(in_row, progress, row, len(totals))
+            done.append(compress(self._observations(row, exact), self.method, slots, tell))
         self._settle(done, time.perf_counter() - start, exact=exact)
         return self
 
@@ -329,14 +334,11 @@ class KeepCache(Cache):
         self._take(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = torch.arange(len(self._starts()))[indices.cpu()]
-        super().batch_select_indices(indices)
-        self._take(rows.tolist())
+        if rows := len(self._starts()):
+            self.reorder_cache(torch.arange(rows)[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(len(self._starts())).repeat_interleave(repeats)
-        super().batch_repeat_interleave(repeats)
-        self._take(rows.tolist())
+        self.reorder_cache(torch.arange(len(self._starts())).repeat_interleave(repeats))
 
     def _take(self, rows: Sequence[int]) -> None:
         """What is known of the rows follows them."""

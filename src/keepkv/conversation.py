@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
+from keepkv.ask import generation
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.errors import InputError
@@ -89,12 +90,7 @@ class Conversation:
         self.ids = torch.cat([self.ids, new], dim=1)
         self._read(self.ids[:, self.cache.get_seq_length() : -1], phase("reading"))
         own, generate = self.model.generation_config, self.model.generate
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=temperature > 0, bos_token_id=own.bos_token_id,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id if own.pad_token_id is not None else self.tokenizer.eos_token_id,
-            **({"temperature": temperature} if temperature > 0 else {}),
-        )  # fmt: skip
+        config = generation(self.model, self.tokenizer, max_new_tokens, temperature)
         speaker = _Speaker(self.tokenizer, hear)
         output = generate(
             self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, generation_config=config,

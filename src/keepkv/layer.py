@@ -137,14 +137,6 @@ class KeepLayer(CacheLayerMixin):
             self.slots = self.slots and self.slots.rows(rows.tolist(), heads)
             self.watch = self.watch and self.watch.rows(rows)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self.reorder_cache(torch.arange(len(self.keys))[indices.cpu()])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.reorder_cache(torch.arange(len(self.keys)).repeat_interleave(repeats))
-
     def rehearse(self, query: Tensor, scale: float, draft: Slots, first: int, last: int) -> Tensor:
         """Attention of a repetition, query [1, H*G, new, d], of tokens first..last; what it asks for is noted."""
         assert self.watch is not None

@@ -66,8 +66,7 @@ def read(
             )  # fmt: skip
             if repeat is not None:
                 self.rehearse(model, input_ids[:, lo:hi], repeat)
-            due = self.period is not None and self.keep_layers[0].tail >= self.period + self.keep_tail
-            if self.live and (due or hi < length or (auto and before == 0)):
+            if self.live and (self._due or hi < length or (auto and before == 0)):
                 self.compress()
             lo = hi
             progress(lo, length)
@@ -109,7 +108,7 @@ def rehearse(
     self._bank()
     seen = Observations(self.keep_layers, 0, hosts.frequencies(self._rotary), (), 0)
     begin = tokens - input_ids.shape[1]
-    room = sum(sum(observation.counts) for observation in seen)
+    room = self._entries(0) + self._tails()[0] * self._heads
     size = max(room // self._heads // DRAFT, 2 * chunk)
     drafts = compress(seen, methods.get("snapkv"), min(room, size * self._heads)).slots
     for lo in range(begin, tokens, chunk):

@@ -206,6 +206,8 @@ class Slots:
 
     def newest_off(self, count: int) -> Slots:
         """Without the last `count` slots of every head."""
+        if not count:
+            return self
         index = [torch.arange(lo, hi - count) for lo, hi in zip(self.offsets, self.offsets[1:], strict=False)]
         stay = torch.cat(index).to(self.keys.device)
         keys, values, bias, positions = (tensor[stay] for tensor in self.tensors)
