@@ -101,6 +101,37 @@ def needles(rng: random.Random, haystack: list[str], words: int) -> Sample:
     return _needles(rng, haystack, words, 4)
 
 
+KINDS: tuple[tuple[str, str, list[str]], ...] = (  # sentence, question, what may stand for it
+    ("The harbor master paints his boat in the color {}.", "the color of the harbor master's boat",
+     ["turquoise", "crimson", "violet", "orange", "silver", "beige"]),
+    ("The magic number of the lighthouse is {}.", "the magic number of the lighthouse", []),
+    ("The name of the blacksmith's donkey is {}.", "the name of the blacksmith's donkey", NAMES),
+    ("The inventor of the steam piano was born in {}.", "the place where the inventor of the steam piano was born", CITIES),
+    ("The password of the night watchman is the word {}.", "the password of the night watchman", WORDS),
+    ("The favorite dish of the circus director is {}.", "the favorite dish of the circus director",
+     ["lentil soup", "roast duck", "apple pie", "fried trout", "onion bread", "plum cake"]),
+    ("The beekeeper's twin brother works as a {}.", "the trade of the beekeeper's twin brother", TRADES),
+    ("The old clock tower was finished in the year {}.", "the year in which the old clock tower was finished",
+     [str(year) for year in range(1400, 1700)]),
+)  # fmt: skip
+
+
+def facts(rng: random.Random, haystack: list[str], words: int) -> Sample:
+    """Eight unlike facts, one in each eighth of the text, each asked on its own: eight single needles at eight depths."""
+    lines = _stretch(rng, haystack, words)
+    questions = []
+    kinds = rng.sample(KINDS, len(KINDS))
+    for depth in range(len(kinds) - 1, -1, -1):  # from the end, so that places stay
+        sentence, what, pool = kinds[depth]
+        said, *others = rng.sample(pool, 4) if pool else [str(rng.randrange(10**6, 10**7)) for _ in range(4)]
+        lo, hi = (max(1, len(lines) * (depth + turn) // len(kinds)) for turn in (0, 1))
+        lines.insert(rng.randrange(lo, hi), sentence.format(said))
+        wrong = tuple(sentence.format(other) for other in others)
+        ask = f"What is {what}, according to the text above?"
+        questions.append(Question(ask, sentence.format(said), _contains(said), wrong))
+    return Sample(" ".join(lines), tuple(reversed(questions)))
+
+
 def pairs(rng: random.Random, haystack: list[str], words: int) -> Sample:
     """UUID keys and values in one JSON object; four values asked (key-value retrieval)."""
     table = [(_uuid(rng), _uuid(rng)) for _ in range(max(4, words // 150))]
@@ -236,5 +267,5 @@ def passages(rng: random.Random, paragraphs: list[tuple[str, list[Question]]], w
 
 
 TASKS: dict[str, Callable[[random.Random, list[str], int], Sample]] = {
-    task.__name__: task for task in (needle, needles, pairs, common, variables, record, instructions)
+    task.__name__: task for task in (needle, needles, facts, pairs, common, variables, record, instructions)
 }
