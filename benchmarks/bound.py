@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from keepkv import KeepCache, bound, loading, merge, methods, score
+from keepkv import KeepCache, bound, loading, methods, score, sets
 from keepkv.attention import exact
 from keepkv.budget import Budget
 from keepkv.compress import compress
@@ -35,14 +35,14 @@ PAPER = methods.get("keepkv-paper")
 
 
 def as_printed(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor) -> Merged:
-    """ZIP without the guard of `merge.zip_merge`; its fallbacks count the sets of |λ| > 3, for which nothing is proved."""
-    sets = merge._Sets(keys, values, kept, log_score, 0.8)
-    scale = sets.log_mean / sets.pi_level
-    return sets.result(scale[:, None] * sets.mean(keys, sets.pi), int(((scale.abs() > 3) & (sets.size > 1)).sum()))
+    """ZIP without the guard of `sets.zip_merge`; its fallbacks count the sets of |λ| > 3, for which nothing is proved."""
+    made = sets.Scored(keys, values, kept, log_score, 0.8)
+    scale, odd = made.log_mean / made.pi_level, made.groups.size > 1
+    return made.result(scale[:, None] * made.groups.mean(keys, made.pi), int(((scale.abs() > 3) & odd).sum()))
 
 
 RULES: dict[str, Rule] = {
-    "zip": merge.zip_merge, "zip as printed": as_printed, "convex-exact": merge.convex_exact_merge,
+    "zip": sets.zip_merge, "zip as printed": as_printed, "convex-exact": sets.convex_exact_merge,
 }  # fmt: skip
 SCORES: dict[str, Callable[[Observation], Tensor]] = {
     "average": score.moving_average,
@@ -141,7 +141,7 @@ def main() -> None:
             for head, kept in enumerate(plan.kept[layer]):
                 keys, values = seen.keys[head].double(), seen.values[head].double()
                 ask = queries[layer][head, :, :: args.stride].flatten(0, 1)
-                target = merge.nearest_kept(keys, kept, 0.8)
+                target = sets.nearest_kept(keys, kept, 0.8)
                 dropped.append((ask @ keys.T).softmax(-1)[:, target < 0].sum(-1))
                 sets.append(float((torch.bincount(target[target >= 0]) > 1).sum()))
                 for (kind, scores), (name, rule) in product(predicted.items(), RULES.items()):

@@ -56,7 +56,7 @@ def answers(
             lead = prompt.question(REPEAT)
             cache = read_in_chunks(model, ids, get(name), budget, int(pieces), lead, reference=reference).cache
         else:
-            cache = once.cache.fork().compress(budget, name)
+            cache = once.of(get(name)).compress(budget, name)
         report = cache.report()
         for number, question in enumerate(sample.questions):
             asked = prompt.question(question.ask)
@@ -71,7 +71,7 @@ def answers(
                     "method": method, "budget": budget, "question": number, "score": score,
                     "loglik": chances[0], "answer": text, "expected": question.expected,
                     "tokens": ids.shape[1], "kv_bytes": report.kv_bytes, "prefill": once.seconds,
-                    "rehearsal": once.repeat_seconds,
+                    "rehearsal": once.repeat_cost(get(name)),
                     "compress": report.compress_seconds, "error": report.error, "fallbacks": report.fallbacks,
                 }
             )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keepkv import bound, merge
+from keepkv import bound, merge, sets
 from keepkv.merge import Merged
 
 Rule = Callable[..., Merged]
@@ -20,12 +20,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def unguarded_zip(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor, threshold: float = 0.8) -> Merged:
     """ZIP as it is printed: the pole of λ is open."""
-    sets = merge._Sets(keys, values, kept, log_score, threshold)
-    return sets.result((sets.log_mean / sets.pi_level)[:, None] * sets.mean(keys, sets.pi), 0)
+    made = sets.Scored(keys, values, kept, log_score, threshold)
+    return made.result((made.log_mean / made.pi_level)[:, None] * made.groups.mean(keys, made.pi), 0)
 
 
-SAFE = [merge.zip_merge, merge.convex_exact_merge]
-ALL = [*SAFE, unguarded_zip, merge.mean_merge]
+SAFE = [sets.zip_merge, sets.convex_exact_merge]
+ALL = [*SAFE, unguarded_zip, sets.mean_merge]
 
 
 def scene(seed: int, level: float = 0.0, slots: int = 4, copies: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +35,7 @@ def scene(seed: int, level: float = 0.0, slots: int = 4, copies: int = 3) -> tup
     keys = torch.cat([groups, 4 * randn(2, 8, seed=seed + 300)])
     keys = keys + (level - (keys @ query[0]).mean()) * query / query.square().sum()
     kept = torch.cat([torch.arange(slots), torch.tensor([slots * copies, slots * copies + 1])])
-    return query, keys, randn(len(keys), 5, seed=seed + 400), kept, merge.nearest_kept(keys, kept, -1.0)
+    return query, keys, randn(len(keys), 5, seed=seed + 400), kept, sets.nearest_kept(keys, kept, -1.0)
 
 
 def measured(rule: Rule, seed: int, level: float, wrong: float) -> tuple[float, bound.Bounds, Merged]:
@@ -88,7 +88,7 @@ def test_a_single_pair_stays_below_the_corrected_bound(rule: Rule) -> None:
         keys = randn(1, 6, seed=seed + 2000) + torch.tensor([0.3, 0.3, 3, 3])[:, None] * randn(4, 6, seed=seed + 3000)
         predicted = keys @ query[0] + 0.05 * randn(4, seed=seed + 4000)
         target = torch.tensor([0, 0, 1, 2])
-        if not torch.equal(merge.nearest_kept(keys, kept, -1.0), target):
+        if not torch.equal(sets.nearest_kept(keys, kept, -1.0), target):
             continue
         merged = rule(keys, values, kept, predicted, -1.0)
         limits = bound.bounds(query, keys, values, merged, predicted, target)
@@ -109,7 +109,7 @@ def test_the_convex_exact_key_is_bounded_by_epsilon_gamma(wrong: float) -> None:
     for seed in range(40):
         query, keys, values, kept, target = scene(seed)
         error = wrong * (2 * torch.rand(len(keys), generator=torch.Generator().manual_seed(seed)) - 1)
-        merged = merge.convex_exact_merge(keys, values, kept, keys @ query[0] + error, -1.0)
+        merged = sets.convex_exact_merge(keys, values, kept, keys @ query[0] + error, -1.0)
         shared = torch.bincount(target)[target] > 1
         limit = error[shared].expm1().abs().max() * bound.reach(values[shared], values)
         limits = bound.bounds(query, keys, values, merged, keys @ query[0] + error, target)
@@ -123,9 +123,9 @@ def test_a_lambda_of_at_most_three_is_harmless(wrong: float) -> None:
     for seed in range(80):
         query, keys, values, kept, target = scene(seed, [-0.7, -0.3, 0.3, 3.0][seed % 4])
         error = wrong * (2 * torch.rand(len(keys), generator=torch.Generator().manual_seed(seed)) - 1)
-        sets = merge._Sets(keys, values, kept, keys @ query[0] + error, -1.0)
+        made = sets.Scored(keys, values, kept, keys @ query[0] + error, -1.0)
         shared = torch.bincount(target)[target] > 1
-        if (sets.log_mean / sets.pi_level).abs().amax() <= 3:
+        if (made.log_mean / made.pi_level).abs().amax() <= 3:
             merged = unguarded_zip(keys, values, kept, keys @ query[0] + error, -1.0)
             epsilon = error[shared].expm1().abs().max()
             limit = 2 * epsilon / (1 + epsilon**2) * bound.reach(values[shared], values)
@@ -166,12 +166,12 @@ def test_the_deviation_is_lambda_times_the_mean_error() -> None:
         query, keys, values, kept, target = scene(seed, level=3.0)
         error = 0.2 * randn(len(keys), seed=seed)
         predicted = keys @ query[0] + error
-        sets = merge._Sets(keys, values, kept, predicted, -1.0)
-        expected = sets.log_mean / sets.pi_level * sets.mean(error[:, None], sets.pi)[:, 0]
+        made = sets.Scored(keys, values, kept, predicted, -1.0)
+        expected = made.log_mean / made.pi_level * made.groups.mean(error[:, None], made.pi)[:, 0]
         merged = unguarded_zip(keys, values, kept, predicted, -1.0)
         found = bound.deviation(query, merged, predicted, target)[0]
-        torch.testing.assert_close(found[sets.size > 1], expected[sets.size > 1], rtol=1e-9, atol=1e-9)
-        convex = merge.convex_exact_merge(keys, values, kept, predicted, -1.0)
+        torch.testing.assert_close(found[made.groups.size > 1], expected[made.groups.size > 1], rtol=1e-9, atol=1e-9)
+        convex = sets.convex_exact_merge(keys, values, kept, predicted, -1.0)
         found = bound.deviation(query, convex, predicted, target)[0]
         for slot, own in enumerate(found):
             assert error[target == slot].min() - 1e-9 <= own <= error[target == slot].max() + 1e-9
@@ -197,7 +197,7 @@ def test_a_common_factor_of_the_scores_is_no_error_but_for_epsilon() -> None:
     query, keys, values, kept, target = scene(7)
     predicted = keys @ query[0] + 0.05 * randn(len(keys), seed=8)
     near, far = (
-        bound.bounds(query, keys, values, merge.convex_exact_merge(keys, values, kept, p, -1.0), p, target)
+        bound.bounds(query, keys, values, sets.convex_exact_merge(keys, values, kept, p, -1.0), p, target)
         for p in (predicted, predicted + 1)
     )
     torch.testing.assert_close(far.reweighted, near.reweighted, rtol=1e-9, atol=1e-12)

@@ -20,6 +20,8 @@ LENGTH = 120
 
 def read(model, ids, **options) -> KeepCache:
     cache = KeepCache(model, **options)
+    if cache.method.repeat is not None and cache.method.repeat.needed:
+        return cache.read(model, ids)  # repeats the text
     model(ids, past_key_values=cache)
     return cache
 
@@ -87,7 +89,8 @@ def test_every_method_spends_its_budget_and_no_more(method: str, family: str) ->
     cache = read(model, ids, budget=0.25, method=method)
     report = cache.report()
     heads = sum(layer.heads for layer in cache.keep_layers)
-    assert sum(sum(layer) for layer in report.kept[0]) == int(0.25 * LENGTH * heads)
+    spare = heads - 1 if method in ("tova", "pyramidinfer") else 0  # all heads of a layer keep the same tokens
+    assert 0 <= int(0.25 * LENGTH * heads) - sum(sum(layer) for layer in report.kept[0]) <= spare
     assert report.slots == pytest.approx(0.25 * LENGTH, abs=1)
     for layer in cache.keep_layers:
         for lo, hi in zip(layer.slots.offsets, layer.slots.offsets[1:], strict=False):

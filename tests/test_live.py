@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from conftest import make_model, tokens
-from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, merge, score
+from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, merge, score, sets
 from keepkv.methods import METHODS
 from keepkv.reference import context
 from keepkv.types import Observation
@@ -52,7 +52,7 @@ def test_folds_that_keep_everything_change_nothing(family: str, tail: int) -> No
     assert tail <= ours.report().tail < 7 + tail
 
 
-@pytest.mark.parametrize("rule", [merge.zip_merge, merge.convex_exact_merge, merge.mean_merge])
+@pytest.mark.parametrize("rule", [sets.zip_merge, sets.convex_exact_merge, sets.mean_merge])
 def test_merging_alike_entries_in_two_steps_is_merging_them_at_once(rule) -> None:
     """Votes add up: 12 copies of 3 entries, merged six by six and then together, are 3 slots of 4 votes each."""
     generator = torch.Generator().manual_seed(3)
@@ -72,7 +72,7 @@ def test_merging_alike_entries_in_two_steps_is_merging_them_at_once(rule) -> Non
     torch.testing.assert_close(again.values, values[:3])
 
 
-@pytest.mark.parametrize("rule", [merge.zip_merge, merge.convex_exact_merge])
+@pytest.mark.parametrize("rule", [sets.zip_merge, sets.convex_exact_merge])
 @pytest.mark.parametrize("seed", range(3))
 def test_zip_is_lossless_for_its_query_with_votes_too(rule, seed: int) -> None:
     """Entries that stand for several tokens already: mass and output of each set stay what they were for that query."""

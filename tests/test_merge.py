@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keepkv import merge
+from keepkv import merge, sets
 from keepkv.attention import exact
 from keepkv.reference import attend_all, window
 from keepkv.types import Observation, Rows
 
-ZIP_RULES = [merge.zip_merge, merge.convex_exact_merge]
-ALL_RULES = [*ZIP_RULES, merge.mean_merge]
+ZIP_RULES = [sets.zip_merge, sets.convex_exact_merge]
+ALL_RULES = [*ZIP_RULES, sets.mean_merge]
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_the_pole_is_guarded() -> None:
     query = torch.zeros(4, dtype=torch.float64)
     query[0] = 1
     keys = torch.tensor([[0.2784, 5, 0, 0], [-1, 5, 0, 0]], dtype=torch.float64)
-    merged = merge.zip_merge(keys, randn(2, 3), torch.tensor([0]), keys @ query, threshold=0.5)
+    merged = sets.zip_merge(keys, randn(2, 3), torch.tensor([0]), keys @ query, threshold=0.5)
     assert merged.fallbacks == 1
     assert merged.keys.abs().max() <= keys.abs().max() + 1e-9  # in the hull of its sources
 
@@ -85,13 +85,13 @@ def test_the_code_over_attends_and_zip_does_not() -> None:
     query = 3 * randn(16, seed=12)
     kept, score = torch.arange(6), keys @ query
     truth = score.logsumexp(0)
-    loud = exact(query, *merge.mean_merge(keys, values, kept, score, -1.0)[:3], 1.0)[1]
+    loud = exact(query, *sets.mean_merge(keys, values, kept, score, -1.0)[:3], 1.0)[1]
     assert loud > truth + 0.01
 
 
 def test_the_most_similar_kept_key_is_the_target_and_dissimilar_tokens_are_dropped() -> None:
     keys = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9], [-1, 0]])
-    assert merge.nearest_kept(keys, torch.tensor([0, 1]), 0.8).tolist() == [0, 1, 0, 1, -1]
+    assert sets.nearest_kept(keys, torch.tensor([0, 1]), 0.8).tolist() == [0, 1, 0, 1, -1]
 
 
 # --- fitting ---

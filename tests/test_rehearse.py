@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_model, tokens
 from keepkv import KeepCache, KeepKVError
-from keepkv.recall import attend_piece
+from keepkv.recall import Repeat, attend_piece
 from keepkv.types import Slots
 
 
@@ -23,7 +23,7 @@ def read(model, ids) -> KeepCache:
 def test_peaks_are_the_largest_shares_of_a_repetition(family: str) -> None:
     """Against eager attention over text + lead + text: one piece sees everything as it is."""
     model, ids, lead = make_model(family, torch.float32), tokens(1, 60), tokens(1, 5, seed=4)
-    cache = read(model, ids).rehearse(model, ids, lead, chunk=60)
+    cache = read(model, ids).rehearse(model, ids, lead, Repeat(chunk=60))
     model.set_attn_implementation("eager")
     weights = model(torch.cat([ids, lead, ids], 1), output_attentions=True).attentions
     for layer in cache.keep_layers:
@@ -50,7 +50,7 @@ def test_a_piece_over_a_draft_of_all_tokens_is_exact_attention() -> None:
 def test_pieces_gather_the_largest() -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 90)
     told: list[tuple[int, int]] = []
-    cache = read(model, ids).rehearse(model, ids, chunk=40, progress=lambda done, of: told.append((done, of)))
+    cache = read(model, ids).rehearse(model, ids, how=Repeat(chunk=40), progress=lambda done, of: told.append((done, of)))
     assert told == [(40, 90), (80, 90), (90, 90)]
     for layer in cache.keep_layers:
         assert layer.watch.recall.shape == (2, 90)

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from keepkv.errors import KeepKVError as KeepKVError
     from keepkv.errors import MethodError as MethodError
     from keepkv.errors import ModelError as ModelError
+    from keepkv.method import Method as Method
     from keepkv.methods import METHODS as METHODS
-    from keepkv.methods import Method as Method
+    from keepkv.methods import register as register
     from keepkv.report import Report as Report
 
 __version__ = "0.1.0"
 _HOME = {
-    "Budget": "budget", "KeepCache": "cache", "METHODS": "methods", "Method": "methods", "Report": "report",
+    "Budget": "budget", "KeepCache": "cache", "METHODS": "methods", "Method": "method", "register": "methods",
+    "Report": "report",
     "BudgetError": "errors", "InputError": "errors", "KeepKVError": "errors", "MethodError": "errors",
     "ModelError": "errors",
 }  # fmt: skip

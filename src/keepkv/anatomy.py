@@ -129,7 +129,7 @@ def inspect(
     row, ids = methods.get(method), prompt.text.to(model.device)
     spans = prompt.spans(*keep)
     done = read(model, ids, [row], prompt.question(REPEAT).to(model.device), seed, reference, phase)
-    cache = done.cache.compress(budget, row, phase(f"compressing ({row.name})"), spans)
+    cache = done.of(row).compress(budget, row, phase(f"compressing ({row.name})"), spans)
     return of(cache, pieces(tokenizer, ids[0].tolist()), name, done.reference(row))
 
 

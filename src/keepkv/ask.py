@@ -122,10 +122,10 @@ def ask(
             tell = phase(f"compressing ({method.name})")
             start = time.perf_counter()
             if budget == "auto":
-                cache = smallest(done.cache, method, tolerance, tell, spans)
+                cache = smallest(done.of(method), method, tolerance, tell, spans)
                 budget = cache.report().budget  # the other methods get as much
             else:
-                cache = done.cache.fork().compress(budget, method, tell, spans)
+                cache = done.of(method).compress(budget, method, tell, spans)
             compressing = time.perf_counter() - start
         caches.append(cache)
         report, answers = cache.report(), []

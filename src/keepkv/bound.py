@@ -17,7 +17,7 @@ ln ρ spans h <= 2 (1 + |λ|) artanh ε, and the change is at most γ tanh(h/4) 
 
     convex-exact or 0 <= λ <= 1:  ε γ;   every |λ| <= 3:  2ε/(1+ε²) γ, which is still less than what the paper states.
 
-So the stated bound holds for `merge.zip_merge`, whose guard keeps λ within [1/2, 3/2], though its proof has a gap.
+So the stated bound holds for `sets.zip_merge`, whose guard keeps λ within [1/2, 3/2], though its proof has a gap.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def deviation(queries: Tensor, merged: Merged, predicted: Tensor, target: Tensor
 def change(queries: Tensor, keys: Tensor, values: Tensor, merged: Merged, target: Tensor) -> Tensor:
     """||o' - o|| [R] for queries [R, d], scaled: o over keys [T, d], values [T, d_v], o' over the slots and their votes.
 
-    target [T] int64: every token's slot, as `merge.nearest_kept` gives it. Tokens of -1, dropped, are not part of o.
+    target [T] int64: every token's slot, as `sets.nearest_kept` gives it. Tokens of -1, dropped, are not part of o.
     """
     stay = target >= 0
     before, _ = exact(queries, keys[stay], values[stay], keys.new_zeros(int(stay.sum())), 1.0)

@@ -24,10 +24,10 @@ from keepkv import hosts, methods
 from keepkv.budget import Budget
 from keepkv.compress import Compressed, Progress, compress, in_row
 from keepkv.errors import BudgetError, InputError, KeepKVError
-from keepkv.gather import Observations
+from keepkv.gather import Observations, check_observed
 from keepkv.history import Backing, History
 from keepkv.layer import KeepLayer
-from keepkv.methods import Method
+from keepkv.method import Method
 from keepkv.observe import Watch
 from keepkv.prefill import read, rehearse
 from keepkv.recall import Piece
@@ -93,7 +93,7 @@ class KeepCache(Cache):
         super().__init__(layers=[KeepLayer() if kind is None else kind for kind in hosts.layer_kinds(model)])
         for layer in self.keep_layers:
             layer.history = History(backing) if backing else None
-        self._rotary = hosts.rotary(model)
+        self._rotary, self._projections = hosts.rotary(model), hosts.projections(model)
         self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
         self._report: Report | None = None
         self._piece: Piece | None = None
@@ -150,8 +150,7 @@ class KeepCache(Cache):
         layer: KeepLayer = self.layers[layer_idx]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._piece is not None:
-            first, last, drafts = self._piece
-            return layer.rehearse(query, scale, drafts[self.keep_layers.index(layer)], first, last)
+            return layer.rehearse(query, scale, self._piece, self._piece.drafts[self.keep_layers.index(layer)])
         if layer.slots is not None:
             if dropout_p:
                 raise KeepKVError("a compressed cache is for inference: call model.eval(), which turns attention dropout off")
@@ -260,10 +259,7 @@ class KeepCache(Cache):
                 f"this cache {state}: read a prompt into a new KeepCache, and fork() it before compressing; "
                 "KeepCache(..., period=n) can be compressed again"
             )
-        if self.method.column_mass and not self.column_mass:
-            raise KeepKVError(
-                f"{self.method.name} must see all attention while the prompt is read: KeepCache(..., column_mass=True)"
-            )
+        check_observed(self.method, self.keep_layers)
         if self._keep and len(self._tokens()) > 1:
             raise KeepKVError("keep names tokens of one text: this cache has read a batch")
         if len(self.budgets) not in (1, len(self._tokens())):
@@ -278,7 +274,8 @@ class KeepCache(Cache):
 
     def _observations(self, row: int, exact: bool = False) -> Sequence[Observation]:
         """What every layer has shown of one batch row; exact: of all its tokens as they were."""
-        return Observations(self.keep_layers, row, hosts.frequencies(self._rotary), self._keep, self._tails()[row], exact)
+        inv_freq, tail = hosts.frequencies(self._rotary), self._tails()[row]
+        return Observations(self.keep_layers, row, inv_freq, self._projections, self._keep, tail, exact)
 
     def _settle(self, rows: Sequence[Compressed], seconds: float = 0.0, note: str = "", exact: bool = False) -> None:
         """Takes over what `compress` made of the rows (nothing: the prompt stays whole); unless live, stops observing."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from keepkv import solve
-from keepkv.types import Observation
+from keepkv.errors import ModelError
+from keepkv.types import Choice, Observation
 
 
 def protect(scores: Tensor, places: Tensor, tokens: int, slots: float, sinks: int, recent: int | float) -> Tensor:
@@ -29,9 +30,32 @@ def best(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def top(observation: Observation, scores: Tensor, counts: Sequence[int]) -> list[Tensor]:
+def top(observation: Observation, scores: Tensor, counts: Sequence[int]) -> list[Choice]:
     """Per KV head its best tokens. scores [H, T]."""
-    return [best(*head) for head in zip(scores, counts, strict=True)]
+    return [Choice(best(*head)) for head in zip(scores, counts, strict=True)]
+
+
+def two_stages(
+    observation: Observation, scores: Tensor, counts: Sequence[int], first: float = 0.5, lift: float = 1e-4
+) -> list[Choice]:
+    """Half by score, the rest by (score + 1e-4) × mean over the group of ||W_O v_i||_1. CriticalKV, arXiv 2502.03805, alg. 1.
+
+    W_O is the part of the output projection that a query head's output goes through; the sum bounds what leaving i out
+    changes. scores [H, T] are shares of attention, +inf what must stay.
+    """
+    if observation.projection is None:
+        raise ModelError("criticalkv needs the output projection of every layer, and this model's weights cannot be read")
+    chosen = []
+    for head, count in enumerate(counts):
+        score, values = scores[head], observation.values[head].float()
+        loud = torch.zeros_like(score)
+        for weight in observation.projection[head]:  # [d_v, D]
+            loud += torch.cat([(part @ weight.float()).abs().sum(1) for part in torch.split(values, 1024)])
+        early = best(score, int(first * count))
+        later = (score + lift) * loud / len(observation.projection[head])
+        later = later.masked_fill(score.isneginf(), -torch.inf).scatter(0, early, torch.inf)
+        chosen.append(Choice(best(later.masked_fill(score.isposinf(), torch.inf), count)))
+    return chosen
 
 
 MANY = 512  # slots of a head from which on the best are good enough
@@ -39,7 +63,7 @@ MANY = 512  # slots of a head from which on the best are good enough
 
 def eliminate(
     observation: Observation, scores: Tensor, counts: Sequence[int], spare: int = 64, rounds: int = 3, strength: float = 1e-4
-) -> list[Tensor]:
+) -> list[Choice]:
     """Per KV head, from `spare` more candidates than slots, those whose part nobody else can play (`solve.eliminate`).
 
     What is to be reached is the output and, as one more column of the same size, the mass of every reference row.
@@ -57,5 +81,5 @@ def eliminate(
             own = torch.cat([observation.values[head].float()[tokens], loud.expand(len(tokens), 1)], 1)
             target += len(wanted) * rows.recall[tokens, None].square() * own
             tokens = tokens[solve.eliminate(gram, target, scores[head, tokens].isposinf(), count, rounds, strength)]
-        chosen.append(tokens)
+        chosen.append(Choice(tokens))
     return chosen

@@ -15,7 +15,7 @@ from keepkv import allot
 from keepkv.choose import protect
 from keepkv.errors import BudgetError
 from keepkv.merge import Merged, evict
-from keepkv.methods import Method
+from keepkv.method import Method
 from keepkv.types import Observation, Plan, Slots
 
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
@@ -69,7 +69,8 @@ def compress(
         errors = []
         for layer, (seen, score, slots) in enumerate(zip(observations, tried_scores, tried, strict=True)):
             watched = replace(seen, reference=references[layer])
-            errors.append([head.error for head in method.merge(watched, method.choose(watched, _own(score, seen), slots))])
+            tried_merge = method.merge(watched, method.choose(watched, _own(score, seen), slots))
+            errors.append([head.error for head in tried_merge])
             step()
         counts = allot.by_need(counts, tried, errors, allot.room(guarded), _most_fixed(guarded))
 
@@ -79,8 +80,9 @@ def compress(
     for layer, seen in enumerate(observations):
         watched = replace(seen, reference=references[layer])
         references[layer] = None  # it is not needed any more
-        kept.append(tuple(method.choose(watched, _own(guarded[layer], seen), counts[layer])))
-        merged.append(tuple(method.merge(watched, kept[-1])))
+        choices = method.choose(watched, _own(guarded[layer], seen), counts[layer])
+        kept.append(tuple(choice.kept for choice in choices))
+        merged.append(tuple(method.merge(watched, choices)))
         parts.append(_flat(seen, kept[-1], merged[-1]))
         step()
     return Compressed(Plan(tuple(kept)), tuple(parts), tuple(merged))

@@ -96,7 +96,7 @@ def measure(
         tick(done := done + 1)
         for budget in budgets:
             for method in table:
-                cache = once.cache.fork().compress(budget, method)
+                cache = once.of(method).compress(budget, method)
                 rows.setdefault((method.name, budget), []).append(
                     _compare(full, _log_probs(model, cache, future), future[0, 1:], cache, once)
                 )

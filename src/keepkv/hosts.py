@@ -54,6 +54,16 @@ def rotary(model: PreTrainedModel) -> nn.Module:
     return module
 
 
+def projections(model: PreTrainedModel) -> list[Tensor | None]:
+    """Per layer with full attention its output projection [D, heads × d_v], or None where its weights are not to be read."""
+    found = []
+    for index, kind in enumerate(layer_kinds(model)):
+        weight = getattr(getattr(model.get_decoder().layers[index].self_attn, "o_proj", None), "weight", None)
+        if kind is None:
+            found.append(weight.detach() if isinstance(weight, Tensor) and weight.is_floating_point() else None)
+    return found
+
+
 def frequencies(rotary_module: nn.Module) -> Tensor:
     """Rotary frequencies of the full-attention layers, float32 [r/2], as they are now (some models change them)."""
     named = dict(rotary_module.named_buffers())

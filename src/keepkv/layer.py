@@ -13,7 +13,7 @@ from keepkv.attention import attend_slots, attend_tail, join
 from keepkv.errors import KeepKVError
 from keepkv.history import History
 from keepkv.observe import Held, Watch
-from keepkv.recall import attend_piece
+from keepkv.recall import Piece, attend_piece
 from keepkv.types import Slots
 
 
@@ -137,15 +137,19 @@ class KeepLayer(CacheLayerMixin):
             self.slots = self.slots and self.slots.rows(rows.tolist(), heads)
             self.watch = self.watch and self.watch.rows(rows)
 
-    def rehearse(self, query: Tensor, scale: float, draft: Slots, first: int, last: int) -> Tensor:
-        """Attention of a repetition, query [1, H*G, new, d], of tokens first..last; what it asks for is noted."""
+    def rehearse(self, query: Tensor, scale: float, piece: Piece, draft: Slots) -> Tensor:
+        """Attention of a repetition, query [1, H*G, new, d], of a piece of the text; what it asks for is noted."""
         assert self.watch is not None
         new, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
         rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * scale  # [H, G*new, d]
         keys, values = self.keys[0].to(wide), self.values[0].to(wide)
-        output, peak = attend_piece(rows, keys, values, new, draft, first, last, self.seen - self.tail)
+        first, last, _, how = piece
+        output, peak = attend_piece(rows, keys, values, new, draft, first, last, self.seen - self.tail, how.alone)
         before = Held(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
         self.watch = self.watch.rehearse(peak.float(), before)
+        if how.queries:
+            asked = query[0].detach().reshape(self.heads, -1, new, query.shape[-1])[:, :, first - last :]
+            self.watch = self.watch.keep_repeated(asked, torch.arange(first, last, device=query.device))
         return output.to(query.dtype).reshape(query.shape[:-1] + output.shape[-1:])
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:

@@ -84,7 +84,8 @@ class Watch:
     starts, each row's first real token. rounded: queries are kept in bfloat16, as good for references and half the memory.
 
     pending [B, H, G, n, d] are the newest queries, of `waiting` tokens, not in the banks yet. column_mass, per row, and
-    recall, for one row, [H, T'], are of the first T' entries of what the layer holds.
+    recall, for one row, [H, T'], are of the first T' entries of what the layer holds. repeated: at most `limit` queries of a
+    repetition of the text, for one row.
     """
 
     layer: int
@@ -100,10 +101,12 @@ class Watch:
     old: int = 0
     column_mass: tuple[Tensor, ...] | None = None
     recall: Tensor | None = None
+    repeated: Bank | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        banks = [x for bank in self.banks for x in (bank.queries, bank.positions)]
+        every = (*self.banks, self.repeated) if self.repeated else self.banks
+        banks = [x for bank in every for x in (bank.queries, bank.positions)]
         return [*banks, *self.pending, *(self.column_mass or ()), *([] if self.recall is None else [self.recall])]
 
     def see(self, queries: Tensor, held: Held, mask: Tensor | None) -> Watch:
@@ -141,6 +144,11 @@ class Watch:
         peak = pad(peak, (held.width - peak.shape[1], 0))
         return replace(self, recall=peak if self.recall is None else torch.maximum(_grown(self.recall, held.width), peak))
 
+    def keep_repeated(self, queries: Tensor, positions: Tensor) -> Watch:
+        """After a piece of the text, tokens `positions` [n], was repeated: queries [H, G, n, d] as they were asked."""
+        before = self.repeated or Bank(queries[:, :, :0], positions[:0])
+        return replace(self, repeated=before.add(queries, positions, self.limit, self.seed))
+
     def observation(self, row: int, held: Held, inv_freq: Tensor) -> Observation:
         """The Observation of one batch row."""
         watch = self.banked(held)
@@ -150,7 +158,7 @@ class Watch:
         recall = None if watch.recall is None else _grown(watch.recall, keys.shape[1])
         return Observation(
             keys, values, bank.queries, bank.positions, inv_freq, self.scale, self.layer, self.seed, mass, recall,
-            bias=bias, places=places, read=held.seen - start,
+            None if watch.repeated is None else watch.repeated.queries, bias=bias, places=places, read=held.seen - start,
         )  # fmt: skip
 
     def compacted(self, kept: Sequence[Sequence[Tensor]], held: Held) -> Watch:

@@ -14,13 +14,12 @@ from keepkv import hosts, methods
 from keepkv.compress import Progress, compress
 from keepkv.errors import InputError, KeepKVError
 from keepkv.gather import Observations
-from keepkv.recall import Piece
+from keepkv.recall import Piece, Repeat
 
 if TYPE_CHECKING:
     from keepkv.cache import KeepCache
 
 OVERLAP = 8  # tokens of the previous chunk that a repetition starts from
-DRAFT = 16  # a repetition sees one in so many tokens of what it does not repeat, and at least two chunks
 
 
 @torch.no_grad()
@@ -37,8 +36,8 @@ def read(
 
     A fraction is that of the whole prompt, so that its first chunks stay whole as long as there is room. The first chunk
     is the shortest: so a row of a left-padded batch is cut as if alone. repeat [1, n]: an instruction to repeat
-    the text; each chunk is then rehearsed (see `rehearse`) before it is compressed. keep: as in `compress`. Returns the
-    cache itself.
+    the text; each chunk is then rehearsed (see `rehearse`) before it is compressed, also without it for a method that needs
+    it. keep: as in `compress`. Returns the cache itself.
     """
     batch, length = input_ids.shape
     size = self.chunk or max(1, length)
@@ -53,6 +52,8 @@ def read(
         columns = torch.arange(before, device=mask.device).expand(batch, -1)
         mask = torch.cat([(columns >= torch.tensor(starts, device=mask.device)[:, None]).to(mask.dtype), mask], 1)
     padded = not bool(mask.all())
+    if repeat is None and self.method.repeat is not None and self.method.repeat.needed:
+        repeat = input_ids[:, :0]
     auto, self.auto, kept = self.auto, False, self._keep
     self._keep = (*kept, *keep)
     try:
@@ -86,15 +87,16 @@ def rehearse(
     model: PreTrainedModel,
     input_ids: Tensor,
     lead: Tensor | None = None,
-    chunk: int = 256,
+    how: Repeat | None = None,
     progress: Progress = lambda done, of: None,
 ) -> KeepCache:
     """Repeats the text that was just read over its own cache and observes what that asks for; then `compress`.
 
     What a model needs to repeat a text word for word is what it needs to answer about its details. input_ids [1, n]:
-    the newest n tokens, not compressed yet; lead [1, m]: an instruction to repeat them, in the model's chat format. Each
-    piece of `chunk` tokens sees itself exactly and the rest as in a draft, an eviction to 1/16: about one more reading,
-    linear in n. After KVzip, arXiv 2505.23416. Raises KeepKVError for a batch, and for another text than the newest.
+    the newest n tokens, not compressed yet; lead [1, m]: an instruction to repeat them, in the model's chat format. how: as
+    the method has it if not given; by default each piece of 256 tokens sees itself exactly and the rest as in a draft, an
+    eviction to 1/16: about one more reading, linear in n. After KVzip, arXiv 2505.23416. Raises KeepKVError for a batch, and
+    for another text than the newest.
     """
     tokens, tail = self.keep_layers[0].seen, self.keep_layers[0].tail
     wrong = input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= tail or (self.compressed and not self.live)
@@ -106,16 +108,17 @@ def rehearse(
     start = time.perf_counter()
     lead = input_ids[:, :0] if lead is None else lead.to(input_ids.device)
     self._bank()
-    seen = Observations(self.keep_layers, 0, hosts.frequencies(self._rotary), (), 0)
+    how = how or self.method.repeat or Repeat()
+    seen = Observations(self.keep_layers, 0, hosts.frequencies(self._rotary), self._projections)
     begin = tokens - input_ids.shape[1]
     room = self._entries(0) + self._tails()[0] * self._heads
-    size = max(room // self._heads // DRAFT, 2 * chunk)
+    size = max(room // self._heads // how.draft, 2 * how.chunk)  # the draft has at least two pieces' worth
     drafts = compress(seen, methods.get("snapkv"), min(room, size * self._heads)).slots
-    for lo in range(begin, tokens, chunk):
-        first, last = max(begin, lo - OVERLAP), min(lo + chunk, tokens)
+    for lo in range(begin, tokens, how.chunk):
+        first, last = max(begin, lo - OVERLAP), min(lo + how.chunk, tokens)
         fed = torch.cat([lead, input_ids[:, first - begin : last - begin]], dim=1)
         twin = self.fork()
-        twin._piece = Piece(first, last, drafts)
+        twin._piece = Piece(first, last, drafts, how)
         model(fed, past_key_values=twin, logits_to_keep=1)
         for ours, theirs in zip(self.keep_layers, twin.keep_layers, strict=True):
             ours.watch = theirs.watch

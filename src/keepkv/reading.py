@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,7 +15,8 @@ from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.errors import InputError
 from keepkv.loading import trained_length
-from keepkv.methods import Method
+from keepkv.method import Method
+from keepkv.recall import Repeat
 
 CHUNK = 2048  # tokens of a chunk, where a text is read in chunks
 LONG = 8192  # tokens from which on it is, unless something else is asked for
@@ -80,23 +81,29 @@ class Prompt:
 
 
 class Reading(NamedTuple):
-    """A cache that has read a text, and the seconds that reading and repeating it took.
+    """A cache that has read a text, and the seconds that took; the same after repeating it, in every way that is wanted.
 
     It is not compressed yet, or, if the text was read in chunks, has been on the way.
     """
 
     cache: KeepCache
     seconds: float
-    repeat_seconds: float
-    repeated: bool
+    repeated: Mapping[Repeat, tuple[KeepCache, float]]
+
+    def of(self, method: Method) -> KeepCache:
+        """A fork of the cache, as the method wants it."""
+        return self._of(method)[0].fork()
 
     def reference(self, method: Method) -> str:
         """Which queries the method is given, "recall" or "context"."""
-        return "recall" if self.repeated and method.recall else "context"
+        return "recall" if method.repeat in self.repeated else "context"
 
     def repeat_cost(self, method: Method) -> float:
         """Seconds of the repetition, if the method uses it."""
-        return self.repeat_seconds if method.recall else 0.0
+        return self._of(method)[1]
+
+    def _of(self, method: Method) -> tuple[KeepCache, float]:
+        return self.repeated.get(method.repeat, (self.cache, 0.0)) if method.repeat else (self.cache, 0.0)
 
 
 def read(
@@ -113,10 +120,13 @@ def read(
     phase(f"reading {ids.shape[1]:,} tokens")
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
-    middle, repeated = time.perf_counter(), repeats(reference, model, table, ids.shape[1])
-    if repeated:
-        cache.rehearse(model, ids, lead, progress=phase("repeating the text"))
-    return Reading(cache, middle - start, time.perf_counter() - middle, repeated)
+    seconds, repeated = time.perf_counter() - start, {}
+    for how in dict.fromkeys(method.repeat for method in table):
+        if how is not None and repeats(reference, model, how, ids.shape[1]):
+            start, twin = time.perf_counter(), cache.fork()
+            twin.rehearse(model, ids, lead, how, phase("repeating the text"))
+            repeated[how] = twin, time.perf_counter() - start
+    return Reading(cache, seconds, repeated)
 
 
 def read_in_chunks(
@@ -133,19 +143,21 @@ def read_in_chunks(
 ) -> Reading:
     """Reads ids [1, T] `chunk` tokens at a time, compressing as it goes, so that memory does not grow with the text."""
     cache = KeepCache(model, budget, method, chunk=chunk, seed=seed)
-    repeated = repeats(reference, model, [method], ids.shape[1])
+    how = method.repeat
+    again = how is not None and repeats(reference, model, how, ids.shape[1])
     start = time.perf_counter()
     cache.read(
-        model, ids, repeat=lead if repeated else None, keep=keep,
+        model, ids, repeat=lead if again else None, keep=keep,
         progress=phase(f"reading {ids.shape[1]:,} tokens in chunks ({method.name})"),
     )  # fmt: skip
     seconds, report = time.perf_counter() - start, cache.report()
-    return Reading(cache, seconds - report.compress_seconds - report.repeat_seconds, report.repeat_seconds, repeated)
+    repeated = {how: (cache, report.repeat_seconds)} if how is not None and again else {}
+    return Reading(cache, seconds - report.compress_seconds - report.repeat_seconds, repeated)
 
 
-def repeats(reference: str, model: PreTrainedModel, table: Sequence[Method], tokens: int) -> bool:
-    """Whether to rehearse a text of so many tokens: a method can use it, and it is wanted or ("auto") within trained length."""
-    if reference == "context" or not any(method.recall for method in table):
-        return False
+def repeats(reference: str, model: PreTrainedModel, how: Repeat, tokens: int) -> bool:
+    """Whether to rehearse a text of so many tokens: it is needed, or wanted, or ("auto") within the trained length."""
+    if reference != "auto" or how.needed:
+        return how.needed or reference == "recall"
     trained = trained_length(model)
-    return reference == "recall" or trained is None or tokens + _REPEAT_ROOM <= trained
+    return trained is None or tokens + _REPEAT_ROOM <= trained

@@ -47,6 +47,13 @@ def context(observation: Observation) -> Reference:
     )
 
 
+def repeated(observation: Observation) -> Reference:
+    """The queries of a repetition of the text, as they were asked after it. Attention Matching, arXiv 2602.16284."""
+    assert observation.repeated is not None, "the method table has the text repeated, and its queries kept"
+    queries = observation.repeated.float().flatten(1, 2) * observation.scale
+    return attend_all(queries, observation.keys.float(), observation.values.float(), None, observation.bias, observation.tokens)
+
+
 def window(observation: Observation, size: int) -> Reference:
     """The newest `size` queries of every head as they were asked: position p sees the tokens up to p."""
     logits = window_logits(observation, size).flatten(1, 2)

@@ -9,7 +9,7 @@ from keepkv.budget import TOLERANCE
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.errors import BudgetError, InputError, MethodError
-from keepkv.methods import Method
+from keepkv.method import Method
 
 LADDER = ("2%", "3%", "5%", "7%", "10%", "15%", "20%", "30%", "50%")
 

@@ -70,6 +70,8 @@ class Observation:
     rotary frequencies (r <= d rotated dimensions, rotate-half layout); scale, the factor on q·k;
     column_mass [H, T] float32 or None, the attention each entry received from all queries (mean over the group);
     recall [H, T] float32 or None, the largest share each entry got while the text was repeated over its own cache;
+    repeated [H, G, M, d] or None, queries of that repetition as they were asked, after all T entries;
+    projection [H, G, d_v, D] or None, the part of the layer's output projection that each query head's output goes through;
     keep [H, T] bool or None, entries that must stay verbatim whatever the method; reference, the queries that a compression
     must serve, for methods that fit; seed and layer make chance repeatable.
     Where entries are slots: bias [H, T] float32, the log of their votes, -inf for the first ones of a head that has fewer
@@ -87,6 +89,8 @@ class Observation:
     seed: int = 0
     column_mass: Tensor | None = None
     recall: Tensor | None = None
+    repeated: Tensor | None = None
+    projection: Tensor | None = None
     keep: Tensor | None = None
     reference: Reference | None = None
     bias: Tensor | None = None
@@ -145,6 +149,14 @@ class Observation:
     def generator(self) -> torch.Generator:
         """A fresh CPU generator for this layer: the same numbers whenever and however often it is asked for."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer)
+
+
+class Choice(NamedTuple):
+    """What becomes of one head's entries: kept int64 [n], ascending, keep a slot; target int64 [T], the slot (an index into
+    kept) that each entry is merged into, -1 for what is dropped; None where the merge decides that."""
+
+    kept: Tensor
+    target: Tensor | None = None
 
 
 @dataclass(frozen=True)
