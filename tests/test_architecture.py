@@ -23,6 +23,8 @@ CORE = {
     "choose",
     "merge",
     "sets",
+    "shared",
+    "pairs",
     "cluster",
     "method",
     "bound",

@@ -138,9 +138,10 @@ def test_every_method_lives(method: str) -> None:
     heads = sum(layer.heads for layer in cache.keep_layers)
     for step in range(50):
         assert model(tokens(1, 1, seed=step), past_key_values=cache).logits.isfinite().all()
-        assert entries(cache) <= (30 + 20) * heads
+        assert METHODS[method].share or entries(cache) <= (30 + 20) * heads
+        assert cache.report().kv_bytes <= (30 + 20) * heads * cache.keep_layers[0].slot_bytes
     assert cache.get_seq_length() == 220
-    assert cache.report().slots == 30
+    assert METHODS[method].share or cache.report().slots == 30
     kept = [x for layer in cache.keep_layers for x in layer.slots.positions.tolist()]
     assert min(kept) >= 0
     assert max(kept) < 220

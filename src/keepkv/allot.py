@@ -19,6 +19,12 @@ def uniform(scores: Tensor, total: int) -> list[list[int]]:
     return _split(_shares([1.0] * (layers * heads), total, room(scores)), heads)
 
 
+def alike(scores: Tensor, total: int) -> list[list[int]]:
+    """Exactly the same for every head of every layer; what does not divide is not spent."""
+    layers, heads, _ = scores.shape
+    return [[min(total // (layers * heads), *room(scores))] * heads for _ in range(layers)]
+
+
 def cosine_layers(scores: Tensor, total: int, last: float = 0.8) -> list[list[int]]:
     """Layer shares falling on a cosine from 1 to `last`, heads alike. PyramidInfer, arXiv 2405.12532, as KeepKV uses it."""
     layers, heads, _ = scores.shape

@@ -16,6 +16,7 @@ from keepkv.choose import protect
 from keepkv.errors import BudgetError
 from keepkv.merge import Merged, evict
 from keepkv.method import Method
+from keepkv.pairs import Pairs
 from keepkv.types import Observation, Plan, Slots
 
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
@@ -33,7 +34,7 @@ class Compressed:
 def compress(
     observations: Sequence[Observation], method: Method, total: int, progress: Progress = lambda done, of: None
 ) -> Compressed:
-    """Compresses the observed layers of one sequence to `total` slots over all layers and heads.
+    """Compresses the observed layers of one sequence to `total` slots over all layers and heads, or to their bytes.
 
     Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
@@ -58,6 +59,9 @@ def compress(
         tokens = seen.tokens
         step()
     layered = Layered(_level(scores, -torch.inf), _level(places, -1), tokens)
+    if method.share:
+        layered = layered._replace(scores=method.share.tie(layered.scores))
+        total = min(sum(sum(seen.counts) for seen in observations), int(total / _price(method.share, observations[0], layered)))
 
     heads = layered.scores.shape[0] * layered.scores.shape[1]
     _check_room(pinned, total // heads)
@@ -85,7 +89,13 @@ def compress(
         merged.append(tuple(method.merge(watched, choices)))
         parts.append(_flat(seen, kept[-1], merged[-1]))
         step()
-    return Compressed(Plan(tuple(kept)), tuple(parts), tuple(merged))
+    return Compressed(Plan(tuple(kept)), tuple(method.share.pack(parts) if method.share else parts), tuple(merged))
+
+
+def _price(share: Pairs, seen: Observation, layered: Layered) -> float:
+    """What a slot takes, of one that shares nothing."""
+    vectors = sum(x.shape[2] * x.element_size() for x in (seen.keys, seen.values))
+    return share.cost(len(layered.scores), vectors, 8)
 
 
 def _nothing(observations: Sequence[Observation]) -> Compressed:

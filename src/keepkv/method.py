@@ -12,6 +12,7 @@ from torch import Tensor
 from keepkv import allot, choose, merge, sets
 from keepkv.draw import priority
 from keepkv.merge import Merged
+from keepkv.pairs import Pairs
 from keepkv.recall import Repeat
 from keepkv.rope import rotate
 from keepkv.types import Choice, Observation, Reference
@@ -46,6 +47,7 @@ class Method:
     judged: bool = False  # measures its own error on held-out queries
     trial: int = 0  # slots per head of a first compression whose errors, if judged, correct the budgets
     keeps_all: bool = False  # whatever the budget
+    share: Pairs | None = None  # neighbouring layers store their slots together
     cost: str = ""
     good: str = ""
     bad: str = ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from keepkv import allot, choose, cluster, merge, reference, score, sets
 from keepkv.errors import MethodError, nearest
 from keepkv.method import Method, by_cosine, by_sets, by_similarity, closed_up, fitted, followers
+from keepkv.pairs import Pairs
 from keepkv.recall import Repeat
 
 WHOLE = Repeat(chunk=2048, draft=1, alone=True, queries=True, needed=True)  # as in KVzip: every piece over the full cache
@@ -139,6 +140,12 @@ METHODS = {
             score.accumulated, allot.steady_layers, recent=0.25, merge=by_cosine, column_mass=True,
             cost="all attention summed once more while reading, and the cosines of dropped with kept keys",
             good="moderate budgets", bad="merged entries have no votes, so their mass is lost",
+        ),
+        Method(
+            "minicache", "SnapKV's tokens, neighbouring layers of the upper half sharing their directions",
+            "MiniCache, arXiv 2405.14366", score.pooled_window, allot.alike, sinks=0, share=Pairs(),
+            cost="one pass over the kept keys and values; they are restored at every step",
+            good="about a third more tokens for the same bytes", bad="layers that do not resemble each other",
         ),
         Method(
             "attention-matching", "highest attention keys, votes and values fitted to a repetition's queries",

@@ -179,17 +179,21 @@ def centroid(keys: Tensor, values: Tensor, choice: Choice, bias: Tensor | None =
     return groups.result(before, groups.mean(keys, share), groups.mean(values, share), groups.sum(votes).log())
 
 
-def gaussian(keys: Tensor, values: Tensor, choice: Choice, bias: Tensor | None = None, sigma: float = 5.0) -> Merged:
+def gaussian(
+    keys: Tensor, values: Tensor, choice: Choice, bias: Tensor | None = None, sigma: float = 5.0, sized: bool = False
+) -> Merged:  # fmt: skip
     """Means weighted by the distance from the set's pivot, its kept entry. KVMerger, arXiv 2407.08454.
 
-    g_i = exp(-||k_p - k_i||² / 2σ²), k_r = sum g_i k_i / sum g_i, v_r = n sum g_i v_i / sum g_i for a set of n: the size counts
-    in the value alone, there are no votes, so the set's mass in the softmax's denominator is lost. SYSTEMS 6.3.
+    g_i = exp(-||k_p - k_i||² / 2σ²), k_r = sum g_i k_i / sum g_i, v_r = sum g_i v_i / sum g_i. No votes: the set attends as
+    one token. sized: v_r times the set's size, as notes on the paper have it (SYSTEMS 6.3); that mends the numerator of
+    attention and not its denominator, and breaks the model wherever much is merged (docs/log.md).
     """
     groups, bias, votes = _grouped(choice, bias, keys)
     distance = (keys[groups.kept[groups.slot]] - keys[groups.member]).square().sum(1)
     share = groups.shares(votes * (-distance / (2 * sigma**2)).exp())
-    size = groups.size[:, None].to(values.dtype)
-    return groups.result((keys, values, bias), groups.mean(keys, share), size * groups.mean(values, share), bias[groups.kept])
+    mean = groups.mean(values, share)
+    mean = mean * groups.size[:, None] if sized else mean
+    return groups.result((keys, values, bias), groups.mean(keys, share), mean, bias[groups.kept])
 
 
 def by_cosine(

@@ -7,12 +7,14 @@ Every value describes one sequence (no batch, no padding) except `Slots`, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from keepkv.shared import Shared
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,13 @@ class Plan:
 class Slots:
     """The compact part of one layer, ragged and flat: row b and KV head h own offsets[b*H+h] : offsets[b*H+h+1].
 
-    keys [total, d] and values [total, d_v] in the model's dtype; bias [total] float32, the log of each slot's vote,
-    added to its logit; positions [total] int32, the token each slot's key comes from; offsets, rows*H + 1 integers.
+    keys [total, d] and values [total, d_v] in the model's dtype, keys[lo:hi] a tensor also where two layers share them; bias
+    [total] float32, the log of each slot's vote, added to its logit; positions [total] int32, the token each slot's key
+    comes from; offsets, rows*H + 1 integers.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Shared
+    values: Tensor | Shared
     bias: Tensor
     positions: Tensor
     offsets: tuple[int, ...]
@@ -192,15 +195,17 @@ class Slots:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "offsets"]
+        vectors = [x for part in (self.keys, self.values) for x in (part.tensors if isinstance(part, Shared) else [part])]
+        return [*vectors, self.bias, self.positions]
 
     @staticmethod
     def cat(parts: Sequence[Slots]) -> Slots:
         """Stacks heads, or rows, of one layer: the parts stand one after the other."""
         counts = [n for part in parts for n in part.counts]
-        stacked = zip(*(part.tensors for part in parts), strict=True)
-        keys, values, bias, positions = (torch.cat(tensors) for tensors in stacked)
-        return Slots(keys, values, bias, positions, (0, *accumulate(counts)))
+        return Slots(
+            _cat([part.keys for part in parts]), _cat([part.values for part in parts]),
+            torch.cat([part.bias for part in parts]), torch.cat([part.positions for part in parts]), (0, *accumulate(counts)),
+        )  # fmt: skip
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys [H, n, d], values, bias, positions [H, n] of one row, the shorter heads filled up in front: bias -inf there."""
@@ -209,7 +214,7 @@ class Slots:
         for head, (lo, hi) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
             index[head, most - (hi - lo) :] = torch.arange(lo, hi, device=index.device)
         real, index = index >= 0, index.clamp(min=0)
-        keys, values, bias, positions = (tensor[index] for tensor in self.tensors)
+        keys, values, bias, positions = self.keys[index], self.values[index], self.bias[index], self.positions[index]
         away = ~real[..., None]
         return (
             keys.masked_fill_(away, 0), values.masked_fill_(away, 0), bias.masked_fill_(~real, -torch.inf),
@@ -220,10 +225,7 @@ class Slots:
         """Without the last `count` slots of every head."""
         if not count:
             return self
-        index = [torch.arange(lo, hi - count) for lo, hi in zip(self.offsets, self.offsets[1:], strict=False)]
-        stay = torch.cat(index).to(self.keys.device)
-        keys, values, bias, positions = (tensor[stay] for tensor in self.tensors)
-        return Slots(keys, values, bias, positions, (0, *accumulate(map(len, index))))
+        return Slots.cat([self._between(lo, hi - count) for lo, hi in zip(self.offsets, self.offsets[1:], strict=False)])
 
     def rows(self, indices: Sequence[int], heads: int) -> Slots:
         """The given batch rows, in that order, copied: what beam search and batch selection need. heads = H."""
@@ -231,5 +233,19 @@ class Slots:
 
     def _part(self, first: int, last: int) -> Slots:
         bounds = self.offsets[first : last + 1]
-        keys, values, bias, positions = (tensor[bounds[0] : bounds[-1]] for tensor in self.tensors)
-        return Slots(keys, values, bias, positions, tuple(bound - bounds[0] for bound in bounds))
+        whole = self._between(bounds[0], bounds[-1])
+        return replace(whole, offsets=tuple(bound - bounds[0] for bound in bounds))
+
+    def _between(self, lo: int, hi: int) -> Slots:
+        """Slots lo to hi, as those of one head."""
+        keys, values = _cut(self.keys, lo, hi), _cut(self.values, lo, hi)
+        return Slots(keys, values, self.bias[lo:hi], self.positions[lo:hi], (0, hi - lo))
+
+
+def _cut(stack: Tensor | Shared, lo: int, hi: int) -> Tensor | Shared:
+    return stack.cut(lo, hi) if isinstance(stack, Shared) else stack[lo:hi]
+
+
+def _cat(stacks: Sequence[Tensor | Shared]) -> Tensor | Shared:
+    shared = [stack for stack in stacks if isinstance(stack, Shared)]
+    return Shared.cat(shared) if shared else torch.cat([stack for stack in stacks if isinstance(stack, Tensor)])
