@@ -1,7 +1,7 @@
 """Which tokens kvpress's presses keep on a real prompt: per press, layer and KV head, as JSON.
 
-Runs in kvpress's environment (README.md) on what dump_segments.py wrote, first stretch of each text, uniform budgets. positions.py
-then compares keepkv's own rows of the same methods.
+Runs in kvpress's environment (README.md) on what dump_segments.py wrote, first stretch of each text, uniform budgets.
+positions.py then compares keepkv's own rows of the same methods.
 """
 
 import argparse

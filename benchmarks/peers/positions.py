@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from keepkv import KeepCache, METHODS, Method, allot, loading
+from keepkv import METHODS, KeepCache, Method, allot, loading
 from keepkv.budget import Budget
 
 SINKS = {"expected": 4, "streaming": 4}
@@ -32,7 +33,7 @@ def ours(method: Method, cache: KeepCache, count: int) -> tuple[list[list[list[i
     kept = []
     for layer in twin.keep_layers:
         bounds = layer.slots.offsets
-        kept.append([layer.slots.positions[lo:hi].tolist() for lo, hi in zip(bounds, bounds[1:], strict=False)])
+        kept.append([layer.slots.positions[lo:hi].tolist() for lo, hi in pairwise(bounds)])
     return kept, scores
 
 
