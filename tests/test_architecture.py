@@ -24,6 +24,8 @@ CORE = {
     "merge",
     "bound",
     "methods",
+    "parts",
+    "sdpa",
     "attention",
     "compress",
 }
