@@ -274,11 +274,13 @@ def test_a_kernel_that_means_something_else_is_not_used(monkeypatch: pytest.Monk
     for kernel in (missing, lambda *args: (whole(*args)[0], whole(*args)[1] / 0.6931)):
         monkeypatch.setattr(sdpa, "_kernel", kernel)
         sdpa.available.cache_clear()
+        backend_for.cache_clear()
         assert backend_for(CPU, torch.float32, 64) == "reference"
         with pytest.raises(BackendError, match="needs a kernel"):
             attend_slots(randn(1, 1, 1, 16, dtype=torch.float32), slots_of([3], 16, 16, torch.float32), 1.0, "sdpa")
     monkeypatch.undo()
     sdpa.available.cache_clear()
+    backend_for.cache_clear()
     assert sdpa.available()
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from keepkv.types import Slots
 _TILE = 1 << 24  # logits held at once
 
 
+@cache
 def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size: int | None = None) -> str:
     """The backend that "auto" takes for queries and keys of `size` and values of `value_size` (as large, if not given)."""
     sizes = (size, size if value_size is None else value_size)
@@ -51,10 +53,11 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     if backend == "sdpa":
         return sdpa.attend_slots(query, slots, scale)
     output, log_mass = nothing(query, slots.values.shape[1])
-    rows, flat_output, flat_mass = query.flatten(0, 1), output.flatten(0, 1), log_mass.flatten(0, 1)
-    for head, (lo, hi) in enumerate(zip(slots.offsets, slots.offsets[1:], strict=False)):
-        part = block(rows[head], slots.keys[lo:hi], slots.values[lo:hi], slots.bias[lo:hi], scale)
-        flat_output[head], flat_mass[head] = part
+    of_heads = zip(query.flatten(0, 1), slots.per_head, output.flatten(0, 1), log_mass.flatten(0, 1), strict=True)
+    for own, (keys, values, bias), to_output, to_mass in of_heads:
+        part = block(own, keys, values, bias, scale)
+        to_output.copy_(part[0])
+        to_mass.copy_(part[1])
     return output, log_mass
 
 

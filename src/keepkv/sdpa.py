@@ -8,6 +8,7 @@ first, a head or a tail at a time: as fast as the kernel's own low precision, an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -51,32 +52,34 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
 
     A head's logits over the tail and over its slots stand side by side, so that nothing is padded and nothing to be joined.
     """
-    (batch, heads, rows, size), tail = query.shape, keys.shape[2]
-    dtype = wide(query.dtype)
-    flat = (query.to(dtype) * scale).reshape(batch * heads, rows, size)
-    newer = flat @ keys.to(dtype).flatten(0, 1).transpose(1, 2)  # [B*H, R, n]
+    (batch, heads, rows, _), tail, dtype = query.shape, keys.shape[2], wide(query.dtype)
+    flat = (query.to(dtype) * scale).flatten(0, 1)
+    newer = torch.bmm(flat, keys.to(dtype).flatten(0, 1).transpose(1, 2))  # [B*H, R, n]
     if visible is not None:
         newer.view(batch, heads, rows // visible.shape[2], visible.shape[2], tail).add_(additive(visible, dtype)[:, :, None])
-    flat_values = values.to(dtype).flatten(0, 1)
-    slot_keys, slot_values = slots.keys.to(dtype), slots.values.to(dtype)
+    if slots.keys.dtype != dtype:
+        slots = replace(slots, keys=slots.keys.to(dtype), values=slots.values.to(dtype))
+    of_heads = zip(flat.unbind(), newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, strict=True)
     outputs = []
-    for head, (lo, hi) in enumerate(zip(slots.offsets, slots.offsets[1:], strict=False)):
-        older = torch.addmm(slots.bias[lo:hi], flat[head], slot_keys[lo:hi].T)
-        share = torch.cat([newer[head], older], 1).softmax(-1)
+    for own, new, new_values, (old_keys, old_values, bias) in of_heads:
+        old = torch.mm(old_keys, own.T).T + bias  # keys first: the faster way when they come from memory
+        share = torch.cat([new, old], 1).softmax(-1)
         if visible is not None or not tail:
             share.nan_to_num_()  # rows that see nothing
-        outputs.append(torch.mm(share[:, tail:], slot_values[lo:hi]).addmm_(share[:, :tail], flat_values[head]))
+        old_part = torch.mm(share.narrow(1, tail, len(bias)), old_values)
+        outputs.append(old_part.addmm_(share.narrow(1, 0, tail), new_values))
     return torch.stack(outputs).view(batch, heads, rows, -1)
 
 
 def attend_slots(query: Tensor, slots: Slots, scale: float) -> Part:
     """See `attention.attend_slots`: head by head, as they are stored."""
     output, log_mass = nothing(query, slots.values.shape[1])
-    rows, flat_output, flat_mass = query.flatten(0, 1), output.flatten(0, 1), log_mass.flatten(0, 1)
-    for head, (lo, hi) in enumerate(zip(slots.offsets, slots.offsets[1:], strict=False)):
-        own, keys, values = (x[None, None] for x in (rows[head], slots.keys[lo:hi], slots.values[lo:hi]))
-        part = flash(own, keys, values, slots.bias[lo:hi].expand(1, 1, own.shape[2], -1), scale)
-        flat_output[head], flat_mass[head] = part[0][0, 0], part[1][0, 0]
+    of_heads = zip(query.flatten(0, 1), slots.per_head, output.flatten(0, 1), log_mass.flatten(0, 1), strict=True)
+    for own, (keys, values, bias), to_output, to_mass in of_heads:
+        mask = bias.expand(1, 1, len(own), -1)
+        part = flash(own[None, None], keys[None, None], values[None, None], mask, scale)
+        to_output.copy_(part[0][0, 0])
+        to_mass.copy_(part[1][0, 0])
     return output, log_mass
 
 

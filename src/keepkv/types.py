@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -181,6 +182,11 @@ class Slots:
     @property
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self) if field.name != "offsets"]
+
+    @cached_property
+    def per_head(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Views of every (row, KV head): keys [n, d], values [n, d_v], bias [n]. Made once: a decoding step needs them all."""
+        return list(zip(*(torch.split(x, self.counts) for x in (self.keys, self.values, self.bias)), strict=True))
 
     @staticmethod
     def cat(parts: Sequence[Slots]) -> Slots:
