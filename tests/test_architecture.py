@@ -26,6 +26,7 @@ CORE = {
     "methods",
     "parts",
     "sdpa",
+    "kernels",
     "attention",
     "compress",
 }
@@ -61,6 +62,7 @@ OUTSIDE = {
 }
 ALLOWED = {
     **dict.fromkeys(CORE, ({"torch"}, CORE)),
+    "kernels": ({"torch", "triton"}, CORE),
     **dict.fromkeys(HOST, ({"torch", "transformers", "gguf", "tokenizers"}, CORE | HOST)),
     **dict.fromkeys(OUTSIDE, ({"torch", "transformers", "rich", "typer", "matplotlib"}, CORE | HOST | OUTSIDE)),
 }

@@ -4,14 +4,17 @@
 |---|---|---|
 | reference | everywhere, float64 too | plain softmax, float32 or better: `parts.block`, head by head |
 | sdpa | CPU, below float64, d = d_v | PyTorch's flash attention kernel, votes as its mask; matrix products for few rows |
+| triton | CUDA, below float64, sizes to 256 | `kernels`: split over the keys, the query heads of a group together; slots only |
 
 "auto" takes what `backend_for` names; a backend that is asked for by name and cannot run raises BackendError.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -27,8 +30,8 @@ _TILE = 1 << 24  # logits held at once
 @cache
 def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size: int | None = None) -> str:
     """The backend that "auto" takes for queries and keys of `size` and values of `value_size` (as large, if not given)."""
-    sizes = (size, size if value_size is None else value_size)
-    return next(name for name, reason_against in _BACKENDS.items() if not reason_against(device, dtype, *sizes))
+    fitting = "triton" if device.type == "cuda" else "sdpa"
+    return "reference" if _BACKENDS[fitting](device, dtype, size, size if value_size is None else value_size) else fitting
 
 
 def attend(
@@ -52,6 +55,10 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     backend = _backend(backend, query, slots.values)
     if backend == "sdpa":
         return sdpa.attend_slots(query, slots, scale)
+    if backend == "triton":
+        from keepkv import kernels  # imports Triton
+
+        return kernels.attend_slots(query, slots, scale)
     output, log_mass = nothing(query, slots.values.shape[1])
     of_heads = zip(query.flatten(0, 1), slots.per_head, output.flatten(0, 1), log_mass.flatten(0, 1), strict=True)
     for own, (keys, values, bias), to_output, to_mass in of_heads:
@@ -67,7 +74,8 @@ def attend_tail(
     """Attention over the dense tail: o = softmax(scale q·k + mask) v and its log-sum-exp, as `attend_slots` gives them.
 
     query [B, H, G * new, d], keys [B, H, n, d], values [B, H, n, d_v]; visible [B or 1, 1, new, n], bool or additive, the same
-    for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. Raises BackendError.
+    for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. `triton` runs the
+    plain code here. Raises BackendError.
     """
     backend = _backend(backend, query, values)
     if backend == "sdpa":
@@ -122,8 +130,19 @@ def _backend(name: str, query: Tensor, values: Tensor) -> str:
     return name
 
 
-# In the order in which "auto" tries them: why a backend cannot run queries of a device, a dtype and sizes, or nothing.
+def _against_triton(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
+    if find_spec("triton") is None:
+        return "needs Triton: pip install 'keepkv[gpu]'"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs on CUDA, not on {device} (or, to test it, anywhere with TRITON_INTERPRET=1)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32, and is not for {dtype}"
+    return "" if max(size, value_size) <= 256 else f"is for sizes up to 256, not {size} and {value_size}"
+
+
+# Why a backend cannot run queries of a device, a dtype and sizes; nothing if it can.
 _BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], str]] = {
-    "sdpa": sdpa.reason_against,
     "reference": lambda device, dtype, size, value_size: "",
+    "sdpa": sdpa.reason_against,
+    "triton": _against_triton,
 }

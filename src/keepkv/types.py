@@ -188,6 +188,11 @@ class Slots:
         """Views of every (row, KV head): keys [n, d], values [n, d_v], bias [n]. Made once: a decoding step needs them all."""
         return list(zip(*(torch.split(x, self.counts) for x in (self.keys, self.values, self.bias)), strict=True))
 
+    @cached_property
+    def bounds(self) -> Tensor:
+        """`offsets` as int64 beside the slots, for kernels."""
+        return torch.tensor(self.offsets, dtype=torch.int64, device=self.keys.device)
+
     @staticmethod
     def cat(parts: Sequence[Slots]) -> Slots:
         """Stacks heads, or rows, of one layer: the parts stand one after the other."""
