@@ -10,6 +10,7 @@ from itertools import accumulate
 import pytest
 import torch
 
+import interpreter
 from keepkv.attention import attend_slots, backend_for
 from keepkv.errors import BackendError
 from keepkv.parts import exact
@@ -24,16 +25,7 @@ COUNTS = [0, 1, 15, 63, 255, 1000]  # in one launch
 
 @pytest.fixture(autouse=True)
 def _loops_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 takes int() of arrays of one element, which NumPy 2.4 refuses, where a loop's bounds are loaded."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: object) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    monkeypatch.setattr("triton.runtime.interpreter._patch_lang_tensor", interpreter.patched())
 
 
 def case(
