@@ -3,6 +3,7 @@
 # make check   lint and types
 # make test-min  the tests with the oldest transformers that is supported
 # make bench   speed on this machine
+# make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
 #
 # Each sets up what it needs in .venv the first time (a few minutes) and says nothing about it afterwards.
 
@@ -17,7 +18,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test check test-min bench clean
+.PHONY: help demo test check test-min bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -58,6 +59,9 @@ test-min: .venv-min/ready
 
 bench: .venv/ready
 	@.venv/bin/python benchmarks/cpu.py
+
+bench-gpu:
+	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py gpu-results
 
 clean:
 	@rm -rf .venv .venv-min .mypy_cache .pytest_cache .ruff_cache

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from keepkv import KeepCache, bound, loading, methods, score, sets
-from keepkv.attention import exact
 from keepkv.budget import Budget
 from keepkv.compress import compress
 from keepkv.merge import Merged
+from keepkv.parts import exact
 from keepkv.types import Observation
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Merged]

@@ -9,23 +9,18 @@ line of standard output is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-import keepkv
 from keepkv import KeepCache, loading
 from prose import prose
+from timing import interleaved, machine, write
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> float:
@@ -40,17 +35,6 @@ def decode(model: PreTrainedModel, first: torch.Tensor, cache: Cache, steps: int
     for _ in range(steps):
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
     return steps / (time.perf_counter() - start)
-
-
-def interleaved(rounds: int, variants: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Each round runs every variant once, in turn; the first round warms up and is thrown away."""
-    results: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(rounds + 1):
-        for name, run in variants.items():
-            value = run()
-            if i:
-                results[name].append(value)
-    return results
 
 
 @torch.inference_mode()
@@ -116,13 +100,9 @@ def main() -> None:
         "prefill_ratio": statistics.median(ratios), "decode_ratio": statistics.median(faster),
         "compress_seconds": report.compress_seconds, "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "keepkv": keepkv.__version__,
+        **machine(),
     }  # fmt: skip
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    write(record, args.json)
 
 
 if __name__ == "__main__":

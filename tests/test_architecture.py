@@ -29,6 +29,9 @@ CORE = {
     "method",
     "bound",
     "methods",
+    "parts",
+    "sdpa",
+    "kernels",
     "attention",
     "compress",
 }
@@ -64,6 +67,7 @@ OUTSIDE = {
 }
 ALLOWED = {
     **dict.fromkeys(CORE, ({"torch"}, CORE)),
+    "kernels": ({"torch", "triton"}, CORE),
     **dict.fromkeys(HOST, ({"torch", "transformers", "gguf", "tokenizers"}, CORE | HOST)),
     **dict.fromkeys(OUTSIDE, ({"torch", "transformers", "rich", "typer", "matplotlib"}, CORE | HOST | OUTSIDE)),
 }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from keepkv.attention import attend_slots, attend_tail, exact, join
+from keepkv import sdpa
+from keepkv.attention import attend, attend_slots, attend_tail, backend_for
+from keepkv.errors import BackendError
+from keepkv.parts import block, exact, join
 from keepkv.types import Slots
 
 COUNTS = [1, 15, 63, 255, 0, 1000]  # very different lengths in one layer
@@ -114,6 +117,181 @@ def test_low_precision_is_no_worse_than_eager(dtype: torch.dtype) -> None:
         bias = torch.cat([slots.bias[lo:hi], torch.zeros(33)]).to(dtype)
         eager.view(6, 4, 64)[head] = exact(query.flatten(0, 1)[head], k, v, bias, 0.125)[0].double()
     assert (got.double() - truth).abs().max() <= 1.5 * (eager - truth).abs().max() + 1e-6
+
+
+# --- backends ---
+
+CPU, NEW, GROUP, TAIL = torch.device("cpu"), 5, 3, 9
+
+
+def masks(new: int, tail: int, batch: int = 2) -> dict[str, torch.Tensor | None]:
+    """Every kind of mask that reaches attention; some leave rows that see nothing of the tail."""
+    causal = torch.ones(new, tail, dtype=torch.bool).tril(tail - new)[None, None]
+    padded = causal.expand(batch, -1, -1, -1).clone()
+    padded[1, :, :, : tail - new + 2] = False
+    scattered = torch.rand(batch, 1, new, tail, generator=torch.Generator().manual_seed(4)) < 0.3
+    return {
+        "none": None,
+        "causal": causal,
+        "padded": padded,
+        "scattered": scattered,
+        "hidden": torch.zeros_like(causal),
+        "additive": randn(batch, 1, new, tail, seed=5).masked_fill(~scattered, -torch.inf),
+        "finite": torch.zeros(1, 1, new, tail).masked_fill(~causal, torch.finfo(torch.float32).min),
+    }
+
+
+def truth_for(query, slots, keys, values, visible, scale):
+    """One softmax per head over slots and tail in float64; 0 for rows that see nothing."""
+    batch, heads, rows, _ = query.shape
+    output = torch.empty(batch, heads, rows, values.shape[3], dtype=torch.float64)
+    bias = torch.zeros(1, 1, 1, keys.shape[2]) if visible is None else visible
+    bias = sdpa.additive(bias, torch.float64).expand(batch, 1, -1, -1)
+    for b in range(batch):
+        for h in range(heads):
+            lo, hi = slots.offsets[b * heads + h : b * heads + h + 2]
+            tail = bias[b, 0].repeat(rows // bias.shape[2], 1)
+            both = torch.cat([slots.bias[lo:hi].double().expand(rows, -1), tail], 1)
+            k, v = (torch.cat(pair).double() for pair in ((slots.keys[lo:hi], keys[b, h]), (slots.values[lo:hi], values[b, h])))
+            output[b, h] = exact(query[b, h].double(), k, v, both, scale)[0].nan_to_num()
+    return output
+
+
+@pytest.mark.parametrize("kind", masks(NEW, TAIL))
+@pytest.mark.parametrize("rows", ["few", "many"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_backends_agree_with_float64_for_every_mask(kind: str, rows: str, dtype: torch.dtype, monkeypatch) -> None:
+    if rows == "many":
+        monkeypatch.setattr(sdpa, "FEW", 0)
+        monkeypatch.setattr(sdpa, "_TILE", 2 * TAIL)
+    query, slots = randn(2, 3, GROUP * NEW, 16, dtype=dtype), slots_of(COUNTS, 16, 16, dtype)
+    slots.bias[:1], slots.bias[20:40] = -torch.inf, -torch.inf  # the whole first head
+    keys, values = randn(2, 3, TAIL, 16, dtype=dtype, seed=2), randn(2, 3, TAIL, 16, dtype=dtype, seed=3)
+    visible = masks(NEW, TAIL)[kind]
+    truth = truth_for(query, slots, keys, values, visible, 0.3)
+    for backend in ("reference", "sdpa", "auto"):
+        got = attend(query, slots, keys, values, visible, 0.3, backend)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", masks(NEW, TAIL))
+def test_log_sum_exps_are_those_of_float64(kind: str) -> None:
+    """The kernel gives 0 for rows that see nothing, and may give it for others: both must come out right."""
+    query, visible = randn(2, 3, GROUP * NEW, 16, dtype=torch.float32), masks(NEW, TAIL)[kind]
+    keys, values = randn(2, 3, TAIL, 16, dtype=torch.float32, seed=2), randn(2, 3, TAIL, 16, dtype=torch.float32, seed=3)
+    query[:, :, 0] = 0
+    slots = slots_of([1, 1, 2, 5, 0, 600], 16, 16, torch.float32)
+    slots.bias[:2] = torch.tensor([-torch.inf, 0.0])  # nothing to see; and a log-sum-exp of 0
+    truth = attend_tail(query.double(), keys.double(), values.double(), visible, 0.3, "reference")
+    tail = attend_tail(query, keys, values, visible, 0.3, "sdpa")
+    compact = attend_slots(query, slots, 0.3, "sdpa")
+    for ours, exactly in ((tail, truth), (compact, attend_slots(query.double(), slots_in(slots, torch.float64), 0.3))):
+        for got, wanted in zip(ours, exactly, strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert compact[1][0, 0].eq(-torch.inf).all()
+    assert compact[1][0, 1, 0] == 0
+
+
+def slots_in(slots: Slots, dtype: torch.dtype) -> Slots:
+    return Slots(slots.keys.to(dtype), slots.values.to(dtype), slots.bias, slots.positions, slots.offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("few", [0, 48])
+def test_widened_attention_is_as_good_as_low_precision_allows(dtype: torch.dtype, few: int, monkeypatch) -> None:
+    """Truth in float64, plain attention in the dtype, ours: at most a rounding of the output worse than exact."""
+    monkeypatch.setattr(sdpa, "FEW", few)
+    query, slots = randn(1, 2, 12, 64, dtype=dtype) * 3, slots_of([700, 90], 64, 64, dtype)
+    keys, values = randn(1, 2, 20, 64, dtype=dtype, seed=2), randn(1, 2, 20, 64, dtype=dtype, seed=3)
+    visible = torch.ones(4, 20, dtype=torch.bool).tril(16)[None, None]
+    truth = truth_for(query, slots, keys, values, visible, 0.125)
+    ours = attend(query, slots, keys, values, visible, 0.125, "sdpa").to(dtype)
+    eager = torch.stack([
+        exact(
+            query[0, h], torch.cat([slots.keys[lo:hi], keys[0, h]]), torch.cat([slots.values[lo:hi], values[0, h]]),
+            torch.cat([slots.bias[lo:hi].to(dtype).expand(12, -1), sdpa.additive(visible, dtype)[0, 0].repeat(3, 1)], 1), 0.125,
+        )[0]
+        for h, (lo, hi) in enumerate(((0, 700), (700, 790)))
+    ])[None]  # fmt: skip
+    assert (ours.double() - truth).abs().max() <= (truth.to(dtype).double() - truth).abs().max() + 1e-5
+    assert (ours.double() - truth).abs().max() <= (eager.double() - truth).abs().max() + 1e-5
+
+
+def test_a_row_is_as_if_alone() -> None:
+    query, slots = randn(2, 3, 120, 16, dtype=torch.float32), slots_of(COUNTS, 16, 16, torch.float32)
+    keys, values = randn(2, 3, 50, 16, dtype=torch.float32, seed=2), randn(2, 3, 50, 16, dtype=torch.float32, seed=3)
+    for visible in (None, *(masks(40, 50)[kind] for kind in ("causal", "padded"))):
+        for rows in (120, 40):
+            together = attend(query[:, :, :rows], slots, keys, values, visible, 0.3)
+            for row in (0, 1):
+                own = visible if visible is None or len(visible) == 1 else visible[row : row + 1]
+                part = (x[row : row + 1] for x in (keys, values))
+                alone = attend(query[row : row + 1, :, :rows], slots.rows([row], 3), *part, own, 0.3)
+                torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_and_empty_inputs_are_kept_from_the_kernel() -> None:
+    query = randn(1, 16, 2, 60, dtype=torch.float32).transpose(1, 2).transpose(2, 3)  # [1, 2, 60, 16]
+    keys = randn(1, 2, 16, 30, dtype=torch.float32, seed=2).transpose(2, 3)
+    values = randn(1, 2, 30, 1, dtype=torch.float32, seed=3).expand(-1, -1, -1, 16)
+    for ours, exactly in zip(sdpa.flash(query, keys, values, None, 0.3), block(query, keys, values, None, 0.3), strict=True):
+        torch.testing.assert_close(ours, exactly, rtol=1e-5, atol=1e-5)
+    for rows in (40, 60):  # either way of the CPU
+        nothing = attend(
+            query[:, :, :rows], slots_of([0, 0], 16, 16, torch.float32), keys[:, :, :0], values[:, :, :0], None, 1.0
+        )
+        assert torch.equal(nothing, torch.zeros(1, 2, rows, 16))
+    assert sdpa.flash(query[:, :, :0], keys, values, None, 0.3)[0].shape == (1, 2, 0, 16)
+
+
+def test_causality_is_recognised_and_nothing_else_is() -> None:
+    assert sdpa.is_causal(masks(5, 9)["causal"], 9)
+    assert sdpa.is_causal(masks(5, 5)["causal"], 5)
+    for kind in ("padded", "scattered", "hidden", "finite"):
+        assert not sdpa.is_causal(masks(5, 9)[kind], 9)
+    for hidden in ((0, 0, 2, 1), (0, 0, 4, 8)):
+        almost = masks(5, 9)["causal"].clone()
+        almost[hidden] = False
+        assert not sdpa.is_causal(almost, 9)
+    assert not sdpa.is_causal(masks(5, 9)["causal"] | (torch.arange(9) == 7), 9)
+    assert not sdpa.is_causal(torch.ones(1, 1, 5, 3, dtype=torch.bool).tril(), 3)
+
+
+def test_auto_names_what_it_takes() -> None:
+    assert backend_for(CPU, torch.float32, 64) == backend_for(CPU, torch.bfloat16, 64) == "sdpa"
+    assert backend_for(CPU, torch.float64, 64) == "reference"
+    assert backend_for(CPU, torch.float32, 64, 48) == "reference"
+    assert backend_for(torch.device("mps"), torch.float16, 64) == "reference"
+
+
+def test_a_kernel_that_means_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sdpa._kernel
+
+    def missing(*args):
+        raise AttributeError
+
+    for kernel in (missing, lambda *args: (whole(*args)[0], whole(*args)[1] / 0.6931)):
+        monkeypatch.setattr(sdpa, "_kernel", kernel)
+        sdpa.available.cache_clear()
+        backend_for.cache_clear()
+        assert backend_for(CPU, torch.float32, 64) == "reference"
+        with pytest.raises(BackendError, match="needs a kernel"):
+            attend_slots(randn(1, 1, 1, 16, dtype=torch.float32), slots_of([3], 16, 16, torch.float32), 1.0, "sdpa")
+    monkeypatch.undo()
+    sdpa.available.cache_clear()
+    backend_for.cache_clear()
+    assert sdpa.available()
+
+
+def test_backends_that_cannot_are_refused() -> None:
+    query = randn(1, 1, 2, 16)
+    with pytest.raises(BackendError, match="did you mean 'reference'"):
+        attend_slots(query, slots_of([3]), 1.0, "referense")
+    with pytest.raises(BackendError, match="float64"):
+        attend_slots(query, slots_of([3]), 1.0, "sdpa")
+    with pytest.raises(BackendError, match="one size, not 16 and 24"):
+        attend_slots(query.float(), slots_of([3], dtype=torch.float32), 1.0, "sdpa")
 
 
 def test_rows_are_taken_whole() -> None:

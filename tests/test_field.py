@@ -26,7 +26,7 @@ from keepkv import (
     score,
     sets,
 )
-from keepkv.attention import exact
+from keepkv.parts import exact
 from keepkv.recall import Repeat, attend_piece
 from keepkv.report import held_bytes
 from keepkv.rope import rotate

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from keepkv import merge, sets
-from keepkv.attention import exact
+from keepkv.parts import exact
 from keepkv.reference import attend_all, window
 from keepkv.types import Observation, Rows
 

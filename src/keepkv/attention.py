@@ -1,51 +1,97 @@
-"""Attention over slots with votes: each part gives its output and log-sum-exp, and the parts are joined exactly.
+"""Attention over slots with votes and a tail of newer tokens, by one of several backends.
 
-`exact` is the specification: plain softmax in the dtype it is given. The other functions are what the cache runs.
+| backend | where | how |
+|---|---|---|
+| reference | everywhere, float64 too | plain softmax, float32 or better: `parts.block`, head by head |
+| sdpa | CPU, below float64, d = d_v | PyTorch's flash attention kernel, votes as its mask; matrix products for few rows |
+| triton | CUDA, below float64, sizes to 256 | `kernels`: split over the keys, a group's query heads together; slots only |
+
+"auto" takes what `backend_for` names, whose kernel has been tried once against `parts.exact` where it runs; a backend that is
+asked for by name and cannot run raises BackendError.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
+from keepkv import sdpa
+from keepkv.errors import BackendError, nearest
+from keepkv.parts import Part, block, join, nothing, wide
 from keepkv.types import Slots
 
-Part = tuple[Tensor, Tensor]  # output [..., R, d_v] and log-sum-exp [..., R], both float32 or better
 _TILE = 1 << 24  # logits held at once
 
 
-def exact(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Part:
-    """o = softmax(scale q·k + b) v and its log-sum-exp, for queries [..., R, d], keys [..., n, d], bias [..., 1 or R, n]."""
-    logits = scale * (query @ keys.transpose(-1, -2)) + bias
-    return logits.softmax(-1) @ values, logits.logsumexp(-1)
+@cache
+def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size: int | None = None) -> str:
+    """The backend that "auto" takes for queries and keys of `size` and values of `value_size` (as large, if not given)."""
+    fitting = "triton" if device.type == "cuda" else "sdpa"
+    return "reference" if _BACKENDS[fitting](device, dtype, size, size if value_size is None else value_size) else fitting
 
 
-def attend_slots(query: Tensor, slots: Slots, scale: float) -> Part:
-    """Attention of query [B, H, R, d] over the compact part, head by head as it is stored: nothing is padded."""
-    batch, heads, rows, _ = query.shape
-    output = query.new_empty(batch * heads, rows, slots.values.shape[1], dtype=_wide(query.dtype))
-    log_mass = output.new_empty(batch * heads, rows)
-    flat = query.reshape(batch * heads, rows, -1)
-    for head, (lo, hi) in enumerate(zip(slots.offsets, slots.offsets[1:], strict=False)):
-        output[head], log_mass[head] = _attend(flat[head], slots.keys[lo:hi], slots.values[lo:hi], slots.bias[lo:hi], scale)
-    return output.view(batch, heads, rows, -1), log_mass.view(batch, heads, rows)
+def attend(
+    query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
+) -> Tensor:
+    """o = softmax(scale q·k + b) v over slots and tail together, [B, H, R, d_v] float32 or better; see the functions below."""
+    slots = slots.read()
+    backend = _backend(backend, query, slots.values[:])
+    if backend == "sdpa" and query.shape[2] <= sdpa.FEW:
+        return sdpa.attend_few(query, slots, keys, values, visible, scale)
+    compact = attend_slots(query, slots, scale, backend)
+    return join(compact, attend_tail(query, keys, values, visible, scale, backend))[0]
 
 
-def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Part:
-    """Attention of query [B, H, R, d] over the dense tail [B, H, n, d]; visible, bool or additive, broadcasts to the logits."""
-    rows = query.shape[2]
-    step = max(1, _TILE // max(1, query.shape[0] * query.shape[1] * keys.shape[2]))
+def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto") -> Part:
+    """Attention over the compact part: o = softmax(scale q·k + b) v and its log-sum-exp, every row sees all slots of its head.
+
+    query [B, H, R, d], the R = G * new rows of the query heads that share a KV head; slots, one layer's, as they are stored:
+    ragged, nothing is padded. Output [B, H, R, d_v] and log-sum-exp [B, H, R], float32 or better; 0 and -inf for a head
+    without slots. Raises BackendError.
+    """
+    slots = slots.read()
+    backend = _backend(backend, query, slots.values[:])
+    if backend == "sdpa":
+        return sdpa.attend_slots(query, slots, scale)
+    if backend == "triton":
+        from keepkv import kernels  # imports Triton
+
+        return kernels.attend_slots(query, slots, scale)
+    output, log_mass = nothing(query, slots.values.shape[1])
+    of_heads = zip(query.flatten(0, 1), slots.per_head, output.flatten(0, 1), log_mass.flatten(0, 1), strict=True)
+    for own, (keys, values, bias), to_output, to_mass in of_heads:
+        part = block(own, keys, values, bias, scale)
+        to_output.copy_(part[0])
+        to_mass.copy_(part[1])
+    return output, log_mass
+
+
+def attend_tail(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
+) -> Part:
+    """Attention over the dense tail: o = softmax(scale q·k + mask) v and its log-sum-exp, as `attend_slots` gives them.
+
+    query [B, H, G * new, d], keys [B, H, n, d], values [B, H, n, d_v]; visible [B or 1, 1, new, n], bool or additive, the same
+    for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. `triton` runs the
+    plain code here. Raises BackendError.
+    """
+    backend = _backend(backend, query, values)
+    if backend == "sdpa":
+        return sdpa.attend_tail(query, keys, values, visible, scale)
+    batch, heads, rows, size = query.shape
+    apart = query.reshape(batch, heads, -1, rows if visible is None else visible.shape[2], size)  # [B, H, G, new, d]
+    step = max(1, _TILE // max(1, apart.shape[:3].numel() * keys.shape[2]))
     parts = []
-    for lo in range(0, rows, step):
-        bias = None
-        if visible is not None:
-            bias = visible[:, :, lo : lo + step]
-            if bias.dtype == torch.bool:
-                bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill_(~bias, -torch.inf)
-        parts.append(_attend(query[:, :, lo : lo + step], keys, values, bias, scale))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part[0] for part in parts], 2), torch.cat([part[1] for part in parts], 2)
+    for lo in range(0, apart.shape[3], step):
+        bias = None if visible is None else sdpa.additive(visible[:, :, None, lo : lo + step], wide(query.dtype))
+        parts.append(block(apart[:, :, :, lo : lo + step], keys[:, :, None], values[:, :, None], bias, scale))
+    output, log_mass = (torch.cat(tensors, 3).flatten(2, 3) for tensors in zip(*parts, strict=True))
+    return output, log_mass
 
 
 def attend_watched(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, answered: int) -> tuple[Part, Tensor]:
@@ -75,25 +121,35 @@ def attend_watched(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
     return (output, log_mass[:, :answered]), (paid / rows).sqrt_()
 
 
-def join(first: Part, second: Part) -> Part:
-    """Two parts as one, exactly: o = (M1 o1 + M2 o2) / (M1 + M2), M = exp(log-sum-exp). The algebra of flash-decoding."""
-    log_mass = torch.logaddexp(first[1], second[1])
-    weight = (second[1] - log_mass).exp().nan_to_num_()[..., None]  # nan where neither part sees anything
-    return torch.lerp(first[0], second[0], weight), log_mass
+def _backend(name: str, query: Tensor, values: Tensor) -> str:
+    """The backend to use: the one that was asked for, or what "auto" stands for. Raises BackendError."""
+    sizes = (query.shape[-1], values.shape[-1])
+    if name == "auto":
+        return backend_for(query.device, query.dtype, *sizes)
+    if name not in _BACKENDS:
+        raise BackendError(f"unknown attention backend {name!r}: {nearest(name, ['auto', *_BACKENDS])}")
+    if reason := _BACKENDS[name](query.device, query.dtype, *sizes):
+        raise BackendError(f"the attention backend {name!r} {reason}: backend='auto' takes one that can")
+    return name
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Part:
-    """One dense block, in float32 or better throughout: a bfloat16 logit of 30 is off by up to 0.1."""
-    wide = _wide(query.dtype)
-    logits = (query.to(wide) * scale) @ keys.to(wide).transpose(-1, -2)
-    if bias is not None:
-        logits = logits + bias
-    log_mass = logits.logsumexp(-1)
-    share = (logits - log_mass[..., None]).exp_()
-    if bias is not None:
-        share = share.nan_to_num_()  # rows that see nothing
-    return share @ values.to(wide), log_mass
+def _against_triton(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
+    if find_spec("triton") is None:
+        return "needs Triton: pip install 'keepkv[gpu]'"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs on CUDA, not on {device} (or, to test it, anywhere with TRITON_INTERPRET=1)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32, and is not for {dtype}"
+    if max(size, value_size) > 256:
+        return f"is for sizes up to 256, not {size} and {value_size}"
+    from keepkv import kernels  # imports Triton
+
+    return kernels.trial(device, dtype, size, value_size) if device.type == "cuda" else ""
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+# Why a backend cannot run queries of a device, a dtype and sizes; nothing if it can.
+_BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], str]] = {
+    "reference": lambda device, dtype, size, value_size: "",
+    "sdpa": sdpa.reason_against,
+    "triton": _against_triton,
+}

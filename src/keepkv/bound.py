@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from keepkv.attention import exact
 from keepkv.merge import Merged
+from keepkv.parts import exact
 
 
 class Bounds(NamedTuple):

@@ -4,6 +4,7 @@ KeepKVError            every error below; the command line prints it as one line
 ├── BudgetError        a budget that cannot be read, or is smaller than what must be kept
 ├── MethodError        an unknown method
 ├── ModelError         a model that cannot be found, loaded or compressed
+├── BackendError       an attention backend that is unknown, or cannot run what it was asked for
 └── InputError         a text that cannot be used
 """
 
@@ -27,6 +28,10 @@ class MethodError(KeepKVError):
 
 class ModelError(KeepKVError):
     """The model cannot be found, loaded, or compressed."""
+
+
+class BackendError(KeepKVError):
+    """The attention backend is unknown, or cannot run on this device or with these tensors."""
 
 
 class InputError(KeepKVError):

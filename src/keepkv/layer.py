@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
-from keepkv.attention import attend_slots, attend_tail, join
+from keepkv.attention import attend
 from keepkv.errors import KeepKVError
 from keepkv.history import History
 from keepkv.observe import Held, Watch
@@ -159,7 +159,6 @@ class KeepLayer(CacheLayerMixin):
         if mask is None and new > 1:
             mask = torch.ones(new, self.tail, dtype=torch.bool, device=query.device).tril(self.tail - new)[None, None]
         if mask is not None:
-            mask = mask[..., mask.shape[-1] - self.tail :].repeat(1, 1, rows.shape[2] // new, 1)
-        compact = attend_slots(rows, self.slots, scale)
-        output, _ = join(compact, attend_tail(rows, self.keys, self.values, mask, scale))
+            mask = mask[..., mask.shape[-1] - self.tail :]
+        output = attend(rows, self.slots, self.keys, self.values, mask, scale)
         return output.to(query.dtype).reshape(*query.shape[:-1], -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -197,6 +198,21 @@ class Slots:
     def tensors(self) -> list[Tensor]:
         vectors = [x for part in (self.keys, self.values) for x in (part.tensors if isinstance(part, Shared) else [part])]
         return [*vectors, self.bias, self.positions]
+
+    def read(self) -> Slots:
+        """With keys and values as plain tensors: itself, unless two layers share them."""
+        plain = not isinstance(self.keys, Shared) and not isinstance(self.values, Shared)
+        return self if plain else replace(self, keys=self.keys[:], values=self.values[:])
+
+    @cached_property
+    def per_head(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Views of every (row, KV head): keys [n, d], values [n, d_v], bias [n]. Made once; of slots that were `read`."""
+        return list(zip(*(torch.split(x, self.counts) for x in (self.keys[:], self.values[:], self.bias)), strict=True))
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """`offsets` as int64 beside the slots, for kernels."""
+        return torch.tensor(self.offsets, dtype=torch.int64, device=self.keys.device)
 
     @staticmethod
     def cat(parts: Sequence[Slots]) -> Slots:

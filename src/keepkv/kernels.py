@@ -1,0 +1,187 @@
+"""The `triton` backend: attention over ragged slots with votes on CUDA, split over the keys. Imported when it is asked for.
+
+Two passes, as in flash-decoding: every program attends a block of rows to one stretch of a head's slots and writes output and
+log-sum-exp; the second pass joins the stretches in order, so that results are the same each time. The R rows of the query heads
+that share a KV head are one block, so that a key is loaded once for all of them. Sums are float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from keepkv.parts import Part, exact
+from keepkv.types import Slots
+
+
+class Schedule(NamedTuple):
+    """How the work is cut: rows and keys of one step, stretches of the longest head, warps of a program."""
+
+    block_rows: int
+    block_keys: int
+    splits: int
+    warps: int
+
+
+def schedule(heads: int, rows: int, longest: int, size: int, processors: int) -> Schedule:
+    """For `heads` (rows of the batch times KV heads) of R rows over at most `longest` slots, on so many multiprocessors.
+
+    At least 16 rows, what a matrix unit takes; fewer keys at once where heads are large. As many stretches as give every
+    multiprocessor two programs, but none under four steps of keys, and 64 at most.
+    """
+    block_rows = min(64 if size <= 128 else 32, max(16, triton.next_power_of_2(rows)))
+    block_keys = 64 if size <= 128 else 32
+    programs = heads * triton.cdiv(rows, block_rows)
+    wanted = triton.cdiv(2 * processors, max(1, programs))
+    splits = max(1, min(wanted, triton.cdiv(longest, 4 * block_keys), 64))
+    return Schedule(block_rows, block_keys, splits, 4 if block_rows <= 32 else 8)
+
+
+def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | None = None) -> Part:
+    """See `attention.attend_slots`. query [B, H, R, d], float32, bfloat16 or float16, any strides; d and d_v up to 256."""
+    (batch, heads, rows, size), value_size = query.shape, slots.values.shape[1]
+    longest, device = max(slots.counts, default=0), query.device
+    if plan is None:
+        on_cuda = device.type == "cuda"
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 1
+        plan = schedule(batch * heads, rows, longest, max(size, value_size), processors)
+    parts = torch.empty(plan.splits, batch * heads, rows, value_size, dtype=torch.float32, device=device)
+    masses = torch.empty(plan.splits, batch * heads, rows, dtype=torch.float32, device=device)
+    output = torch.empty(batch, heads, rows, value_size, dtype=torch.float32, device=device)
+    log_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
+    if not output.numel():
+        return output, log_mass
+    keys, values = slots.keys[:], slots.values[:]
+    tiles = triton.cdiv(rows, plan.block_rows)
+    wide_values = max(16, triton.next_power_of_2(value_size))
+    _attend[(batch * heads, tiles, plan.splits)](
+        query, keys, values, slots.bias, slots.bounds, parts, masses, scale, heads, rows, size, value_size,
+        *query.stride(), *keys.stride(), *values.stride(),
+        BLOCK_R=plan.block_rows, BLOCK_N=plan.block_keys, BLOCK_D=max(16, triton.next_power_of_2(size)), BLOCK_V=wide_values,
+        WIDEN=device.type != "cuda", num_warps=plan.warps,
+    )  # fmt: skip
+    _join[(batch * heads, tiles)](
+        parts, masses, output, log_mass, rows, value_size, batch * heads, plan.splits,
+        BLOCK_R=plan.block_rows, BLOCK_V=wide_values, num_warps=plan.warps,
+    )  # fmt: skip
+    return output, log_mass
+
+
+@cache
+def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
+    """What is wrong with the kernel on a device for such queries and slots, tried once against `exact`; "" if nothing."""
+    generator, counts = torch.Generator().manual_seed(0), (0, 3, 70, 200)
+    query, keys, values = (
+        torch.randn(*shape, generator=generator).to(device, dtype)
+        for shape in ((1, 4, 5, size), (sum(counts), size), (sum(counts), value_size))
+    )
+    bias = torch.rand(len(keys), generator=generator).to(device)
+    slots = Slots(keys, values, bias, torch.arange(len(keys), device=device).int(), (0, *accumulate(counts)))
+    try:
+        output, log_mass = attend_slots(query, slots, size**-0.5)
+    except Exception as error:  # a compiler has many
+        return f"does not work on {device} for {dtype} and sizes {size} and {value_size} ({type(error).__name__}: {error})"
+    for head, (lo, hi) in enumerate(pairwise(slots.offsets)):
+        theirs = exact(query[0, head].double(), keys[lo:hi].double(), values[lo:hi].double(), bias[lo:hi].double(), size**-0.5)
+        alike = torch.allclose(output[0, head].double(), theirs[0].nan_to_num(), atol=0.02, rtol=0.02)
+        if not alike or not torch.allclose(log_mass[0, head].double(), theirs[1], atol=0.02, rtol=0.02):
+            return f"computes something else on {device} for {dtype} and sizes {size} and {value_size}"
+    return ""
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    query, keys, values, bias, bounds, parts, masses, scale, heads, rows, size, value_size,
+    query_b, query_h, query_r, query_d, key_n, key_d, value_n, value_d,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One head, BLOCK_R rows, one stretch of its slots. WIDEN: products of float32, as the interpreter has none of bfloat16."""
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    real_row, real_column, real_value = row < rows, column < size, value_column < value_size
+
+    start, end = tl.load(bounds + head), tl.load(bounds + head + 1)
+    stretch = tl.cdiv(tl.cdiv(end - start, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    start += split * stretch
+    end = tl.minimum(end, start + stretch)
+
+    base = query + head // heads * query_b + head % heads * query_h
+    q = tl.load(
+        base + row[:, None].to(tl.int64) * query_r + column[None, :] * query_d,
+        mask=real_row[:, None] & real_column[None, :], other=0.0,
+    )  # fmt: skip
+    if WIDEN:
+        q = q.to(tl.float32)
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    summed = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        slot = first + tl.arange(0, BLOCK_N).to(tl.int64)
+        real = slot < end
+        k = tl.load(
+            keys + slot[None, :] * key_n + column[:, None] * key_d, mask=real[None, :] & real_column[:, None], other=0.0
+        )
+        if WIDEN:
+            k = k.to(tl.float32)
+        logits = tl.dot(q, k, input_precision="ieee") * scale
+        logits += tl.load(bias + slot, mask=real, other=float("-inf"))[None, :]
+        higher = tl.maximum(top, tl.max(logits, 1))
+        level = tl.where(higher == float("-inf"), 0.0, higher)  # rows that have seen nothing yet
+        share = tl.exp(logits - level[:, None])
+        fade = tl.exp(top - level)
+        v = tl.load(
+            values + slot[:, None] * value_n + value_column[None, :] * value_d,
+            mask=real[:, None] & real_value[None, :], other=0.0,
+        )  # fmt: skip
+        if WIDEN:
+            v = v.to(tl.float32)
+        summed = summed * fade[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
+        total = total * fade + tl.sum(share, 1)
+        top = higher
+    saw = total > 0
+    divisor = tl.where(saw, total, 1.0)
+    place = (split * tl.num_programs(0) + head) * rows + row
+    tl.store(masses + place, tl.where(saw, top + tl.log(divisor), float("-inf")), mask=real_row)
+    tl.store(
+        parts + place[:, None] * value_size + value_column[None, :], summed / divisor[:, None],
+        mask=real_row[:, None] & real_value[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _join(  # type: ignore[no-untyped-def]
+    parts, masses, output, log_mass, rows, value_size, all_heads, splits, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """One head, BLOCK_R rows: the stretches in order, weighed by the exponentials of their log-sum-exps."""
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_V)
+    real_row = row < rows
+    real = real_row[:, None] & (column < value_size)[None, :]
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    summed = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for split in range(splits):
+        place = (split * all_heads + head) * rows + row
+        mass = tl.load(masses + place, mask=real_row, other=float("-inf"))
+        higher = tl.maximum(top, mass)
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        fade, weight = tl.exp(top - level), tl.exp(mass - level)
+        part = tl.load(parts + place[:, None] * value_size + column[None, :], mask=real, other=0.0)
+        summed = summed * fade[:, None] + part * weight[:, None]
+        total = total * fade + weight
+        top = higher
+    saw = total > 0
+    divisor = tl.where(saw, total, 1.0)
+    place = head * rows + row
+    tl.store(log_mass + place, tl.where(saw, top + tl.log(divisor), float("-inf")), mask=real_row)
+    tl.store(output + place[:, None] * value_size + column[None, :], summed / divisor[:, None], mask=real)
