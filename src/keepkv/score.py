@@ -41,14 +41,15 @@ def accumulated(observation: Observation) -> Tensor:
 def pooled_window(observation: Observation, window: int = 32, kernel: int = 5) -> Tensor:
     """Mean softmax share over the last 32 queries, then a moving mean over 5 neighbours; the window itself is kept.
 
-    SnapKV, arXiv 2404.14469, section 4. The group is averaged after the softmax and before the pooling (GQA).
+    SnapKV, arXiv 2404.14469, section 4. The group is averaged after the softmax (GQA); beyond the ends the mean counts zeros,
+    as in the authors' code.
     """
     share = window_logits(observation, window).softmax(-1).mean((1, 2))
     newest = observation.positions >= observation.tokens - min(window, observation.queries.shape[2])
     before = observation.entries - int(newest.all(0).sum())
     score = torch.full_like(share, torch.inf)
     if before > 0:
-        score[:, :before] = avg_pool1d(share[:, :before], kernel, 1, kernel // 2, count_include_pad=False)
+        score[:, :before] = avg_pool1d(share[:, :before], kernel, 1, kernel // 2)
     return score
 
 
