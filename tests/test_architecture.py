@@ -56,6 +56,7 @@ OUTSIDE = {
     "chat",
     "fidelity",
     "anatomy",
+    "manual",
     "svg",
     "page",
     "figure",

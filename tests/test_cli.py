@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from keepkv import cli
+from keepkv.methods import METHODS
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 12
 
@@ -255,3 +256,33 @@ def test_the_python_of_the_readme_runs(folder: str, capsys) -> None:
 def test_every_target_of_the_readme_is_in_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (Path(__file__).parent.parent / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
+
+
+def test_methods_have_pages_and_the_committed_ones_are_up_to_date(monkeypatch, capsys, tmp_path: Path) -> None:
+    status, shown, _ = run(monkeypatch, capsys, "methods", "snapkv", "keepkv")
+    assert status == 0
+    assert "moving mean over 5 neighbours" in shown  # the equation, as the code has it
+    assert "score.py" in shown
+    run(monkeypatch, capsys, "methods", "--pages", str(tmp_path))
+    committed = Path(__file__).parent.parent / "docs" / "methods"
+    made = {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
+    assert set(made) == {f"{name}.md" for name in [*METHODS, "README"]}
+    assert made == {path.name: path.read_text("utf-8") for path in committed.iterdir()}, "keepkv methods --pages docs/methods"
+    facts = {row["name"]: row for row in json.loads(run(monkeypatch, capsys, "methods", "--json")[1])}
+    assert facts["criticalkv"]["choose"] == "two_stages"
+    assert facts["kvzip"]["repeats"]
+    assert all(row["cost"] and row["good"] and row["bad"] and row["memory"] for row in facts.values())
+
+
+def test_a_method_from_a_file_is_measured_beside_the_table(monkeypatch, capsys, folder: str, text: str) -> None:
+    own = Path(__file__).parent.parent / "examples" / "own_method.py"
+    args = ["fidelity", text, "--model", folder, "--methods", f"{own}:LOUD,snapkv", "--budgets", "25%", "--segments", "1"]
+    try:
+        status, out, _ = run(monkeypatch, capsys, *args, "--context-tokens", "120", "--continuation-tokens", "16", "--json")
+    finally:
+        METHODS.pop("loud", None)
+    assert status == 0
+    assert [row["method"] for row in json.loads(out)] == ["loud", "snapkv"]
+    status, _, said = run(monkeypatch, capsys, "fidelity", text, "--methods", f"{own}:QUIET")
+    assert status == 2
+    assert "QUIET" in said

@@ -25,7 +25,7 @@ app = typer.Typer(
 
 File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
 Limit = Annotated[str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
-Name = Annotated[str, typer.Option(help="How to compress; see keepkv methods.")]
+Name = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
 Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
@@ -255,17 +255,40 @@ def inspect(
 
 
 @app.command()
-def methods(as_json: Json = False, debug: Debug = False) -> None:
-    """List the methods: what each keeps, and its paper."""
-    from keepkv.methods import METHODS
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Show these methods' pages.", show_default=False)] = None,
+    pages: Annotated[Path | None, typer.Option(help="Write a page for every method there.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the methods, or show what some of them do: equations, cost, memory, what they are good and bad at.
 
+    [bold]keepkv methods[/bold]
+
+    [bold]keepkv methods snapkv chelsea[/bold]
+
+    [bold]keepkv methods --json | jq ".[].name"[/bold]
+    """
+    from keepkv import manual
+    from keepkv.methods import METHODS, get
+
+    table = [get(name) for name in names] if names else list(METHODS.values())
+    if pages is not None:
+        try:
+            count = manual.write(table, pages)
+        except OSError as error:
+            raise InputError(f"{str(pages)!r} cannot be written ({error.strerror})") from error
+        err.print(f"{count} files in {pages}")
+        return
     if as_json:
-        rows = [{"name": row.name, "summary": row.summary, "paper": row.paper} for row in METHODS.values()]
-        typer.echo(json.dumps(rows))
+        typer.echo(json.dumps([manual.facts(method) for method in table], ensure_ascii=False))
         return
     from keepkv import console
 
-    console.show_methods()
+    if names:
+        console.show_pages([manual.page(method) for method in table])
+    else:
+        console.show_methods()
 
 
 def _understood(methods: str, budgets: str) -> tuple[list[str], list[str]]:

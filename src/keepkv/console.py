@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from keepkv.anatomy import Anatomy
@@ -108,7 +109,7 @@ def show_anatomy(anatomy: Anatomy) -> None:
 def show_fidelity(records: Sequence[Fidelity]) -> None:
     """One line per method and budget; lower KL is better."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for name in ("budget", "delta NLL", "KL", "top-1", "kept", "full", "reading", "compressing"):
         table.add_column(name, justify="right")
     for record in records:
@@ -125,11 +126,17 @@ def show_fidelity(records: Sequence[Fidelity]) -> None:
     )
 
 
+def show_pages(pages: Sequence[str]) -> None:
+    """Markdown, laid out in a terminal, as it is elsewhere."""
+    for page in pages:
+        out.print(Markdown(page) if out.is_terminal else page, markup=False, highlight=False, soft_wrap=not out.is_terminal)
+
+
 def show_methods() -> None:
     """The method table."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("method", "what is kept", "paper"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name == "method")
     for method in METHODS.values():
         table.add_row(method.name, method.summary, method.paper)
     out.print(table)
