@@ -509,3 +509,24 @@ def test_every_row_says_what_it_costs_and_is_good_and_bad_at() -> None:
         assert row.bad, row.name
     assert json.dumps([row.name for row in methods.METHODS.values()])
     assert isinstance(methods.get("kvzip").allot, partial)
+
+
+ALONE = [name for name, row in methods.METHODS.items() if not row.keeps_all and not (row.repeat and row.repeat.needed)]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_row_of_a_left_padded_batch_is_compressed_as_if_alone(name: str) -> None:
+    model, long, short = make_model("qwen3", torch.float32), tokens(1, 110), tokens(1, 70, seed=1)
+    ids = torch.cat([long, torch.cat([torch.full((1, 40), 2), short], 1)])
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    together = KeepCache(model, 0.3, name).read(model, ids, mask)
+    for row, alone in enumerate((long, short)):
+        cache = KeepCache(model, 0.3, name).read(model, alone)
+        for ours, theirs in zip(together.keep_layers, cache.keep_layers, strict=True):
+            part = ours.slots.rows([row], ours.heads)
+            assert part.offsets == theirs.slots.offsets
+            assert torch.equal(part.positions, theirs.slots.positions)
+            torch.testing.assert_close(part.keys[:], theirs.slots.keys[:], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(part.values[:], theirs.slots.values[:], rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(part.bias, theirs.slots.bias, rtol=1e-2, atol=1e-2)
