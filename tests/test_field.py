@@ -484,19 +484,17 @@ def test_minicache_keeps_the_same_tokens_in_both_layers_of_a_pair() -> None:
 # --- from outside ---
 
 
-def test_a_row_is_registered_once_and_found_in_a_file(tmp_path) -> None:
+def test_a_row_is_registered_once_and_found_in_a_file(tmp_path, monkeypatch) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "from keepkv import Method\nMINE = Method('mine', 'newest', 'nobody', lambda seen: seen.positions.float())\n"
     )
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     mine = methods.get(f"{file}:MINE")
     assert methods.get(f"{file}:MINE") is mine  # read once
-    try:
-        assert methods.register(mine) is methods.get("mine")
-        with pytest.raises(MethodError, match="already"):
-            methods.register(mine)
-    finally:
-        del methods.METHODS["mine"]
+    assert methods.register(mine) is methods.get("mine")
+    with pytest.raises(MethodError, match="already"):
+        methods.register(mine)
     for wrong in (f"{file}:YOURS", f"{tmp_path}/none.py:X", "no.such.module:X", f"{file}:Method"):
         with pytest.raises(MethodError):
             methods.get(wrong)

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 from keepkv import allot, choose, cluster, merge, reference, score, sets
 from keepkv.errors import MethodError, nearest
@@ -185,20 +186,23 @@ def get(name: str | Method) -> Method:
     return METHODS[name]
 
 
-@cache
 def _elsewhere(place: str, name: str) -> Method:
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (ImportError, OSError, ValueError) as error:
         raise MethodError(f"the method {place}:{name} cannot be loaded: {error}") from error
     method = getattr(module, name, None)
     if not isinstance(method, Method):
         raise MethodError(f"{name} in {place} is not a keepkv.Method: expected FILE.py:NAME or package.module:NAME")
     return method
+
+
+@cache
+def _file(path: Path) -> ModuleType:
+    """A file run as a module, once: it may register what it defines."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
