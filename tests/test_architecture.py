@@ -61,6 +61,7 @@ OUTSIDE = {
     "page",
     "figure",
     "progress",
+    "options",
     "console",
     "cli",
     "__main__",

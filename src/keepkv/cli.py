@@ -6,48 +6,36 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from keepkv.budget import TOLERANCE
 from keepkv.errors import InputError, KeepKVError
+from keepkv.options import (
+    Chunk,
+    Debug,
+    Device,
+    Dtype,
+    File,
+    Json,
+    Keep,
+    Limit,
+    Model,
+    Name,
+    Reference,
+    Seed,
+    chunk_of,
+    understood,
+    warn_if_long,
+)
 from keepkv.progress import bar, err
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 app = typer.Typer(
     name="keepkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
     help="A KV cache ten times smaller, with the model answering as if nothing had been removed.",
 )  # fmt: skip
-
-File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
-Limit = Annotated[str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
-Name = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
-Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same input: same result.")]
-Reference = Annotated[
-    Literal["auto", "context", "recall"],
-    typer.Option(help="recall repeats the text before compressing, so that details survive (slower); auto: where it fits."),
-]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
-]
-Chunk = Annotated[
-    int | None,
-    typer.Option(
-        min=0, show_default=False,
-        help="Read so many tokens at a time and compress on the way: memory does not grow with the text. 0: all at once. "
-        "Default: 2048 for texts of more than 8,192 tokens, otherwise 0.",
-    ),
-]  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -95,16 +83,16 @@ def ask(
         from keepkv.ask import ask as run
         from keepkv.reading import Prompt
 
-        names, _ = _understood(",".join([method, compare]), "10%" if budget == "auto" else budget)
+        names, _ = understood(",".join([method, compare]), "10%" if budget == "auto" else budget)
         if not all(question.strip() for question in questions):
             raise InputError("one of the questions is empty: write each in quotes, one after the other")
         text = loading.read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
-        _warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
+        warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
         results = run(
             lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), tolerance,
-            _chunk(chunk, prompt.text.shape[1], budget), line.phase,
+            chunk_of(chunk, prompt.text.shape[1], budget), line.phase,
         )  # fmt: skip
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]
@@ -148,7 +136,7 @@ def chat(
         from keepkv.chat import Chat, lines
         from keepkv.conversation import Conversation
 
-        _understood(method, budget)
+        understood(method, budget)
         lm, tokenizer = loading.load(model, device, dtype)
         torch.manual_seed(seed)
         talk = Chat(lambda: Conversation(lm, tokenizer, budget, method, system, period, seed), max_new_tokens, temperature)
@@ -186,11 +174,11 @@ def fidelity(
         from keepkv import console, loading
         from keepkv import fidelity as measuring
 
-        names, limits = _understood(methods, budgets)
+        names, limits = understood(methods, budgets)
         text = loading.read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         stretches = measuring.cut(tokenizer, text, segments, context_tokens, continuation_tokens)
-        _warn_if_long(lm, context_tokens + continuation_tokens)
+        warn_if_long(lm, context_tokens + continuation_tokens)
         if len(stretches) < segments:
             err.print(f"the text is short: {len(stretches)} stretches instead of {segments}")
         tell = line.phase("measuring")
@@ -233,13 +221,13 @@ def inspect(
         from keepkv import anatomy, console, figure, loading, page
         from keepkv.reading import Prompt
 
-        _understood(method, budget)
+        understood(method, budget)
         if png:
             figure.require()
         text = loading.read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
-        _warn_if_long(lm, prompt.text.shape[1])
+        warn_if_long(lm, prompt.text.shape[1])
         found = anatomy.inspect(lm, tokenizer, prompt, model, method, budget, seed, reference, keep or (), line.phase)
         try:
             if html:
@@ -289,40 +277,6 @@ def methods(
         console.show_pages([manual.page(method) for method in table])
     else:
         console.show_methods()
-
-
-def _understood(methods: str, budgets: str) -> tuple[list[str], list[str]]:
-    """Comma-separated methods and budgets, each known and readable; raises MethodError, BudgetError, InputError."""
-    from keepkv.budget import Budget
-    from keepkv.methods import get
-
-    names, limits = ([part.strip() for part in text.split(",") if part.strip()] for text in (methods, budgets))
-    if not names or not limits:
-        raise InputError("nothing to do: give at least one method and one budget")
-    for name in names:
-        get(name)
-    for limit in limits:
-        Budget.parse(limit)
-    return list(dict.fromkeys(names)), list(dict.fromkeys(limits))
-
-
-def _chunk(chunk: int | None, tokens: int, budget: str) -> int:
-    from keepkv.reading import CHUNK, LONG
-
-    if chunk is not None:
-        return chunk
-    return CHUNK if tokens > LONG and budget != "auto" else 0
-
-
-def _warn_if_long(model: PreTrainedModel, tokens: int) -> None:
-    from keepkv.loading import trained_length
-
-    trained = trained_length(model)
-    if trained is not None and tokens > trained:
-        err.print(
-            f"[yellow]warning:[/yellow] {tokens:,} tokens, but the model was trained for {trained:,}: "
-            "beyond that its answers get worse with the full cache too"
-        )
 
 
 def main() -> None:
