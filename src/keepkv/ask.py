@@ -37,7 +37,7 @@ class Asked:
 
     compress_seconds: everything between reading and answering; reference "recall" if the text was repeated in it.
     alike: of the words (tokens) of the full cache's answers, the share that this cache would have chosen too at the
-    same place; None where no full cache was asked.
+    same place; None where no full cache was asked. loaded: the cache came out of a file, and prefill_seconds is what that took.
     """
 
     method: str
@@ -47,6 +47,7 @@ class Asked:
     answers: tuple[Answer, ...]
     reference: str = "context"
     alike: float | None = None
+    loaded: bool = False
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -65,7 +66,7 @@ class Asked:
             "slots": float(report.tokens[0]) if whole else report.slots,
             "kv_bytes_full": report.kv_bytes_full,
             "kv_bytes": report.kv_bytes,
-            "prefill_seconds": self.prefill_seconds,
+            "loading_seconds" if self.loaded else "prefill_seconds": self.prefill_seconds,
             "compress_seconds": self.compress_seconds,
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "alike": self.alike,

@@ -48,8 +48,11 @@ def show_asked(results: Sequence[Asked]) -> None:
     facts.add_row("slots per KV head", *(f"{facts_of['slots']:,.0f}" for facts_of, _ in lines))
     facts.add_row("cache, full", *(size(report.kv_bytes_full) for _, report in lines))
     facts.add_row("cache, kept", *(size(report.kv_bytes) for _, report in lines))
-    facts.add_row("reading", *(f"{result.prefill_seconds:.1f} s" for result in results))
-    facts.add_row("compressing", *(f"{result.compress_seconds:.1f} s" for result in results))
+    if results[0].loaded:
+        facts.add_row("loading", *(f"{result.prefill_seconds:.2f} s" for result in results))
+    else:
+        facts.add_row("reading", *(f"{result.prefill_seconds:.1f} s" for result in results))
+        facts.add_row("compressing", *(f"{result.compress_seconds:.1f} s" for result in results))
     facts.add_row("answering", *(f"{result.decode_tokens_per_second:.1f} tokens/s" for result in results))
     out.print(facts)
     for result in results:

@@ -38,6 +38,13 @@ def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
     return kinds
 
 
+def key_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """KV heads of a layer, and the size of a key."""
+    config = model.config.get_text_config(decoder=True)
+    heads, size = config.num_key_value_heads, getattr(config, "head_dim", None)
+    return int(heads), int(size or config.hidden_size // config.num_attention_heads)
+
+
 def let_go(layer: CacheLayerMixin) -> None:
     """Frees what a sliding window has passed: transformers' layers keep views that hold all keys of a forward pass."""
     for name in ("keys", "values"):

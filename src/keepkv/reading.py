@@ -6,6 +6,7 @@ import re
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,7 +23,7 @@ CHUNK = 2048  # tokens of a chunk, where a text is read in chunks
 LONG = 8192  # tokens from which on it is, unless something else is asked for
 REPEAT = "Repeat the text above, word for word."
 _REPEAT_ROOM = 512  # one repeated piece and the instruction
-_MARK = "\u2402keepkv-question\u2403"  # stands where the question will be, while the chat template is applied
+_MARK = "\u2402keepkv\u2403"  # stands before the text and where the question will be, while the chat template is applied
 
 Phase = Callable[[str], Progress]  # starts a phase of that title; returns what to tell its progress to
 
@@ -33,19 +34,29 @@ def silent(title: str) -> Progress:
 
 
 class Prompt:
-    """A text and questions about it, cut into tokens: `text` is read once, `question(q)` is appended to it."""
+    """A text and questions about it, cut into tokens: `text` is read once, `question(q)` is appended to it.
+
+    lead: how many tokens of `text` the chat template puts before it. after: what stands after a question.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         """Applies the chat template if there is one; the text and then the question are the user's message."""
         self._tokenizer = tokenizer
         if tokenizer.chat_template:
-            message = [{"role": "user", "content": f"{text.strip()}\n\n{_MARK}"}]
+            message = [{"role": "user", "content": f"{_MARK}{text.strip()}\n\n{_MARK}"}]
             whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            before, self._after = str(whole).split(_MARK)
+            opening, body, self.after = str(whole).split(_MARK)
         else:
-            before, self._after = f"{text.strip()}\n\nQuestion: ", "\nAnswer:"
+            opening, body, self.after = "", f"{text.strip()}\n\nQuestion: ", "\nAnswer:"
+        before = opening + body
         self._before, self._special = before, not tokenizer.chat_template
-        self.text = tokenizer(before, add_special_tokens=self._special, return_tensors="pt", verbose=False)["input_ids"]
+        self.text: Tensor = self._cut(before)
+        pairs = zip(self._cut(opening)[0].tolist(), self.text[0].tolist(), strict=False)
+        self.lead = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _cut(self, text: str) -> Tensor:
+        ids: Tensor = self._tokenizer(text, add_special_tokens=self._special, return_tensors="pt", verbose=False)["input_ids"]
+        return ids.long()
 
     def spans(self, *patterns: str) -> list[tuple[int, int]]:
         """The tokens (first, last + 1) of every match of regular expressions in what is read. Raises InputError."""
@@ -74,10 +85,13 @@ class Prompt:
 
     def question(self, question: str) -> Tensor:
         """Token ids [1, n] of a question and what the template puts after it."""
-        ids: Tensor = self._tokenizer(question.strip() + self._after, add_special_tokens=False, return_tensors="pt")[
-            "input_ids"
-        ]
-        return ids
+        return asked(self._tokenizer, question, self.after)
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, question: str, after: str) -> Tensor:
+    """Token ids [1, n] of a question and what stands after it."""
+    ids: Tensor = tokenizer(question.strip() + after, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return ids
 
 
 class Reading(NamedTuple):

@@ -1,0 +1,1 @@
+"""Compiled documents: compact caches as files, and a store of them."""

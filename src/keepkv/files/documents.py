@@ -1,0 +1,161 @@
+"""Documents: a text that was read and compressed once, as a value, as a file, and answering."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keepkv import __version__, methods
+from keepkv.ask import Asked, greedy
+from keepkv.budget import Budget
+from keepkv.cache import KeepCache
+from keepkv.errors import InputError
+from keepkv.files import identity, keepfile
+from keepkv.files.pack import pack, unpack
+from keepkv.reading import REPEAT, Phase, Prompt, asked, read, read_in_chunks, silent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a text is compressed: what decides, beside the model and the text, what a compact cache holds. See `ask`."""
+
+    budget: str = "0.1"
+    method: str = "keepkv"
+    reference: str = "auto"
+    keep: tuple[str, ...] = ()
+    chunk: int = 0
+    seed: int = 0
+
+    def key(self, ids: Tensor, model: Mapping[str, Any]) -> str:
+        """A digest of recipe, model identity and token ids: the same for the same cache, and only then."""
+        recipe = {**asdict(self), "budget": str(Budget.parse(self.budget))}
+        told = [keepfile.FORMAT, recipe, dict(model), ids.flatten().tolist()]
+        return identity.digest(json.dumps(told, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text's cache and what is needed to ask it.
+
+    ids [1, T]: what was read, or None where a file leaves it out; lead: how many of them the chat template puts before the
+    text; after: what stands after a question; source: where the text came from; model: the name it was loaded by.
+    """
+
+    cache: KeepCache
+    ids: Tensor | None
+    lead: int
+    after: str
+    recipe: Recipe = field(default_factory=Recipe)
+    source: str = ""
+    model: str = ""
+    reading_seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.cache.get_seq_length()
+
+    def question(self, tokenizer: PreTrainedTokenizerBase, question: str) -> Tensor:
+        """Token ids [1, n] of a question, as it stands after the text."""
+        if not question.strip():
+            raise InputError("one of the questions is empty: write each in quotes, one after the other")
+        return asked(tokenizer, question, self.after)
+
+
+@torch.inference_mode()
+def compile_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, recipe: Recipe | None = None, source: str = "",
+    name: str = "", phase: Phase = silent,
+) -> Document:  # fmt: skip
+    """Reads a text, compresses it as the recipe says, and returns the document. Raises BudgetError, MethodError, InputError."""
+    recipe = recipe or Recipe()
+    prompt, method = Prompt(tokenizer, text), methods.get(recipe.method)
+    ids, spans = prompt.text.to(model.device), prompt.spans(*recipe.keep)
+    lead = prompt.question(REPEAT).to(model.device)
+    if recipe.chunk:
+        done = read_in_chunks(
+            model, ids, method, recipe.budget, recipe.chunk, lead, recipe.seed, recipe.reference, spans, phase
+        )
+        cache = done.cache
+    else:
+        done = read(model, ids, [method], lead, recipe.seed, recipe.reference, phase)
+        cache = done.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
+    return Document(cache, ids, prompt.lead, prompt.after, recipe, source, name, done.seconds)
+
+
+def save(
+    document: Document, file: Path, model: PreTrainedModel | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | str,
+    with_ids: bool = True,
+) -> None:  # fmt: skip
+    """Writes a .keep file, whole or not at all. with_ids=False leaves the token ids, and so the text, out.
+
+    model and tokenizer, or their identities where they are known. Raises InputError.
+    """
+    header, tensors = pack(document.cache)
+    header["keepkv"] = __version__
+    header["model"] = {**_identity(model), "name": document.model}
+    header["tokenizer"] = tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
+    header["template"] = {"lead": document.lead, "after": document.after}
+    header["recipe"], header["source"] = asdict(document.recipe), document.source
+    header["reading_seconds"] = document.reading_seconds
+    if with_ids and document.ids is not None:
+        tensors["ids"] = document.ids.to(torch.int32)
+    keepfile.write(file, header, tensors)
+
+
+def load(
+    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, known: Mapping[str, Any] | None = None
+) -> Document:  # fmt: skip
+    """The document of a .keep file, mapped into memory; known: the model's identity where it is known already.
+
+    Raises InputError for a file that is damaged, altered, of another model or tokenizer, or of a newer keepkv.
+    """
+    contents = keepfile.Contents(file)
+    header = contents.header
+    try:
+        identity.check(str(file), header["model"], known or identity.of_model(model))
+        cut = tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
+        if header["tokenizer"] != cut:
+            raise InputError(f"{str(file)!r} was compiled with another tokenizer or chat template: compile the document again")
+        told, place = dict(header["recipe"]), header["template"]
+        recipe = Recipe(**{**told, "keep": tuple(told["keep"])})
+        lead, after, source, name = int(place["lead"]), str(place["after"]), str(header["source"]), header["model"]["name"]
+        seconds = float(header["reading_seconds"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise contents.broken("its header does not describe a document") from error
+    cache = unpack(contents, model, model.device)
+    ids = None
+    if "ids" in contents:
+        ids = contents.take("ids", 1, cache.get_seq_length(), dtype=torch.int32).long().to(model.device)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.get_text_config(decoder=True).vocab_size:
+            raise contents.broken("its tokens are not the model's")
+    return Document(cache, ids, lead, after, recipe, source, name, seconds)
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, questions: Sequence[str],
+    max_new_tokens: int = 64, loading_seconds: float = 0.0, phase: Phase = silent,
+) -> Asked:  # fmt: skip
+    """Answers questions about a document, each from its cache as it was compiled. Raises InputError for an empty question."""
+    later = [document.question(tokenizer, question).to(model.device) for question in questions]
+    ids = document.ids
+    if ids is None:  # generate() wants ids for everything that was read, and looks only at their number
+        ids = torch.zeros(1, document.tokens, dtype=torch.int64, device=model.device)
+    tell, answers = phase("answering"), []
+    report = document.cache.report()
+    for number, (question, asks) in enumerate(zip(questions, later, strict=True)):
+        answers.append(greedy(model, tokenizer, document.cache.fork(), ids, asks, question, max_new_tokens))
+        tell(number + 1, len(questions))
+    reference = "recall" if report.repeat_seconds else "context"
+    return Asked(report.method, report, loading_seconds, 0.0, tuple(answers), reference, loaded=True)
+
+
+def _identity(model: PreTrainedModel | Mapping[str, Any]) -> Mapping[str, Any]:
+    return identity.of_model(model) if isinstance(model, PreTrainedModel) else model
