@@ -12,6 +12,8 @@ import typer
 
 from keepkv.budget import TOLERANCE
 from keepkv.errors import InputError, KeepKVError
+from keepkv.files import commands as files
+from keepkv.files.names import split
 from keepkv.options import (
     Chunk,
     Debug,
@@ -24,10 +26,12 @@ from keepkv.options import (
     Model,
     Name,
     Reference,
+    Repair,
     Seed,
     chunk_of,
     understood,
     warn_if_long,
+    was_typed,
 )
 from keepkv.progress import bar, err
 
@@ -47,10 +51,19 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+app.command("compile")(files.compile)
+app.add_typer(files.store, name="store")
+
+
 @app.command()
 def ask(
-    file: File,
-    questions: Annotated[list[str], typer.Argument(help="One question or several.", show_default=False)],
+    context: typer.Context,
+    file: Annotated[
+        str, typer.Argument(help="A text file, - for standard input, or a compiled .keep file.", show_default=False)
+    ],
+    questions: Annotated[
+        list[str], typer.Argument(help="One question or several; before them, more .keep files to join.", show_default=False)
+    ],
     budget: Limit = "0.1",
     method: Name = "keepkv",
     compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
@@ -60,6 +73,7 @@ def ask(
     chunk: Chunk = None,
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
+    repair: Repair = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -77,7 +91,19 @@ def ask(
     [bold]keepkv ask report.txt "Who signed it?" --budget auto --tolerance 0.02 --keep "[0-9]+"[/bold]
 
     [bold]pdftotext paper.pdf - | keepkv ask - "What was measured?" --json | jq .answers[/bold]
+
+    [bold]keepkv ask report.keep minutes.keep "Who signed it?"[/bold] (compiled before: keepkv compile)
     """
+    compiled, asked = split([file, *questions])
+    if compiled:
+        recipe = [name for name in ("budget", "method", "compare", "reference", "keep", "tolerance", "chunk", "seed")
+                  if was_typed(context, name)]  # fmt: skip
+        if recipe:
+            raise InputError(f"--{recipe[0]} is for texts: {compiled[0]} is compiled already, with its own")
+        named = model if was_typed(context, "model") else None
+        return files.ask_compiled(compiled, asked, named, device, dtype, max_new_tokens, repair, as_json)
+    if repair:
+        raise InputError("--repair is for joined documents: keepkv ask A.keep B.keep ... --repair 15%")
     with bar(f"loading {model}") as line:
         from keepkv import console, loading
         from keepkv.ask import ask as run
@@ -97,11 +123,12 @@ def ask(
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]
         typer.echo(json.dumps({**first, **({"compare": others} if others else {})}, ensure_ascii=False))
-        return
+        return None
     console.show_asked(results)
     full = next((result for result in results if result.method == "full"), None)
     if full is not None and results[0] is not full:
         console.show_verdict(results[0], full)
+    return None
 
 
 @app.command()

@@ -75,3 +75,10 @@ def frequencies(rotary_module: nn.Module) -> Tensor:
     """Rotary frequencies of the full-attention layers, float32 [r/2], as they are now (some models change them)."""
     named = dict(rotary_module.named_buffers())
     return named.get("full_attention_inv_freq", named.get("inv_freq", Tensor())).detach().float()
+
+
+def local_frequencies(rotary_module: nn.Module) -> Tensor:
+    """Rotary frequencies of the sliding-window layers, float32 [r/2]: their own where they have some."""
+    named = dict(rotary_module.named_buffers())
+    own = named.get("sliding_attention_inv_freq")
+    return frequencies(rotary_module) if own is None else own.detach().float()

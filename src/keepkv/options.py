@@ -12,6 +12,19 @@ from keepkv.progress import err
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+def share(text: str | float) -> float:
+    """A share from "15%" or "0.15". Raises BudgetError, InputError."""
+    from keepkv.budget import Budget
+
+    if str(text) in ("0", "0.0", "0%"):
+        return 0.0
+    budget = Budget.parse(text)
+    if budget.kind != "fraction":
+        raise InputError(f'{text!r} is not a share: expected "15%" or "0.15"')
+    return budget.amount
+
+
 File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
 Limit = Annotated[str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
 Name = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
@@ -33,6 +46,13 @@ Chunk = Annotated[
         min=0, show_default=False,
         help="Read so many tokens at a time and compress on the way: memory does not grow with the text. 0: all at once. "
         "Default: 2048 for texts of more than 8,192 tokens, otherwise 0.",
+    ),
+]  # fmt: skip
+Repair = Annotated[
+    float,
+    typer.Option(
+        parser=share, metavar="SHARE",
+        help='Of joined documents: the share of tokens ("15%") read again with the others in view; needs compile --exact.',
     ),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
@@ -73,3 +93,9 @@ def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
             f"[yellow]warning:[/yellow] {tokens:,} tokens, but the model was trained for {trained:,}: "
             "beyond that its answers get worse with the full cache too"
         )
+
+
+def was_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, rather than left to its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

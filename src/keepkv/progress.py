@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -21,6 +21,10 @@ class Bar:
         """Starts a phase of unknown length."""
         self._progress.reset(self._task, description=title, total=None)
         return self
+
+    def counted(self, before: str) -> Callable[[str], Bar]:
+        """Phases whose titles begin with that."""
+        return lambda title: self.phase(before + title)
 
     def hide(self) -> None:
         """Makes room for other output, for good."""

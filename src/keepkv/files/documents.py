@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keepkv import __version__, methods
+from keepkv import __version__, hosts, methods
 from keepkv.ask import Asked, greedy
 from keepkv.budget import Budget
 from keepkv.cache import KeepCache
 from keepkv.errors import InputError
 from keepkv.files import identity, keepfile
 from keepkv.files.pack import pack, unpack
+from keepkv.options import chunk_of
 from keepkv.reading import REPEAT, Phase, Prompt, asked, read, read_in_chunks, silent
+
+Exact = Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     chunk: int = 0
     seed: int = 0
+    exact: bool = False  # every key and value is kept beside the slots, for repairs
 
     def key(self, ids: Tensor, model: Mapping[str, Any]) -> str:
         """A digest of recipe, model identity and token ids: the same for the same cache, and only then."""
@@ -45,7 +49,8 @@ class Document:
     """A text's cache and what is needed to ask it.
 
     ids [1, T]: what was read, or None where a file leaves it out; lead: how many of them the chat template puts before the
-    text; after: what stands after a question; source: where the text came from; model: the name it was loaded by.
+    text; after: what stands after a question; source: where the text came from; model: the name it was loaded by. exact(i):
+    keys and values [1, H, T, d] of all tokens in the i-th layer, as they were read; None where they were not kept.
     """
 
     cache: KeepCache
@@ -56,6 +61,7 @@ class Document:
     source: str = ""
     model: str = ""
     reading_seconds: float = 0.0
+    exact: Exact | None = None
 
     @property
     def tokens(self) -> int:
@@ -68,6 +74,33 @@ class Document:
         return asked(tokenizer, question, self.after)
 
 
+def recipe_for(
+    tokenizer: PreTrainedTokenizerBase, text: str, budget: str, method: str, reference: str, keep: Sequence[str],
+    chunk: int | None, seed: int, exact: bool,
+) -> Recipe:  # fmt: skip
+    """The recipe of what was typed for one text: its length decides whether it is read in chunks, if nothing was said."""
+    size = chunk_of(chunk, Prompt(tokenizer, text).text.shape[1], budget)
+    return Recipe(budget, method, reference, tuple(keep), size, seed, exact)
+
+
+def shortened(document: Document, tokens: int) -> Document:
+    """The document's first tokens: its exact tail must hold all others."""
+    cache = document.cache.fork()
+    if tokens < document.tokens:
+        cache.crop(tokens - document.tokens)
+    return replace(document, cache=cache, ids=None if document.ids is None else document.ids[:, :tokens])
+
+
+def facts(document: Document) -> dict[str, Any]:
+    """What a user wants to know of a compilation, for JSON."""
+    report = document.cache.report()
+    return {
+        "source": document.source, "tokens": document.tokens, "method": report.method, "budget": report.budget,
+        "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "reading_seconds": document.reading_seconds,
+        "repeat_seconds": report.repeat_seconds, "compress_seconds": report.compress_seconds, "note": report.note,
+    }  # fmt: skip
+
+
 @torch.inference_mode()
 def compile_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, recipe: Recipe | None = None, source: str = "",
@@ -78,6 +111,11 @@ def compile_text(
     prompt, method = Prompt(tokenizer, text), methods.get(recipe.method)
     ids, spans = prompt.text.to(model.device), prompt.spans(*recipe.keep)
     lead = prompt.question(REPEAT).to(model.device)
+    if recipe.exact and (recipe.chunk or len(KeepCache(model).keep_layers) < len(KeepCache(model).layers)):
+        raise InputError(
+            "every key and value is kept only of a text that is read at once (--chunk 0), by a model without sliding windows"
+        )
+    exact = None
     if recipe.chunk:
         done = read_in_chunks(
             model, ids, method, recipe.budget, recipe.chunk, lead, recipe.seed, recipe.reference, spans, phase
@@ -86,7 +124,9 @@ def compile_text(
     else:
         done = read(model, ids, [method], lead, recipe.seed, recipe.reference, phase)
         cache = done.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
-    return Document(cache, ids, prompt.lead, prompt.after, recipe, source, name, done.seconds)
+        if recipe.exact:
+            exact = [(layer.keys, layer.values) for layer in done.cache.keep_layers].__getitem__
+    return Document(cache, ids, prompt.lead, prompt.after, recipe, source, name, done.seconds, exact)
 
 
 def save(
@@ -106,6 +146,9 @@ def save(
     header["reading_seconds"] = document.reading_seconds
     if with_ids and document.ids is not None:
         tensors["ids"] = document.ids.to(torch.int32)
+    if document.exact is not None:
+        for index in range(len(document.cache.layers)):
+            tensors[f"exact.{index}.keys"], tensors[f"exact.{index}.values"] = document.exact(index)
     keepfile.write(file, header, tensors)
 
 
@@ -135,7 +178,8 @@ def load(
         ids = contents.take("ids", 1, cache.get_seq_length(), dtype=torch.int32).long().to(model.device)
         if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.get_text_config(decoder=True).vocab_size:
             raise contents.broken("its tokens are not the model's")
-    return Document(cache, ids, lead, after, recipe, source, name, seconds)
+    exact = _Exact(contents, cache.get_seq_length(), model) if "exact.0.keys" in contents else None
+    return Document(cache, ids, lead, after, recipe, source, name, seconds, exact)
 
 
 @torch.inference_mode()
@@ -155,6 +199,18 @@ def answer(
         tell(number + 1, len(questions))
     reference = "recall" if report.repeat_seconds else "context"
     return Asked(report.method, report, loading_seconds, 0.0, tuple(answers), reference, loaded=True)
+
+
+class _Exact:
+    """Exact keys and values in a file, mapped and checked layer by layer when they are wanted."""
+
+    def __init__(self, contents: keepfile.Contents, tokens: int, model: PreTrainedModel) -> None:
+        self._contents, self._shape = contents, (1, hosts.key_shape(model)[0], tokens, hosts.key_shape(model)[1])
+        self._device = model.device
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        keys, values = (self._contents.take(f"exact.{index}.{part}", *self._shape) for part in ("keys", "values"))
+        return keys.to(self._device), values.to(self._device)
 
 
 def _identity(model: PreTrainedModel | Mapping[str, Any]) -> Mapping[str, Any]:

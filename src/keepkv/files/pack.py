@@ -48,7 +48,6 @@ def pack(cache: KeepCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
             for part in ("keys", "values"):
                 told["slots"][part] = _put(tensors, directions, f"{name}.slots.{part}", getattr(slots, part))
         layers.append(told)
-    tensors["inv_freq"] = hosts.frequencies(cache._rotary)
     return {"seen": first.seen, "layers": layers, "report": _told(cache.report())}, tensors
 
 

@@ -1,0 +1,119 @@
+"""Documents joined in one prompt, as they are or repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from keepkv import hosts
+from keepkv.cache import KeepCache
+from keepkv.chunks.blend import Renewed, Text, Variant, renew
+from keepkv.chunks.join import Part, check, join, moved, placed, slots_of, stacked
+from keepkv.compress import Progress
+from keepkv.errors import InputError
+from keepkv.files.documents import Document
+from keepkv.types import Slots
+
+
+def joined(
+    model: PreTrainedModel, parts: Sequence[Document], repair: float = 0.0,
+    progress: Progress = lambda done, of: None, variant: Variant = "repository",
+) -> Document:  # fmt: skip
+    """Several documents as one prompt, in that order. repair: the share of the later documents' tokens that is read again with
+    the earlier ones in view (CacheBlend); it needs each later document's exact keys and values (compile --exact).
+
+    Compressed documents stay compressed: of a token that was read again and has a slot, the slot takes the fresh key, and its
+    value moves by what the token's value changed. Raises InputError for a model without full attention in every layer.
+    """
+    caches, leads = [part.cache for part in parts], [part.lead for part in parts]
+    if len(parts) == 1 or not repair:
+        cache = join(model, caches, leads)
+        progress(1, 1)
+    else:
+        cache = _repaired(model, parts, repair, variant, progress)
+    ids = None
+    if all(part.ids is not None for part in parts):
+        ids = torch.cat([part.ids[:, part.lead if n else 0 :] for n, part in enumerate(parts) if part.ids is not None], 1)
+    return replace(parts[0], cache=cache, ids=ids, source=", ".join(part.source for part in parts), exact=None)
+
+
+def _repaired(
+    model: PreTrainedModel, parts: Sequence[Document], share: float, variant: Variant, progress: Progress
+) -> KeepCache:  # fmt: skip
+    check(model)
+    cache = parts[0].cache.fork()
+    if len(cache.keep_layers) < len(cache.layers):
+        raise InputError("this model has sliding windows: its joined documents cannot be repaired (join them without --repair)")
+    inv_freq = hosts.frequencies(cache._rotary)
+    places = placed([part.cache for part in parts], [part.lead for part in parts])
+    for number, (document, place) in enumerate(zip(parts[1:], places[1:], strict=True)):
+        if document.ids is None or not (document.exact or _whole(document.cache)):
+            raise InputError(
+                f"{document.source or 'a document'} cannot be repaired: compile it with --exact (and not with --no-ids)"
+            )
+        exact = _Moved(document, place, inv_freq)
+        renewed = renew(model, cache, Text(document.ids[:, place.lead :], exact), share, variant)
+        cache = _appended(model, cache, document, place, exact, renewed, inv_freq)
+        progress(number + 1, len(parts) - 1)
+    whole = join(model, [part.cache for part in parts], [part.lead for part in parts]).report()
+    cache._report = replace(whole, note=f"{whole.note}, {100 * share:g}% read again")
+    return cache
+
+
+def _appended(
+    model: PreTrainedModel, cache: KeepCache, document: Document, place: Part, exact: _Moved, renewed: Renewed, inv_freq: Tensor
+) -> KeepCache:  # fmt: skip
+    """The cache and behind it a document, with what was read again in its place."""
+    after = cache.fork()
+    dense = _whole(cache) and _whole(document.cache)
+    for index, (layer, own) in enumerate(zip(after.keep_layers, document.cache.keep_layers, strict=True)):
+        taken = renewed.taken[index]
+        tokens = renewed.tokens[taken]
+        keys, values = renewed.keys[index][:, :, taken], renewed.values[index][:, :, taken]
+        old_keys, old_values = exact(index)
+        if dense:
+            new_keys, new_values = old_keys.clone(), old_values.clone()
+            new_keys[:, :, tokens], new_values[:, :, tokens] = keys, values
+            layer.keys, layer.values = torch.cat([layer.keys, new_keys], 2), torch.cat([layer.values, new_values], 2)
+        else:
+            start = layer.seen
+            before = slots_of(layer, Part(cache, 0, 0), inv_freq)
+            slots = slots_of(own, place, inv_freq)
+            slots = _mended(slots, tokens + start, keys[0], values[0] - old_values[0][:, tokens])
+            layer.slots = stacked([before, slots])
+            layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+        layer.seen += old_keys.shape[2]
+    return after
+
+
+def _mended(slots: Slots, positions: Tensor, keys: Tensor, change: Tensor) -> Slots:
+    """Slots whose token was read again: the fresh key [H, m, d], and the value moved by the token's change [H, m, d_v]."""
+    new_keys, new_values = slots.keys[:].clone(), slots.values[:].clone()
+    for head, (lo, hi) in enumerate(zip(slots.offsets, slots.offsets[1:], strict=False)):
+        own = slots.positions[lo:hi].long()
+        where = torch.searchsorted(positions, own).clamp(max=len(positions) - 1)
+        hit = positions[where] == own
+        new_keys[lo:hi][hit] = keys[head, where[hit]].to(new_keys.dtype)
+        new_values[lo:hi][hit] += change[head, where[hit]].to(new_values.dtype)
+    return replace(slots, keys=new_keys, values=new_values)
+
+
+def _whole(cache: KeepCache) -> bool:
+    return all(layer.slots is None for layer in cache.keep_layers)
+
+
+class _Moved:
+    """A document's exact keys and values where it stands now, without its lead."""
+
+    def __init__(self, document: Document, place: Part, inv_freq: Tensor) -> None:
+        self._document, self._place, self._inv_freq = document, place, inv_freq
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        layer = self._document.cache.keep_layers[index]
+        keys, values = self._document.exact(index) if self._document.exact else (layer.keys, layer.values)
+        lead = self._place.lead
+        return moved(keys[:, :, lead:], self._place.shift, self._inv_freq), values[:, :, lead:]

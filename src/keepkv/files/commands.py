@@ -1,0 +1,241 @@
+"""The commands around compiled documents: compile, store, and what `ask` does with .keep files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keepkv.errors import InputError
+from keepkv.options import (
+    Chunk,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    Limit,
+    Model,
+    Name,
+    Reference,
+    Seed,
+    understood,
+    warn_if_long,
+)  # fmt: skip
+from keepkv.progress import bar, err
+
+if TYPE_CHECKING:
+    from keepkv.files.store import Entry
+
+Docs = Annotated[list[str], typer.Argument(metavar="DOC...", help="Text files, or - for standard input.", show_default=False)]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", envvar="KEEPKV_STORE", help="The store's folder; by default in keepkv's cache.", show_default=False
+    ),
+]
+Key = Annotated[str, typer.Argument(help="A key, the beginning of one, or a source's name.", show_default=False)]
+
+store = typer.Typer(
+    no_args_is_help=True, help="Compiled documents in a folder: found by what they are, bounded in bytes, shared by processes."
+)
+
+
+def compile(
+    docs: Docs,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="A file, or a folder for several. Default: DOC.keep", show_default=False),
+    ] = None,
+    budget: Limit = "0.1",
+    method: Name = "keepkv",
+    reference: Reference = "auto",
+    keep: Keep = None,
+    chunk: Chunk = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Keep every key and value too: joined documents can then be repaired (--repair).")
+    ] = False,
+    ids: Annotated[
+        bool, typer.Option("--ids/--no-ids", help="Whether the file holds the text's tokens (the text can be read from them).")
+    ] = True,
+    model: Model = "smollm2",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Read documents once and write their compact caches as .keep files, to be asked at any time.
+
+    [bold]keepkv compile report.txt && keepkv ask report.keep "Who signed it?"[/bold]
+
+    [bold]keepkv compile chapters/*.txt -o compiled --budget 5%[/bold]
+    """
+    from keepkv.files.names import line_of, targets
+
+    outputs = targets(docs, output)
+    with bar(f"loading {model}") as line:
+        from keepkv import loading
+        from keepkv.files import documents, identity
+
+        understood(method, budget)
+        texts = [loading.read_text(doc) for doc in docs]
+        lm, tokenizer = loading.load(model, device, dtype)
+        known, cut = identity.of_model(lm), identity.of_tokenizer(tokenizer)
+        told = []
+        for number, (doc, text, target) in enumerate(zip(docs, texts, outputs, strict=True)):
+            count = f"{number + 1}/{len(docs)} {doc}: " if len(docs) > 1 else ""
+            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact)
+            document = documents.compile_text(lm, tokenizer, text, recipe, doc, model, line.counted(count))
+            warn_if_long(lm, document.tokens)
+            documents.save(document, target, known, cut, with_ids=ids)
+            told.append((target, document))
+    for target, document in told:
+        facts = documents.facts(document) | {"file": str(target), "bytes": target.stat().st_size}
+        typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else line_of(target, facts))
+
+
+def ask_compiled(
+    files: list[str], questions: list[str], model: str | None, device: str, dtype: str, max_new_tokens: int, repair: float,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """What `keepkv ask A.keep B.keep "…"` does."""
+    if not questions:
+        raise InputError('no question: keepkv ask report.keep "Who signed it?"')
+    with bar("loading") as line:
+        import time
+
+        from keepkv import console, loading
+        from keepkv.files import documents, identity, keepfile
+
+        named = model or keepfile.Contents(Path(files[0])).header.get("model", {}).get("name") or "smollm2"
+        lm, tokenizer = loading.load(named, device, dtype)
+        known, cut = identity.of_model(lm), identity.of_tokenizer(tokenizer)
+        start = time.perf_counter()
+        parts = [documents.load(Path(file), lm, cut, known) for file in files]
+        if len(parts) == 1:
+            document = parts[0]
+        else:
+            from keepkv.chunks import documents as chunks
+
+            document = chunks.joined(lm, parts, repair, line.phase("joining"))
+        seconds = time.perf_counter() - start
+        warn_if_long(lm, document.tokens + max_new_tokens)
+        result = documents.answer(lm, tokenizer, document, questions, max_new_tokens, seconds, line.phase)
+    if as_json:
+        typer.echo(json.dumps({"model": named, "documents": files, **result.to_dict()}, ensure_ascii=False))
+    else:
+        console.show_asked([result])
+
+
+@store.command()
+def add(
+    docs: Docs,
+    folder: Folder = None,
+    budget: Limit = "0.1",
+    method: Name = "keepkv",
+    reference: Reference = "auto",
+    keep: Keep = None,
+    chunk: Chunk = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Keep every key and value too, for --repair.")] = False,
+    model: Model = "smollm2",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile documents into the store; what is there already, by text, model and recipe, is left as it is.
+
+    [bold]keepkv store add handbook.txt minutes/*.txt --budget 5%[/bold]
+    """
+    with bar(f"loading {model}") as line:
+        from keepkv import loading
+        from keepkv.files import documents
+        from keepkv.files.store import Store
+
+        understood(method, budget)
+        texts = [loading.read_text(doc) for doc in docs]
+        lm, tokenizer = loading.load(model, device, dtype)
+        shelf = Store.open(folder).for_model(lm, tokenizer, model)
+        for doc, text in zip(docs, texts, strict=True):
+            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact)
+            entry, new = shelf.add(text, recipe, doc, line.phase)
+            _say([entry], as_json, "added" if new else "there already")
+
+
+@store.command("list")
+def list_(folder: Folder = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List what the store holds, the most recently used first."""
+    from keepkv.files.store import Store
+
+    with Store.open(folder) as shelf:
+        entries = shelf.entries()
+    if as_json:
+        typer.echo(json.dumps([entry.to_dict() for entry in entries], ensure_ascii=False))
+    elif entries:
+        from keepkv.files.names import show_entries
+
+        show_entries(entries)
+    else:
+        err.print("the store is empty: keepkv store add report.txt")
+
+
+@store.command()
+def show(key: Key, folder: Folder = None, debug: Debug = False) -> None:
+    """Show all that is known of one entry, as JSON; `file` is what keepkv ask can be given.
+
+    [bold]keepkv ask "$(keepkv store show report.txt | jq -r .file)" "Who signed it?"[/bold]
+    """
+    from keepkv.files.keepfile import Contents
+    from keepkv.files.store import Store
+
+    with Store.open(folder) as shelf:
+        entry = shelf.find(key)
+    header = dict(Contents(entry.file).header)
+    header.pop("tensors"), header.pop("layers"), header["report"].pop("heads")
+    typer.echo(json.dumps({**entry.to_dict(), **header}, ensure_ascii=False, indent=1))
+
+
+@store.command()
+def rm(
+    keys: Annotated[list[str], typer.Argument(help="Keys, beginnings of keys, or sources' names.", show_default=False)],
+    folder: Folder = None,
+    debug: Debug = False,
+) -> None:
+    """Remove entries. Who is just using one is not disturbed."""
+    from keepkv.files.store import Store
+
+    with Store.open(folder) as shelf:
+        for entry in [shelf.find(key) for key in keys]:
+            shelf.remove(entry.key)
+            err.print(f"removed {entry.key[:12]} {entry.source}")
+
+
+@store.command()
+def gc(
+    limit: Annotated[str, typer.Option(help='Bytes the store may hold ("10GB"); the least recently used go.')] = "",
+    folder: Folder = None,
+    debug: Debug = False,
+) -> None:
+    """Clean up: unfinished files of stopped processes, entries without a file, and what is beyond a limit.
+
+    [bold]keepkv store gc --limit 10GB[/bold]
+    """
+    from keepkv.console import size
+    from keepkv.files.store import Store, bytes_of
+
+    with Store.open(folder) as shelf:
+        gone, adopted = shelf.collect(bytes_of(limit) if limit else None)
+        left = shelf.entries()
+    err.print(
+        f"removed {len(gone)} ({size(sum(entry.bytes for entry in gone))}), found again {adopted}, "
+        f"left {len(left)} ({size(sum(entry.bytes for entry in left))})"
+    )
+
+
+def _say(entries: list[Entry], as_json: bool, what: str) -> None:
+    for entry in entries:
+        typer.echo(json.dumps(entry.to_dict()) if as_json else f"{entry.key[:12]} {what}: {entry.source}")
