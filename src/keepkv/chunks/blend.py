@@ -1,8 +1,8 @@
 """Blend: tokens of a joined text read again with the earlier texts in view. CacheBlend, arXiv 2405.16444.
 
 A text that was read alone has keys and values that know nothing of the texts now before it. All its tokens pass the first
-layers again (`fresh`); those whose keys and values change most there (high KV deviation) pass all layers, and theirs replace the
-old ones. A token sees what stands before it by its true position.
+layers again (`fresh`); those whose keys and values change most there (high KV deviation) pass all layers, and theirs replace
+the old ones. A token sees what stands before it by its true position.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from keepkv.files.identity import digest
 
 FORMAT = 1
 SUFFIX = ".keep"
+_ALIGNED = 64  # bytes
 _MOST_HEADER = 32 << 20  # bytes; a header is some hundred kilobytes
 
 
@@ -66,7 +67,10 @@ class Contents:
         return name in self.header["tensors"]
 
     def take(self, name: str, *shape: int | None, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, mapped. Raises InputError if it is damaged, missing, or not of that shape (None: any) and dtype."""
+        """One tensor, mapped, or copied where it does not lie as PyTorch's own do: matrix products round by that.
+
+        Raises InputError if it is damaged, missing, or not of that shape (None: any) and dtype.
+        """
         if name not in self:
             raise self.broken(f"it has no {name}")
         try:
@@ -78,7 +82,7 @@ class Contents:
         fits = len(shape) == tensor.dim() and all(a is None or a == b for a, b in zip(shape, tensor.shape, strict=True))
         if not fits or (dtype is not None and tensor.dtype != dtype):
             raise self.broken(f"{name} is {list(tensor.shape)} {tensor.dtype}, which is not what belongs there")
-        return tensor
+        return tensor if tensor.data_ptr() % _ALIGNED == 0 else tensor.clone()
 
     def broken(self, why: str) -> InputError:
         """The error for a file that is not what it should be."""

@@ -1,0 +1,213 @@
+"""Joined documents: keys stand where they say, votes carry over, and repairs lead to the full prefill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from conftest import make_model, tokens
+from keepkv import KeepCache
+from keepkv.chunks.blend import Text, deviation, fresh, renew
+from keepkv.chunks.documents import joined
+from keepkv.chunks.join import join
+from keepkv.errors import InputError
+from keepkv.files.documents import Document
+
+LEAD = 5
+LENGTHS = (40, 33, 37)
+
+
+def read(model, ids: torch.Tensor, budget: float = 1.0, method: str = "full") -> KeepCache:
+    cache = KeepCache(model, budget, method, auto=False)
+    model(ids, past_key_values=cache)
+    return cache.compress()
+
+
+def texts() -> list[torch.Tensor]:
+    lead = tokens(1, LEAD, seed=99)
+    return [torch.cat([lead, tokens(1, length - LEAD, seed=n)], 1) for n, length in enumerate(LENGTHS)]
+
+
+def documents(model, budget: float = 1.0, method: str = "full") -> list[Document]:
+    made = []
+    for ids in texts():
+        whole = read(model, ids)
+        exact = [(layer.keys, layer.values) for layer in whole.keep_layers].__getitem__
+        made.append(Document(read(model, ids, budget, method), ids, LEAD, "", exact=exact))
+    return made
+
+
+def prompt() -> torch.Tensor:
+    first, *others = texts()
+    return torch.cat([first, *(ids[:, LEAD:] for ids in others)], 1)
+
+
+def test_joined_keys_are_those_of_a_reading_at_the_new_place(family: str) -> None:
+    model = make_model(family)
+    cache = join(model, [read(model, ids) for ids in texts()], [LEAD] * 3)
+    assert cache.get_seq_length() == sum(LENGTHS) - 2 * LEAD
+    start = 0
+    for number, ids in enumerate(texts()):
+        shift = start - (LEAD if number else 0)
+        there = DynamicCache(config=model.config)
+        model(ids, position_ids=torch.arange(ids.shape[1])[None] + shift, past_key_values=there)
+        skip = LEAD if number else 0
+        for ours, theirs in zip(cache.layers, there.layers, strict=True):
+            keys, values = theirs.keys[:, :, skip:], theirs.values[:, :, skip:]
+            if ours.is_sliding:
+                if number == 2:
+                    assert torch.allclose(ours.keys, theirs.keys, atol=1e-5)
+                continue
+            end = start + keys.shape[2]
+            assert torch.allclose(ours.keys[:, :, start:end], keys, atol=1e-5)  # its angles are float32
+            assert torch.allclose(ours.values[:, :, start:end], values, atol=1e-5)
+        start += ids.shape[1] - skip
+
+
+def test_a_short_last_text_leaves_older_tokens_in_a_sliding_window() -> None:
+    model = make_model("gemma3")
+    parts = [read(model, tokens(1, length, seed=length)) for length in (40, 12, 9)]
+    cache = join(model, parts, [LEAD] * 3)
+    window = cache.layers[0]
+    assert window.keys.shape[2] == window.sliding_window - 1
+    lengths = [part.layers[0].values[:, :, max(0, LEAD - 17) :] for part in parts]
+    newest = torch.cat([lengths[0], parts[1].layers[0].values[:, :, LEAD:], parts[2].layers[0].values[:, :, LEAD:]], 2)
+    assert torch.equal(window.values, newest[:, :, 1 - window.sliding_window :])
+    model(tokens(1, 4, seed=7), past_key_values=cache)
+
+
+@pytest.mark.parametrize("method", ["keepkv", "snapkv", "minicache"])
+def test_compressed_texts_keep_their_votes_and_attend_as_one_softmax(method: str) -> None:
+    model = make_model("llama", num_hidden_layers=4)
+    parts = [read(model, ids, 0.4, method) for ids in texts()]
+    cache = join(model, parts, [LEAD] * 3)
+    later = tokens(1, 3, seed=5)
+    assert torch.isfinite(model(later, past_key_values=cache.fork()).logits).all()
+    for layer, *old in zip(cache.keep_layers, *(part.keep_layers for part in parts), strict=True):
+        positions = torch.split(layer.slots.positions, layer.slots.counts)
+        assert all(bool((p.diff() > 0).all()) for p in positions)
+        kept = [o.slots.bias[o.slots.positions >= (LEAD if n else 0)] for n, o in enumerate(old)]
+        assert torch.equal(layer.slots.bias.sort().values, torch.cat(kept).sort().values)
+    assert cache.report().tokens == (sum(LENGTHS) - 2 * LEAD,)
+    assert sum(cache.report().kept[0][0]) == sum(sum(part.report().kept[0][0]) for part in parts)
+
+
+def test_one_document_joined_is_itself(family: str) -> None:
+    model = make_model(family, torch.float32)
+    cache = read(model, texts()[0], 0.5, "keepkv")
+    later = tokens(1, 6, seed=3)
+    ours = model(later, past_key_values=join(model, [cache], [LEAD])).logits
+    assert torch.equal(ours, model(later, past_key_values=cache.fork()).logits)
+
+
+def test_a_tail_of_an_earlier_text_becomes_slots_of_one_vote() -> None:
+    model = make_model()
+    first, second = (read(model, ids, 0.5, "snapkv") for ids in texts()[:2])
+    more = tokens(1, 6, seed=8)
+    model(more, past_key_values=first)
+    model(more, past_key_values=second)
+    cache = join(model, [first, second], [LEAD, LEAD])
+    assert cache.keep_layers[0].tail == 6
+    assert cache.get_seq_length() == LENGTHS[0] + 6 + LENGTHS[1] - LEAD + 6
+    held = sum(cache.keep_layers[0].slots.counts)
+    assert held == sum(first.keep_layers[0].slots.counts) + 6 * 2 + sum(
+        int((second.keep_layers[0].slots.positions >= LEAD).sum()) for _ in [0]
+    )
+
+
+@pytest.mark.parametrize("variant", ["repository", "paper"])
+def test_reading_everything_again_is_the_full_prefill(family: str, variant: str) -> None:
+    model = make_model(family)
+    if family == "gemma3":
+        with pytest.raises(InputError, match="sliding windows"):
+            joined(model, documents(model), 1.0)
+        return
+    cache = joined(model, documents(model), 1.0, variant=variant).cache
+    later = tokens(1, 4, seed=6)
+    ours = model(later, past_key_values=cache).logits
+    theirs = model(torch.cat([prompt(), later], 1)).logits[:, -4:]
+    assert torch.allclose(ours, theirs, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", ["repository", "paper"])
+def test_repairing_some_tokens_helps(variant: str) -> None:
+    model = make_model("llama", num_hidden_layers=4)
+    later = tokens(1, 8, seed=6)
+    full = model(torch.cat([prompt(), later], 1)).logits[:, -8:].log_softmax(-1)
+    losses = []
+    for share in (0.0, 0.3, 0.7, 1.0):
+        cache = joined(model, documents(model), share, variant=variant).cache
+        ours = model(later, past_key_values=cache).logits.log_softmax(-1)
+        losses.append(float((full.exp() * (full - ours)).sum(-1).mean()))
+    assert losses[0] > losses[2] > losses[3]
+    assert losses[3] < 1e-8
+
+
+def test_no_token_sees_what_comes_after_it() -> None:
+    model = make_model()
+    first, second, _ = documents(model)
+    before = first.cache
+    chosen = torch.tensor([3, 8, 20])
+    made = []
+    for changed in (False, True):
+        ids = second.ids[:, LEAD:].clone()
+        if changed:
+            ids[0, 21:] = 7
+        exact = read(model, torch.cat([second.ids[:, :LEAD], ids], 1))
+        text = Text(ids, lambda i, exact=exact: tuple(x[:, :, LEAD:] for x in (exact.layers[i].keys, exact.layers[i].values)))
+        made.append(renew(model, before, text, 0.1, chosen=chosen))
+    for a, b in zip(made[0].keys + made[0].values, made[1].keys + made[1].values, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_tokens_that_change_most_are_read_again() -> None:
+    model = make_model()
+    first, second, _ = documents(model)
+    ids = second.ids[:, LEAD:]
+    old = tuple(x[:, :, LEAD:] for x in second.exact(1))
+    text = Text(ids, lambda i: tuple(x[:, :, LEAD:] for x in second.exact(i)))
+    new = fresh(model, first.cache, ids)
+    there = DynamicCache(config=model.config)
+    model(torch.cat([first.ids, ids], 1), past_key_values=there)
+    assert torch.allclose(new[1], there.layers[1].values[:, :, first.ids.shape[1] :], atol=1e-9)
+    change = deviation(new, old)
+    expected = (new[1] - old[1]).square().sum((0, 1, 3)).sqrt()
+    assert torch.allclose(change, expected.float(), atol=1e-5)
+    made = renew(model, first.cache, text, 0.25)
+    assert set(made.tokens.tolist()) == set(change.topk(7).indices.tolist())
+    narrowed = renew(model, first.cache, text, 0.25, "paper")
+    counts = [int(taken.sum()) for taken in narrowed.taken]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == len(narrowed.tokens) > counts[-1] == 4
+
+
+def test_slots_of_repaired_tokens_take_the_fresh_key_and_the_change_of_the_value() -> None:
+    model = make_model()
+    parts = documents(model, 0.4, "keepkv")[:2]
+    plain, mended = joined(model, parts).cache, joined(model, parts, 0.5).cache
+    inside = 0
+    for index, (a, b) in enumerate(zip(plain.keep_layers, mended.keep_layers, strict=True)):
+        assert torch.equal(a.slots.positions, b.slots.positions)
+        assert torch.equal(a.slots.bias, b.slots.bias)
+        earlier = a.slots.positions < LENGTHS[0]
+        assert torch.equal(a.slots.keys[earlier], b.slots.keys[earlier])
+        moved = (a.slots.values != b.slots.values).any(1)
+        inside += int(moved.sum())
+        if index == 0:  # the first layer's keys and values depend on the token alone
+            assert torch.allclose(a.slots.keys, b.slots.keys, atol=1e-5)
+    assert inside
+
+
+def test_what_cannot_be_joined_or_repaired_is_refused() -> None:
+    model = make_model()
+    parts = documents(model, 0.4, "keepkv")
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="--exact"):
+        joined(model, [parts[0], replace(parts[1], exact=None)], 0.2)
+    with pytest.raises(InputError, match="no text of its own"):
+        join(model, [parts[0].cache, parts[1].cache], [LEAD, 33])
+    model.config.rope_parameters["rope_type"] = "dynamic"
+    with pytest.raises(InputError, match="change with the length"):
+        joined(model, parts)

@@ -1,0 +1,235 @@
+"""The store: found by what it is, bounded, shared by processes, and whole whenever one of them is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_model
+from keepkv import cli, loading
+from keepkv.errors import InputError
+from keepkv.files.documents import Recipe, answer
+from keepkv.files.store import Shelf, Store
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. "
+RECIPE = Recipe("20%", reference="context")
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(folder: str):
+    return loading.load(folder)
+
+
+@pytest.fixture
+def shelf(model_and_tokenizer, tmp_path: Path) -> Shelf:
+    return Store(tmp_path / "store").for_model(*model_and_tokenizer, "tiny")
+
+
+def test_the_same_text_model_and_recipe_are_compiled_once(shelf: Shelf) -> None:
+    entry, new = shelf.add(TEXT, RECIPE, "fox")
+    assert new
+    assert shelf.add(TEXT, RECIPE, "fox") == (shelf.store.find(entry.key), False)
+    others = [shelf.add(TEXT + "!", RECIPE)[0], shelf.add(TEXT, Recipe("0.2", "snapkv"))[0], shelf.add(TEXT, Recipe("30%"))[0]]
+    assert len({entry.key, *(other.key for other in others)}) == 4
+    document = shelf.get(entry.key)
+    assert document is not None
+    assert document.tokens == entry.tokens
+    assert shelf.get("0" * 64) is None
+
+
+def test_another_model_does_not_find_it(shelf: Shelf, model_and_tokenizer) -> None:
+    _, tokenizer = model_and_tokenizer
+    entry, _ = shelf.add(TEXT, RECIPE)
+    other = shelf.store.for_model(
+        make_model("llama", torch.float32, seed=5, vocab_size=256, max_position_embeddings=4096), tokenizer
+    )
+    assert other.longest(torch.tensor([[1, 2, 3]])) is None
+    assert other.add(TEXT, RECIPE)[0].key != entry.key
+
+
+def test_find_list_and_remove(shelf: Shelf) -> None:
+    entry, _ = shelf.add(TEXT, RECIPE, "fox.txt")
+    other, _ = shelf.add(TEXT, Recipe("30%"), "fox.txt")
+    assert shelf.store.find(entry.key[:10]).key == entry.key
+    with pytest.raises(InputError, match="several entries"):
+        shelf.store.find("fox.txt")
+    shelf.store.remove(other.key)
+    assert shelf.store.find("fox.txt").key == entry.key
+    assert [each.key for each in shelf.store.entries()] == [entry.key]
+    with pytest.raises(InputError, match="holds no"):
+        shelf.store.find("hen.txt")
+
+
+def test_the_least_recently_used_go_first(shelf: Shelf) -> None:
+    keys = [shelf.add(f"{n} {TEXT}", RECIPE)[0].key for n in range(4)]
+    shelf.get(keys[0])
+    size = max(entry.bytes for entry in shelf.store.entries())
+    gone, _ = shelf.store.collect(2.5 * size)
+    assert {entry.key for entry in gone} == {keys[1], keys[2]}
+    shelf.limit = 2.5 * size
+    shelf.add(f"more {TEXT}", RECIPE)
+    assert len(shelf.store.entries()) == 2
+    assert shelf.get(keys[0]) is not None
+
+
+def test_order_is_restored_from_the_files(shelf: Shelf) -> None:
+    kept, lost = (shelf.add(f"{n} {TEXT}", RECIPE)[0] for n in range(2))
+    lost.file.unlink()
+    stale, new = (shelf.store.folder / f".{name}.tmp" for name in ("stale", "new"))
+    for file in (stale, new):
+        file.write_text("half")
+    os.utime(stale, (0, 0))
+    shelf.store.close()
+    for file in shelf.store.folder.glob("index.sqlite3*"):
+        file.unlink()
+    with Store(shelf.store.folder) as again:
+        gone, adopted = again.collect()
+        assert (gone, adopted) == ([], 1)
+        assert again.find(kept.key).tokens == kept.tokens
+    assert new.exists()
+    assert not stale.exists()
+
+
+def test_the_longest_prefix_is_found_and_is_exact(shelf: Shelf) -> None:
+    text = TEXT * 3
+    compact, _ = shelf.add(text, RECIPE)
+    document = shelf.get(compact.key)
+    assert document is not None
+    prompt = torch.cat([document.ids, document.question(shelf.tokenizer, "Who?")], 1)
+    found = shelf.longest(prompt)
+    assert found is not None
+    assert found[1] == document.tokens
+    assert shelf.longest(document.ids[:, :100]) is None  # a compact part is used whole
+
+    whole, _ = shelf.add(text, Recipe("100%", "full"))
+    for length in (100, document.tokens - 1):
+        found = shelf.longest(torch.cat([document.ids[:, :length], torch.full((1, 9), 3)], 1))
+        assert found is not None
+        part, same = found
+        assert same == part.tokens == part.cache.get_seq_length() == part.ids.shape[1] == length
+        ours = shelf.model(torch.full((1, 9), 3), past_key_values=part.cache).logits
+        theirs = shelf.model(torch.cat([document.ids[:, :length], torch.full((1, 9), 3)], 1)).logits[:, length:]
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert shelf.get(whole.key).tokens == document.tokens  # what is shared is not changed
+    assert shelf.longest(torch.full((1, 50), 3)) is None
+
+
+def test_a_document_that_was_read_on_is_another_entry(shelf: Shelf) -> None:
+    from dataclasses import replace
+
+    document = shelf.ask_for(TEXT, RECIPE)
+    more = torch.full((1, 7), 5)
+    cache = document.cache.fork()
+    shelf.model(more, past_key_values=cache)
+    shelf.put(replace(document, cache=cache, ids=torch.cat([document.ids, more], 1)))
+    found = shelf.longest(torch.cat([document.ids, more[:, :4], torch.full((1, 2), 9)], 1))
+    assert found is not None
+    assert found[1] == document.tokens + 4
+
+
+CHILD = """
+import sys
+from keepkv import loading
+from keepkv.files.documents import Recipe
+from keepkv.files.store import Store
+model, tokenizer = loading.load(sys.argv[1])
+shelf = Store(__import__("pathlib").Path(sys.argv[2])).for_model(model, tokenizer, "tiny")
+print("ready", flush=True)
+for n in range(1000):
+    entry, new = shelf.add(f"{sys.argv[3]} {n} " + "The quick brown fox. " * 3, Recipe("40%", "snapkv"))
+    print(entry.key, flush=True)
+    if n % 5 == 4:
+        shelf.store.remove(shelf.store.entries()[-1].key)
+        shelf.store.collect(10**9)
+"""
+
+
+def test_killing_it_loses_nothing_that_was_finished(folder: str, model_and_tokenizer, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for number in range(4):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, folder, str(tmp_path), str(number)], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.1, 0.6))
+        child.send_signal(signal.SIGKILL)
+        finished = child.stdout.read().split()
+        child.wait()
+        with Store(tmp_path) as store:
+            store.collect()
+            keys = {entry.key for entry in store.entries()}
+            removed = len(finished) // 5  # the least recently used one of all, at most, each time
+            assert len(set(finished) - keys) <= removed
+            shelf = store.for_model(*model_and_tokenizer)
+            for entry in store.entries():
+                document = shelf.get(entry.key)
+                assert document is not None
+                document.exact or document.cache.report()
+
+
+def _work(folder: str, store: str, seed: int, seconds: float, failed) -> None:
+    try:
+        torch.set_num_threads(1)
+        model, tokenizer = loading.load(folder)
+        rng, end = random.Random(seed), time.monotonic() + seconds
+        shelf = Store(Path(store)).for_model(model, tokenizer)
+        right: dict[int, tuple[int, ...]] = {}
+        while time.monotonic() < end:
+            n = rng.randrange(6)
+            document = shelf.ask_for(f"{n} {TEXT}", Recipe("40%", "snapkv"), f"{n}")
+            said = answer(model, tokenizer, document, ["Who?"], 3).answers[0].tokens
+            assert right.setdefault(n, said) == said
+            if rng.random() < 0.2:
+                shelf.store.collect(rng.choice((None, 400_000)))
+    except BaseException as error:
+        failed.put(f"{type(error).__name__}: {error}")
+        raise
+
+
+def test_several_processes_at_once(folder: str, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    failed = context.Queue()
+    workers = [context.Process(target=_work, args=(folder, str(tmp_path), seed, 4.0, failed)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failed.empty(), failed.get()
+    assert all(worker.exitcode == 0 for worker in workers)
+
+
+def test_the_command_line(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["keepkv", "store", *args, "--store", str(tmp_path / "store")])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    text = tmp_path / "fox.txt"
+    text.write_text(TEXT)
+    assert "empty" in run("list")[2]
+    for what in ("added", "there already"):
+        status, out, err = run("add", str(text), "--model", folder, "--budget", "20%")
+        assert (status, err) == (0, "")
+        assert what in out
+    assert "fox.txt" in run("list")[1]
+    status, out, _ = run("show", str(text))
+    assert status == 0
+    assert '"file"' in out
+    status, _, err = run("show", "nothing")
+    assert (status, len(err.strip().splitlines())) == (2, 1)
+    assert run("rm", str(text))[0] == 0
+    assert "left 0" in run("gc", "--limit", "1MB")[2]
+    assert "not in bytes" in run("gc", "--limit", "10%")[2]
