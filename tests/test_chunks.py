@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from conftest import make_model, tokens
 from keepkv import KeepCache
+from keepkv.chunks import craft
 from keepkv.chunks.blend import Text, deviation, fresh, renew
 from keepkv.chunks.documents import joined
 from keepkv.chunks.join import join
@@ -211,3 +212,52 @@ def test_what_cannot_be_joined_or_repaired_is_refused() -> None:
     model.config.rope_parameters["rope_type"] = "dynamic"
     with pytest.raises(InputError, match="change with the length"):
         joined(model, parts)
+
+
+def test_a_variant_counts_the_attention_it_paid_and_needs_no_repair_where_it_stood() -> None:
+    model = make_model()
+    parts = documents(model)
+    first, second, third = parts
+    whole = joined(model, parts[:2], 1.0).cache
+    ids = third.ids[:, LEAD:]
+    start = whole.get_seq_length()
+    stood = craft.observe(model, whole, [LENGTHS[0], start], ["a", "b"], Text(ids, lambda i: (
+        third.exact(i)[0][:, :, LEAD:], third.exact(i)[1][:, :, LEAD:])))  # fmt: skip
+    assert stood.sizes == (LENGTHS[0], LENGTHS[1] - LEAD)
+    assert stood.inter.shape == (3, ids.shape[1], 2)
+    assert torch.allclose(stood.inter.sum(-1) + stood.intra, torch.ones(3, ids.shape[1]), atol=1e-5)
+
+    model.set_attn_implementation("eager")  # the same from attention maps
+    maps = model(prompt(), output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    for layer, told in enumerate(maps):
+        paid = told[0, :, start:].mean(0)
+        assert torch.allclose(stood.inter[layer, :, 0], paid[:, : LENGTHS[0]].sum(-1).float(), atol=1e-4)
+        assert torch.allclose(stood.inter[layer, :, 1], paid[:, LENGTHS[0] : start].sum(-1).float(), atol=1e-4)
+
+    assert 0.5 <= stood.impact < 1
+    assert stood.overlap(["a", "b"]) == pytest.approx(1)
+    assert stood.overhead(["a", "b"]) == pytest.approx(0, abs=1e-12)
+    assert stood.overlap(["b", "a"]) == 0  # the other way round
+    alone = stood.overlap(["a"])
+    assert 0 < alone < 1
+    assert stood.overlap(["x", "a"]) == alone
+    assert stood.overlap(["x"]) == 0
+    assert len(stood.chosen(["x"])) == -int(-stood.impact * ids.shape[1] // 1)
+    paid = stood.inter.sum((0, 2))
+    assert paid[stood.chosen(["x"])].min() >= paid.sort().values[ids.shape[1] - len(stood.chosen(["x"]))]
+    other = craft.observe(
+        model, first.cache, [LENGTHS[0]], ["a"], Text(ids, lambda i: tuple(x[:, :, LEAD:] for x in third.exact(i)))
+    )
+    assert craft.best([stood, other], ["a", "b"]) is stood
+    assert craft.best([stood, other], ["a"]) is other
+
+    again = joined(model, parts, 1.0, crafts=[[_behind(model, first, second)], [stood]], keys=["a", "b", "c"]).cache
+    later = tokens(1, 4, seed=6)
+    theirs = model(torch.cat([prompt(), later], 1)).logits[:, -4:]
+    assert torch.allclose(model(later, past_key_values=again).logits, theirs, atol=1e-8)  # nothing was read again
+
+
+def _behind(model, first: Document, second: Document) -> craft.Variant:
+    return craft.observe(model, first.cache, [LENGTHS[0]], ["a"], Text(second.ids[:, LEAD:], lambda i: (
+        second.exact(i)[0][:, :, LEAD:], second.exact(i)[1][:, :, LEAD:])))  # fmt: skip

@@ -52,7 +52,7 @@ def model_and_tokenizer(folder: str):
 @pytest.fixture(scope="module")
 def compiled(model_and_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[documents.Document, Path]:
     file = tmp_path_factory.mktemp("compiled") / "fox.keep"
-    recipe = documents.Recipe("20%", exact=True, reference="context")
+    recipe = documents.Recipe("20%", "snapkv", exact=True)
     document = documents.compile_text(*model_and_tokenizer, TEXT, recipe, "fox.txt", "tiny")
     documents.save(document, file, *model_and_tokenizer)
     return document, file
@@ -219,7 +219,7 @@ def test_compile_and_ask(monkeypatch, capsys, folder: str, tmp_path: Path) -> No
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(TEXT + name)
     texts = [str(tmp_path / f"{name}.txt") for name in ("a", "b")]
-    args = ["--model", folder, "--budget", "20%", "--exact"]
+    args = ["--model", folder, "--budget", "20%", "--method", "snapkv", "--exact"]
     status, out, err = run(monkeypatch, capsys, "compile", *texts, "-o", str(tmp_path / "made"), *args, "--json")
     assert (status, err) == (0, "")
     files = [json.loads(line)["file"] for line in out.splitlines()]
@@ -231,6 +231,7 @@ def test_compile_and_ask(monkeypatch, capsys, folder: str, tmp_path: Path) -> No
     assert alone["model"] == folder  # the file says which
     assert len(alone["answers"]) == 2
     direct = ["ask", texts[0], "Who?", "What?", "--max-new-tokens", "4", "--json", "--model", folder, "--budget", "20%"]
+    direct += ["--method", "snapkv"]
     _, out, _ = run(monkeypatch, capsys, *direct)
     assert json.loads(out)["answers"] == alone["answers"]
     for repair in ([], ["--repair", "25%"]):

@@ -199,6 +199,12 @@ class Slots:
         vectors = [x for part in (self.keys, self.values) for x in (part.tensors if isinstance(part, Shared) else [part])]
         return [*vectors, self.bias, self.positions]
 
+    def to(self, device: torch.device) -> Slots:
+        """On another device; vectors that layers share are plain there."""
+        slots = self.read()
+        keys, values = slots.keys[:].to(device), slots.values[:].to(device)
+        return replace(slots, keys=keys, values=values, bias=self.bias.to(device), positions=self.positions.to(device))
+
     def read(self) -> Slots:
         """With keys and values as plain tensors: itself, unless two layers share them."""
         plain = not isinstance(self.keys, Shared) and not isinstance(self.values, Shared)

@@ -46,13 +46,14 @@ class Renewed(NamedTuple):
 @torch.no_grad()
 def renew(
     model: PreTrainedModel, before: KeepCache, text: Text, share: float, variant: Variant = "repository",
-    chosen: Tensor | None = None,
+    chosen: Tensor | None = None, layer_type: type[Again] | None = None,
 ) -> Renewed:  # fmt: skip
     """Reads ceil(share n) tokens of a text again, behind the cache `before`, which is not changed.
 
     variant "repository": those whose values deviate most in layer CHECK, one set for all later layers; "paper": by keys and
     values, half as many again at first, and narrowed from layer to layer to half of the share (those that are dropped on the
     way are still computed: their time is not saved). chosen int64 [m]: these instead. A share of 1 is a full prefill.
+    layer_type: what stands for a layer meanwhile.
     """
     count = text.ids.shape[1]
     if chosen is None:
@@ -62,9 +63,12 @@ def renew(
         else:
             change = deviation(fresh(model, before, text.ids), text.exact(CHECK), variant == "paper")
             chosen = change.topk(most).indices.sort().values
+    if not len(chosen):
+        return _nothing_new(before, chosen)
     narrow = _narrowed(len(chosen), count, share, len(before.layers)) if variant == "paper" and share < 1 else None
     twin, start = before.fork(), before.get_seq_length()
-    rows = [_Again(layer, text.exact(i), chosen, narrow[i] if narrow else None) for i, layer in enumerate(before.layers)]
+    kind = layer_type or Again
+    rows = [kind(layer, text.exact(i), chosen, narrow[i] if narrow else None) for i, layer in enumerate(before.layers)]
     for above, below in pairwise(rows):
         below.above = above
     twin.layers = list(rows)
@@ -111,7 +115,7 @@ class _Stop(KeepLayer):
         raise _EnoughError(key_states, value_states)
 
 
-class _Again(KeepLayer):
+class Again(KeepLayer):
     """A layer that holds all of a text already, and gets some of its tokens anew; they see only what stands before them."""
 
     def __init__(self, layer: KeepLayer, exact: tuple[Tensor, Tensor], tokens: Tensor, most: int | None) -> None:
@@ -120,7 +124,7 @@ class _Again(KeepLayer):
         self.is_initialized = True
         self.slots = layer.slots or nothing(layer)
         self.old, self.tokens, self.most = exact, tokens, most
-        self.above: _Again | None = None
+        self.above: Again | None = None
         self.taken = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         self._before = layer.tail
         self.seen = layer.seen + exact[0].shape[2]
@@ -149,9 +153,13 @@ class _Again(KeepLayer):
             self.taken = torch.zeros_like(self.taken).index_fill(0, best, True)
         return self.taken
 
+    def sees(self, device: torch.device) -> Tensor:
+        """Which columns of the tail each token sees, bool [1, 1, m, columns]: those up to itself."""
+        columns = torch.arange(self.tail, device=device)
+        return (columns <= self._before + self.tokens[:, None])[None, None]
+
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
-        columns = torch.arange(self.tail, device=query.device)
-        sees = (columns <= self._before + self.tokens[:, None])[None, None]
+        sees = self.sees(query.device)
         assert self.slots is not None
         if len(self.slots.bias):
             rows = query.reshape(len(query), self.heads, -1, query.shape[-1])
@@ -164,6 +172,11 @@ def _narrowed(first: int, count: int, share: float, layers: int) -> list[int]:
     """How many tokens are renewed in each layer: all at first, evenly down to half of the share in the last."""
     last = math.ceil(count * share / 2)
     return [round(first + (last - first) * i / max(1, layers - 1)) for i in range(layers)]
+
+
+def _nothing_new(before: KeepCache, chosen: Tensor) -> Renewed:
+    empty = tuple(layer.keys[:, :, :0] for layer in before.layers)
+    return Renewed(chosen, empty, empty, (chosen.bool(),) * len(empty))
 
 
 def nothing(layer: KeepLayer) -> Slots:

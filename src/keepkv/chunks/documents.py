@@ -11,20 +11,25 @@ from transformers import PreTrainedModel
 
 from keepkv import hosts
 from keepkv.cache import KeepCache
+from keepkv.chunks import craft
 from keepkv.chunks.blend import Renewed, Text, Variant, renew
 from keepkv.chunks.join import Part, check, join, moved, placed, slots_of, stacked
 from keepkv.compress import Progress
 from keepkv.errors import InputError
-from keepkv.files.documents import Document
+from keepkv.files.documents import Document, Exact
 from keepkv.types import Slots
 
 
 def joined(
     model: PreTrainedModel, parts: Sequence[Document], repair: float = 0.0,
     progress: Progress = lambda done, of: None, variant: Variant = "repository",
+    crafts: Sequence[Sequence[craft.Variant]] = (), keys: Sequence[str] = (),
 ) -> Document:  # fmt: skip
     """Several documents as one prompt, in that order. repair: the share of the later documents' tokens that is read again with
     the earlier ones in view (CacheBlend); it needs each later document's exact keys and values (compile --exact).
+
+    crafts: how each later document stood behind others before (Cache-Craft), with keys, the documents' names there: then the
+    variants say which tokens are read again, and repair only bounds their share; for documents that are not compressed.
 
     Compressed documents stay compressed: of a token that was read again and has a slot, the slot takes the fresh key, and its
     value moves by what the token's value changed. Raises InputError for a model without full attention in every layer.
@@ -34,7 +39,7 @@ def joined(
         cache = join(model, caches, leads)
         progress(1, 1)
     else:
-        cache = _repaired(model, parts, repair, variant, progress)
+        cache = _repaired(model, parts, repair, variant, progress, crafts, keys)
     ids = None
     if all(part.ids is not None for part in parts):
         ids = torch.cat([part.ids[:, part.lead if n else 0 :] for n, part in enumerate(parts) if part.ids is not None], 1)
@@ -42,7 +47,8 @@ def joined(
 
 
 def _repaired(
-    model: PreTrainedModel, parts: Sequence[Document], share: float, variant: Variant, progress: Progress
+    model: PreTrainedModel, parts: Sequence[Document], share: float, variant: Variant, progress: Progress,
+    crafts: Sequence[Sequence[craft.Variant]], keys: Sequence[str],
 ) -> KeepCache:  # fmt: skip
     check(model)
     cache = parts[0].cache.fork()
@@ -55,8 +61,15 @@ def _repaired(
             raise InputError(
                 f"{document.source or 'a document'} cannot be repaired: compile it with --exact (and not with --no-ids)"
             )
-        exact = _Moved(document, place, inv_freq)
-        renewed = renew(model, cache, Text(document.ids[:, place.lead :], exact), share, variant)
+        ids, chosen = document.ids[:, place.lead :], None
+        exact: Exact = _Moved(document, place, inv_freq)
+        if crafts:
+            if not _whole(document.cache):
+                raise InputError("a variant repairs a document that is not compressed: compile it with --method full")
+            stood = craft.best(crafts[number], keys[: number + 1])
+            exact = _Stood(stood, cache.get_seq_length(), inv_freq)
+            chosen = stood.chosen(keys[: number + 1])[: math.ceil(share * ids.shape[1])]
+        renewed = renew(model, cache, Text(ids, exact), share, variant, chosen)
         cache = _appended(model, cache, document, place, exact, renewed, inv_freq)
         progress(number + 1, len(parts) - 1)
     whole = join(model, [part.cache for part in parts], [part.lead for part in parts]).report()
@@ -65,7 +78,7 @@ def _repaired(
 
 
 def _appended(
-    model: PreTrainedModel, cache: KeepCache, document: Document, place: Part, exact: _Moved, renewed: Renewed, inv_freq: Tensor
+    model: PreTrainedModel, cache: KeepCache, document: Document, place: Part, exact: Exact, renewed: Renewed, inv_freq: Tensor
 ) -> KeepCache:  # fmt: skip
     """The cache and behind it a document, with what was read again in its place."""
     after = cache.fork()
@@ -104,6 +117,16 @@ def _mended(slots: Slots, positions: Tensor, keys: Tensor, change: Tensor) -> Sl
 
 def _whole(cache: KeepCache) -> bool:
     return all(layer.slots is None for layer in cache.keep_layers)
+
+
+class _Stood:
+    """Exact keys and values of a variant, moved to where the text stands now."""
+
+    def __init__(self, variant: craft.Variant, start: int, inv_freq: Tensor) -> None:
+        self._made, self._shift, self._inv_freq = variant.renewed, start - variant.start, inv_freq
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        return moved(self._made.keys[index], self._shift, self._inv_freq), self._made.values[index]
 
 
 class _Moved:

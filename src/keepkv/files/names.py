@@ -71,7 +71,7 @@ def show_entries(entries: Sequence[Entry]) -> None:
     table.add_column("used", justify="right")
     for entry in entries:
         recipe = f"{entry.method} {entry.budget}{' exact' if entry.exact else ''}"
-        table.add_row(entry.key[:12], entry.source, f"{entry.tokens:,}", size(entry.bytes), recipe, _ago(entry.used))
+        table.add_row(entry.key[:12], Path(entry.source).name, f"{entry.tokens:,}", size(entry.bytes), recipe, _ago(entry.used))
     out.print(table)
 
 

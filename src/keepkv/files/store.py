@@ -103,8 +103,8 @@ class Store:
         return self._select("ORDER BY used DESC, key")
 
     def find(self, key: str) -> Entry:
-        """The one entry of that key, beginning of a key, or source. Raises InputError if there is none, or several."""
-        found = self._select("WHERE source = ? ORDER BY used DESC", key)
+        """The one entry of that key, beginning of a key, source, or source's name. Raises InputError if none or several."""
+        found = [entry for entry in self.entries() if key in (entry.source, Path(entry.source).name)]
         if re.fullmatch("[0-9a-f]{4,64}", key):
             found = self._select("WHERE key LIKE ? || '%'", key) or found
         if not found:
