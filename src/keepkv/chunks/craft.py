@@ -25,7 +25,7 @@ _TILE = 1 << 24  # logits held at once
 
 @dataclass(frozen=True)
 class Variant:
-    """A text of n tokens as it stood behind others. before: their keys, in order; sizes: their tokens; start: its first position.
+    """A text of n tokens as it stood behind others, from position start on. before: their keys, in order; sizes: their tokens.
 
     inter [L, n, j]: the attention that each token paid to each of them, a mean over heads, in every layer; intra [L, n]: to the
     text itself; renewed: its keys and values there.
@@ -69,9 +69,9 @@ class Variant:
         """Cache fix overhead, the share of tokens to read again: CFO = clip(alpha CCI (1 - beta'), 0, 1)."""
         return min(1.0, max(0.0, alpha * self.impact * (1 - self.overlap(before))))
 
-    def chosen(self, before: Sequence[str], alpha: float = ALPHA) -> Tensor:
-        """The ceil(CFO n) tokens to read again, ascending."""
-        count = math.ceil(self.overhead(before, alpha) * self.inter.shape[1] - 1e-9)
+    def chosen(self, before: Sequence[str], most: float = 1.0, alpha: float = ALPHA) -> Tensor:
+        """The ceil(min(CFO, most) n) tokens to read again, ascending."""
+        count = math.ceil(min(most, self.overhead(before, alpha)) * self.inter.shape[1] - 1e-9)
         return self.ranking[:count].sort().values
 
 

@@ -68,7 +68,7 @@ def _repaired(
                 raise InputError("a variant repairs a document that is not compressed: compile it with --method full")
             stood = craft.best(crafts[number], keys[: number + 1])
             exact = _Stood(stood, cache.get_seq_length(), inv_freq)
-            chosen = stood.chosen(keys[: number + 1])[: math.ceil(share * ids.shape[1])]
+            chosen = stood.chosen(keys[: number + 1], share)
         renewed = renew(model, cache, Text(ids, exact), share, variant, chosen)
         cache = _appended(model, cache, document, place, exact, renewed, inv_freq)
         progress(number + 1, len(parts) - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -65,14 +66,16 @@ class Entry:
 
 
 class Store:
-    """Entries of one folder. Safe for several processes at once; `close` it, or use it in a with statement."""
+    """Entries of one folder. Safe for several processes and threads at once; `close` it, or use it in a with statement."""
 
     def __init__(self, folder: Path) -> None:
         """Opens or makes a store. Raises InputError if the folder cannot be used."""
-        self.folder = folder
+        self.folder, self._alone = folder, threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._index = sqlite3.connect(folder / "index.sqlite3", timeout=_PATIENCE, isolation_level=None)
+            self._index = sqlite3.connect(
+                folder / "index.sqlite3", timeout=_PATIENCE, isolation_level=None, check_same_thread=False
+            )
             self._index.execute("PRAGMA journal_mode=WAL")
             with self._writing() as index:
                 for statement in filter(str.strip, _SCHEMA.split(";")):
@@ -182,7 +185,7 @@ class Store:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Cursor]:
         """One transaction, alone: all of it happens or nothing."""
-        with closing(self._index.cursor()) as index:
+        with self._alone, closing(self._index.cursor()) as index:
             index.execute("BEGIN IMMEDIATE")
             try:
                 yield index
