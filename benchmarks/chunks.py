@@ -1,0 +1,220 @@
+"""Joined documents: quality, time to first token and bytes, against reading them together. Passage QA with distractors.
+
+    python benchmarks/chunks.py xquad.json --samples 40 --documents 6 --json benchmarks/results/chunks.json
+
+Every document is consecutive paragraphs of one article, compiled alone. A sample is one question, the document that answers it,
+and others, in random order. Against the full prefill of the same prompt: KL of the next-token distributions over the right answer's
+tokens, and how much less likely the answer became (nats per token), with bootstrap intervals over samples. Time to the
+first token starts with the compiled documents in memory. Variants are interleaved, sample by sample, and `prefix` is the first
+document's cache and a prefill of the others (what an engine's prefix cache saves): its answers are those of the full prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import timing
+from keepkv import KeepCache, loading
+from keepkv.chunks import craft
+from keepkv.chunks.blend import Text
+from keepkv.chunks.documents import joined
+from keepkv.files.documents import Document, Recipe, compile_text
+from keepkv.reading import REPEAT
+from keepkv.reading import asked as asked_for
+
+
+def passages(data: dict[str, Any], words: int) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Documents of about so many words, each with its questions and their answers."""
+    made = []
+    for article in data["data"]:
+        text, asked = "", []
+        for paragraph in article["paragraphs"]:
+            text += paragraph["context"].strip() + "\n"
+            asked += [(qa["question"], qa["answers"][0]["text"]) for qa in paragraph["qas"]]
+            if len(text.split()) >= words:
+                made.append((text, asked))
+                text, asked = "", []
+    return made
+
+
+@torch.inference_mode()
+def chances(model: Any, cache: KeepCache, question: Tensor, answer: Tensor) -> tuple[Tensor, float]:
+    """Log-probabilities [n, V] over the answer's tokens, fed after the question; seconds to the first of them."""
+    start = time.perf_counter()
+    first = model(question, past_key_values=cache, logits_to_keep=1).logits
+    seconds = time.perf_counter() - start
+    rest = model(answer[:, :-1], past_key_values=cache).logits if answer.shape[1] > 1 else first[:, :0]
+    return torch.cat([first, rest], 1)[0].float().log_softmax(-1), seconds
+
+
+def interval(values: list[float], rng: random.Random) -> list[float]:
+    """Mean, and the bounds of its 95% bootstrap interval."""
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(2000))
+    return [statistics.fmean(values), means[50], means[1949]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a file in SQuAD's format")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--documents", type=int, default=6)
+    parser.add_argument("--words", type=int, default=260)
+    parser.add_argument("--pool", type=int, default=40, help="documents to draw from")
+    parser.add_argument("--budget", default="10%")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model, tokenizer = loading.load(args.model)
+    rng = random.Random(args.seed)
+    found = passages(json.loads(args.data.read_text()), args.words)[: args.pool]
+    exact, compact = [], []
+    for text, _ in track(found, description="compiling"):
+        exact.append(compile_text(model, tokenizer, text, Recipe("100%", "full")))
+        made = compile_text(model, tokenizer, text, Recipe(args.budget, exact=False))
+        layers = exact[-1].cache.keep_layers
+        compact.append(_with_exact(made, layers))
+    records: list[dict[str, Any]] = []
+    for number in track(range(args.samples), description="asking"):
+        sample = rng.sample(range(len(found)), args.documents)
+        question, answer = rng.choice(found[sample[0]][1])
+        rng.shuffle(sample)
+        records += asked(
+            model, tokenizer, [exact[i] for i in sample], [compact[i] for i in sample], question, answer, number, args
+        )
+    print("| variant | KL | answer's loss | top-1 | first token, s | cache, MB | read again |\n|---|---|---|---|---|---|---|")
+    for name, row in summed(records, args)["rows"].items():
+        cells = [f"{row[key][0]:.3f} [{row[key][1]:.3f}, {row[key][2]:.3f}]" for key in ("kl", "loss", "top1")]
+        rest = f"{row['first_token_seconds']:.2f} | {row['kv_bytes'] / 1e6:.1f} | {100 * row['read_again']:.0f}%"
+        print(f"| {name} | {' | '.join(cells)} | {rest} |")
+
+
+def summed(records: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Every variant's means with intervals, and the records."""
+    rows, rng = {}, random.Random(args.seed)
+    for name in dict.fromkeys(record["variant"] for record in records):
+        own = [record for record in records if record["variant"] == name]
+        rows[name] = {
+            "kl": interval([record["kl"] for record in own], rng),
+            "loss": interval([record["loss"] for record in own], rng),
+            "top1": interval([record["top1"] for record in own], rng),
+            "first_token_seconds": statistics.median(record["seconds"] for record in own),
+            "kv_bytes": statistics.fmean(record["kv_bytes"] for record in own),
+            "read_again": statistics.fmean(record["read_again"] for record in own),
+        }
+    return {
+        "samples": len({record["sample"] for record in records}), "documents": args.documents, "model": args.model,
+        "tokens": statistics.fmean(record["tokens"] for record in records), "budget": args.budget, "machine": timing.machine(),
+        "rows": rows, "records": records,
+    }  # fmt: skip
+
+
+def asked(
+    model: Any, tokenizer: Any, exact: list[Document], compact: list[Document], question: str, answer: str, number: int,
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One record per variant for one prompt."""
+    asks = exact[0].question(tokenizer, question)
+    target = tokenizer(" " + answer if not tokenizer.chat_template else answer, add_special_tokens=False, return_tensors="pt")
+    right = target["input_ids"]
+    whole = joined(model, exact).ids
+    first = exact[0].cache
+    later = whole[:, exact[0].tokens :]
+    keys = [str(i) for i in range(len(exact))]
+    variants = {}
+
+    def full() -> KeepCache:
+        cache = KeepCache(model, 1.0, "full")
+        model(whole, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def prefix() -> KeepCache:
+        cache = first.fork()
+        model(later, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    crafts = stood(model, exact, keys, random.Random(number))
+    ways: dict[str, tuple[Callable[[], KeepCache], float]] = {"full prefill": (full, 1.0), "prefix cache": (prefix, 1.0)}
+    ways["joined"] = lambda: joined(model, exact).cache, 0.0
+    for share in (0.05, 0.15, 0.3):
+        ways[f"CacheBlend {share:.0%}"] = lambda share=share: joined(model, exact, share).cache, share
+    ways["CacheBlend, paper, 15%"] = lambda: joined(model, exact, 0.15, variant="paper").cache, 0.225
+    chosen = [
+        len(craft.best(crafts[i], keys[: i + 1]).chosen(keys[: i + 1])) / exact[i + 1].tokens for i in range(len(exact) - 1)
+    ]
+    ways["Cache-Craft"] = lambda: joined(model, exact, 1.0, crafts=crafts, keys=keys).cache, statistics.fmean(chosen)
+    name = f"keepkv {args.budget}"
+    ways[f"{name}, joined"] = lambda: joined(model, compact).cache, 0.0
+    for share in (0.05, 0.15, 0.3):
+        ways[f"{name}, joined, {share:.0%} repaired"] = lambda share=share: joined(model, compact, share).cache, share
+    order = [*ways]
+    random.Random(number).shuffle(order)
+    for way in order:
+        build, again = ways[way]
+        start = time.perf_counter()
+        cache = build()
+        built = time.perf_counter() - start
+        held = cache.report().kv_bytes
+        told, seconds = chances(model, cache, asks, right)
+        variants[way] = told, built + seconds, held, again
+    once = KeepCache(model, args.budget, auto=False)  # the same prompt read together and then compressed
+    start = time.perf_counter()
+    model(whole, past_key_values=once, logits_to_keep=1)
+    once.rehearse(model, whole, asked_for(tokenizer, REPEAT, exact[0].after)).compress()
+    built = time.perf_counter() - start
+    told, seconds = chances(model, once, asks, right)
+    variants[f"{name}, read together"] = told, built + seconds, once.report().kv_bytes, 1.0
+    theirs = variants["full prefill"][0]
+    picked = right[0][:, None]
+    return [
+        {
+            "variant": way, "sample": number, "tokens": whole.shape[1], "seconds": seconds, "kv_bytes": held,
+            "read_again": again,
+            "kl": float((theirs.exp() * (theirs - told)).sum(-1).mean()),
+            "loss": float((theirs.gather(1, picked) - told.gather(1, picked)).mean()),
+            "top1": float((theirs.argmax(-1) == told.argmax(-1)).float().mean()),
+        }
+        for way in [*ways, f"{name}, read together"]
+        for told, seconds, held, again in [variants[way]]
+    ]  # fmt: skip
+
+
+def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random) -> list[list[craft.Variant]]:
+    """One variant of every later document: as it stood behind two others of this prompt, in some other order."""
+    made = []
+    for place in range(1, len(exact)):
+        others = rng.sample([i for i in range(len(exact)) if i != place], 2)
+        before = joined(model, [exact[i] for i in others])
+        ends = [exact[others[0]].tokens, before.tokens]
+        document = exact[place]
+        ids = document.ids[:, document.lead :]
+        text = Text(ids, lambda i, d=document: tuple(x[:, :, d.lead :] for x in _layer(d, i)))  # type: ignore[arg-type, misc]
+        made.append([craft.observe(model, before.cache, ends, [keys[i] for i in others], text)])
+    return made
+
+
+def _layer(document: Document, index: int) -> tuple[Tensor, Tensor]:
+    layer = document.cache.keep_layers[index]
+    return layer.keys, layer.values
+
+
+def _with_exact(document: Document, layers: list[Any]) -> Document:
+    from dataclasses import replace
+
+    return replace(document, exact=lambda index: (layers[index].keys, layers[index].values))
+
+
+if __name__ == "__main__":
+    main()
