@@ -3,8 +3,8 @@
     python benchmarks/chunks.py xquad.json --samples 40 --documents 6 --json benchmarks/results/chunks.json
 
 Every document is consecutive paragraphs of one article, compiled alone. A sample is one question, the document that answers it,
-and others, in random order. Against the full prefill of the same prompt: KL of the next-token distributions over the right answer's
-tokens, and how much less likely the answer became (nats per token), with bootstrap intervals over samples. Time to the
+and others, in random order. Against the full prefill of the same prompt: KL of the next-token distributions over the right
+answer's tokens, and how much less likely the answer became (nats per token), with bootstrap intervals over samples. Time to the
 first token starts with the compiled documents in memory. Variants are interleaved, sample by sample, and `prefix` is the first
 document's cache and a prefill of the others (what an engine's prefix cache saves): its answers are those of the full prefill.
 """
