@@ -1,0 +1,75 @@
+"""What the commands have in common: their options, and checks of what was typed. Heavy imports happen in the functions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from keepkv.errors import InputError
+from keepkv.progress import err
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
+Limit = Annotated[str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
+Name = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
+Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same input: same result.")]
+Reference = Annotated[
+    Literal["auto", "context", "recall"],
+    typer.Option(help="recall repeats the text before compressing, so that details survive (slower); auto: where it fits."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        min=0, show_default=False,
+        help="Read so many tokens at a time and compress on the way: memory does not grow with the text. 0: all at once. "
+        "Default: 2048 for texts of more than 8,192 tokens, otherwise 0.",
+    ),
+]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
+
+
+def understood(methods: str, budgets: str) -> tuple[list[str], list[str]]:
+    """Comma-separated methods and budgets, each known and readable; raises MethodError, BudgetError, InputError."""
+    from keepkv.budget import Budget
+    from keepkv.methods import get
+
+    names, limits = ([part.strip() for part in text.split(",") if part.strip()] for text in (methods, budgets))
+    if not names or not limits:
+        raise InputError("nothing to do: give at least one method and one budget")
+    for name in names:
+        get(name)
+    for limit in limits:
+        Budget.parse(limit)
+    return list(dict.fromkeys(names)), list(dict.fromkeys(limits))
+
+
+def chunk_of(chunk: int | None, tokens: int, budget: str) -> int:
+    """How many tokens to read at a time: what was asked for, or the default for a text of that length; 0 is all at once."""
+    from keepkv.reading import CHUNK, LONG
+
+    if chunk is not None:
+        return chunk
+    return CHUNK if tokens > LONG and budget != "auto" else 0
+
+
+def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
+    """Says on standard error when a model is asked for more tokens than it was trained for."""
+    from keepkv.loading import trained_length
+
+    trained = trained_length(model)
+    if trained is not None and tokens > trained:
+        err.print(
+            f"[yellow]warning:[/yellow] {tokens:,} tokens, but the model was trained for {trained:,}: "
+            "beyond that its answers get worse with the full cache too"
+        )
