@@ -12,6 +12,7 @@ import typer
 
 from keepkv.budget import TOLERANCE
 from keepkv.errors import InputError, KeepKVError
+from keepkv.eval import commands
 from keepkv.options import (
     Chunk,
     Debug,
@@ -277,6 +278,10 @@ def methods(
         console.show_pages([manual.page(method) for method in table])
     else:
         console.show_methods()
+
+
+app.command("eval")(commands.evaluate)
+app.command("report")(commands.report)
 
 
 def main() -> None:

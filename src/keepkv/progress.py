@@ -22,6 +22,10 @@ class Bar:
         self._progress.reset(self._task, description=title, total=None)
         return self
 
+    def title(self, title: str) -> None:
+        """Says something else about the same phase."""
+        self._progress.update(self._task, description=title)
+
     def hide(self) -> None:
         """Makes room for other output, for good."""
         self._progress.stop()

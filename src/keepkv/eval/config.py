@@ -93,7 +93,9 @@ def changed(config: Config, values: Mapping[str, Any], where: str = "") -> Confi
         if type(value) is not type(known[name]):
             raise InputError(f"{where}: {name} = {value!r}: expected a value like {known[name]!r}")
         if isinstance(value, tuple) and not all(isinstance(part, int if name == "lengths" else str) for part in value):
-            raise InputError(f"{where}: {name} = {value!r}: expected a list of {'whole numbers' if name == 'lengths' else 'texts'}")
+            raise InputError(
+                f"{where}: {name} = {value!r}: expected a list of {'whole numbers' if name == 'lengths' else 'texts'}"
+            )
         new[name] = value
     return replace(config, **new)
 

@@ -71,7 +71,11 @@ def drifted(host: Host, sample: Sample) -> Opened:
         written, truth = full()
         cache = live(host, method, budget, tokens)
         loss, same = follow(model, ids, written, truth, cache)
-        own = written if method.keeps_all else write(model, ids, config.written, config.seed, live(host, method, budget, tokens))[0]
+        own = (
+            written
+            if method.keeps_all
+            else write(model, ids, config.written, config.seed, live(host, method, budget, tokens))[0]
+        )
         measures = {"kl": float(loss.mean()), "repetition": repetition(own[0].tolist())}
         measures |= {f"kl-{WINDOW * (i + 1)}": float(part.mean()) for i, part in enumerate(loss.split(WINDOW))}
         compress = cache.report().compress_seconds

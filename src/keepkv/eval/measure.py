@@ -130,9 +130,7 @@ def turns(host: Host, sample: Sample) -> Opened:
         compress = cache.report().compress_seconds
         seconds = {"read": time.perf_counter() - start - compress, "repeat": 0.0, "compress": compress}
         ready = Ready(cache, whole, seconds)
-        return [
-            _ask(host, ready, host.tokens(f"{between}{question.ask}{after}"), question) for question in sample.questions
-        ]
+        return [_ask(host, ready, host.tokens(f"{between}{question.ask}{after}"), question) for question in sample.questions]
 
     return opened
 

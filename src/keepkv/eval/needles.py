@@ -25,7 +25,9 @@ def value(rng: random.Random, kind: str) -> str:
     """A value of 7 digits, of two words, or a UUID."""
     if kind == "numbers":
         return str(rng.randrange(10**6, 10**7))
-    return f"{rng.choice(MANNERS)}-{rng.choice(WORDS)}" if kind == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    return (
+        f"{rng.choice(MANNERS)}-{rng.choice(WORDS)}" if kind == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    )
 
 
 def values(rng: random.Random, kind: str, count: int) -> list[str]:
@@ -53,9 +55,7 @@ def needles(draw: Draw, keys: int = 1, kind: str = "numbers") -> Sample:
         lead = f"The special magic {kind[:-1]} for {cities[i]} is"
         wrong = draw.rng.sample([other for other in found if other != found[i]], 3)
         ask = f"What is the special magic {kind[:-1]} for {cities[i]} mentioned in the text above? Answer with it alone."
-        questions.append(
-            Question(ask, f"{lead} {found[i]}", any_of(found[i]), tuple(f"{lead} {x}" for x in wrong), depths[i])
-        )
+        questions.append(Question(ask, f"{lead} {found[i]}", any_of(found[i]), tuple(f"{lead} {x}" for x in wrong), depths[i]))
     return Sample(text, tuple(questions))
 
 

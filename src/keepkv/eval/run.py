@@ -148,7 +148,16 @@ def measured(host: Host, job: Job) -> Iterator[list[Record]]:
     """The records of every missing variant, one group after the other; a variant that fails is recorded so."""
     task = _tasks(host.config.tasks, host.config.data)[job.task]
     blank = Record(
-        host.config.model, job.task, job.length, job.number, 0, "", "", seed=host.config.seed, versions=versions(), commit=commit()
+        host.config.model,
+        job.task,
+        job.length,
+        job.number,
+        0,
+        "",
+        "",
+        seed=host.config.seed,
+        versions=versions(),
+        commit=commit(),
     )
     try:
         sample = sampled(host, task, job.length, job.number)
@@ -170,7 +179,10 @@ def _variant(blank: Record, sample: Sample, opened: Opened) -> list[Record]:
         for i, question in enumerate(sample.questions)
     ]  # fmt: skip
     try:
-        return [_filled(record, outcome) for record, outcome in zip(asked, opened(methods.get(blank.method), blank.budget), strict=True)]
+        return [
+            _filled(record, outcome)
+            for record, outcome in zip(asked, opened(methods.get(blank.method), blank.budget), strict=True)
+        ]
     except Exception as error:  # one variant of a sample must not end the run: it stays on the record
         return [replace(record, failed=_why(error)) for record in asked]
 
@@ -238,7 +250,9 @@ def commit() -> str:
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--match="]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, check=False
+        )
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -27,16 +27,12 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def ratio(clusters: Sequence[Sequence[tuple[float, float]]]) -> Interval | None:
-    """Σ numerators / Σ denominators, with a percentile bootstrap that draws whole clusters (the questions of one text).
-
-    A mean is a ratio whose denominators are 1. None where the denominators sum to 0.
-    """
-    return combined([clusters])
-
-
 def combined(groups: Sequence[Sequence[Sequence[tuple[float, float]]]]) -> Interval | None:
-    """The plain mean of the groups' ratios (groups are tasks); clusters are drawn within their group."""
+    """Mean over groups (tasks) of Σ numerators / Σ denominators, with a percentile bootstrap.
+
+    Whole clusters are drawn (the questions of one text), each within its group. A mean is a ratio whose denominators are 1.
+    Groups whose denominators sum to 0 are left out; None where that leaves nothing.
+    """
     sums = [np.array([[sum(x for x, _ in c), sum(y for _, y in c)] for c in clusters], dtype=float) for clusters in groups]
     sums = [each for each in sums if len(each) and each[:, 1].sum() > 0]
     if not sums:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from keepkv.errors import InputError
 from keepkv.eval.records import Key, Record
-from keepkv.eval.statistics import Interval, combined, ranks, ratio
+from keepkv.eval.statistics import Interval, combined, ranks
 
 FILE = "summary.json"
 ALL = "all tasks"
@@ -166,9 +166,14 @@ def paired(cells: Sequence[Sequence[Record]], others: Sequence[Sequence[Record]]
     return combined(groups)
 
 
+def by_method(records: Iterable[Record]) -> dict[tuple[str, str, str], list[list[Record]]]:
+    """For every (model, method, budget) the records of each task and length."""
+    cells: dict[tuple[str, str, str], dict[tuple[str, int], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in sorted(records, key=lambda record: record.key):
+        cells[record.model, record.method, record.budget][record.task, record.length].append(record)
+    return {key: list(groups.values()) for key, groups in cells.items()}
+
+
 def write(folder: Path, summary: Summary) -> None:
     """summary.json in the run's folder."""
     (folder / FILE).write_text(summary.text(), encoding="utf-8")
-
-
-__all__ = ["ALL", "FULL", "Row", "Summary", "Versus", "paired", "ratio", "summarise", "write"]
