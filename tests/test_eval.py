@@ -99,8 +99,8 @@ def test_scores() -> None:
 
 ROWS = {
     "squad": {"data": [{"paragraphs": [
-        {"context": f"Mr Stone{i} lives in town {i}. " * 20, "qas": [{"question": f"Where is {i}?", "answers": [{"text": f"town {i}"}]}]}
-        for i in range(9)]}]},
+        {"context": f"Mr Stone{i} lives in town {i}. " * 20,
+         "qas": [{"question": f"Where is {i}?", "answers": [{"text": f"town {i}"}]}]} for i in range(9)]}]},
     "pairs": {"ordered_kv_records": [[f"k{i}", f"v{i}"] for i in range(9)], "key": "k3", "value": "v3"},
     "ruler": {"index": 0, "input": "Some text.\nMore text.\nWhat is the number? It is", "outputs": ["42"], "length": 9},
     "longbench": {"input": "Who?", "context": "Some text.", "answers": ["Ann"], "dataset": "hotpotqa", "length": 2},
@@ -147,13 +147,17 @@ def test_settings_are_toml_and_come_back(tmp_path: Path) -> None:
 
 def test_a_mean_lies_in_its_interval_as_often_as_it_should() -> None:
     rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        found = combined([[[(float(x), 1.0)] for x in rng.normal(0.3, 1, 30)]])
-        hits += found.low <= 0.3 <= found.high
-    assert 0.88 < hits / 200 < 0.99
+    for truth, texts, least in ((0.9, 6, 0.95), (0.6, 6, 0.93), (0.6, 40, 0.92)):
+        found = [combined([[[(float(x), 1.0)] for x in rng.random(texts) < truth] for _ in range(4)]) for _ in range(100)]
+        hits = sum(each.low <= truth <= each.high for each in found)
+        assert least <= hits / 100, (truth, texts)
+    wide = float(np.mean([each.high - each.low for each in found]))
+    assert wide < 0.2, "many texts give a narrow interval"
     doubled = combined([[[(x, 1.0), (x, 1.0)] for x in (0.0, 1.0, 0.0, 1.0)]])
     assert doubled == combined([[[(x, 1.0)] for x in (0.0, 1.0, 0.0, 1.0)]]), "questions of one text are drawn together"
+    (one, four, many) = (combined([[[(1.0, 1.0)]] * n]) for n in (1, 4, 40))
+    assert one.low < four.low < many.low < many.high == 1.0, "agreement of a few says little"
+    assert not combined([[[(0.5, 1.0)]]], (-1.0, 1.0)).apart, "one text ranks nobody"
     assert combined([[[(0.0, 0.0)]]]) is None
 
 

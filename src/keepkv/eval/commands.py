@@ -92,9 +92,9 @@ def evaluate(
         base = settings.load(config, base) if config else base
         given: dict[str, Any] = {
             "model": model, "tasks": _parts(tasks), "data": data, "methods": _parts(methods), "budgets": _parts(budgets),
-            "lengths": _numbers(lengths), "samples": samples, "by": by, "question_aware": question_aware, "reference": reference,
-            "chunk": chunk, "haystack": haystack, "max_new_tokens": max_new_tokens, "written": written, "dtype": dtype,
-            "seed": seed,
+            "lengths": _numbers(lengths), "samples": samples, "by": by, "question_aware": question_aware,
+            "reference": reference, "chunk": chunk, "haystack": haystack, "max_new_tokens": max_new_tokens,
+            "written": written, "dtype": dtype, "seed": seed,
         }  # fmt: skip
         if given["tasks"] == ["all"]:
             given["tasks"] = list(table.TASKS)
@@ -143,19 +143,20 @@ def report(
     """
     with bar("reading the records"):
         from keepkv.eval import config as settings
-        from keepkv.eval import figures, markdown, page, picture, records, summary
+        from keepkv.eval import figures, markdown, page, picture, records, summary, worst
+        from keepkv.figure import require
 
         found = [record for run in runs for record in records.load(run)]
         result = summary.summarise(found)
         target = out or runs[0]
         if png:
-            picture.require()
+            require()
         drawn = figures.all_of(found, result)
         told = {str(run): settings.written(settings.load(run / settings.FILE)) for run in runs}
         try:
             target.mkdir(parents=True, exist_ok=True)
             (target / "report.md").write_text(markdown.report(found, result, told), encoding="utf-8")
-            (target / "report.html").write_text(page.page(found, result, drawn, told), encoding="utf-8")
+            (target / "report.html").write_text(page.page(found, result, drawn, told, worst.texts_of(runs)), encoding="utf-8")
             if out is None and len(runs) == 1:
                 summary.write(target, result)
             if png:

@@ -77,7 +77,7 @@ def drifted(host: Host, sample: Sample) -> Opened:
             else write(model, ids, config.written, config.seed, live(host, method, budget, tokens))[0]
         )
         measures = {"kl": float(loss.mean()), "repetition": repetition(own[0].tolist())}
-        measures |= {f"kl-{WINDOW * (i + 1)}": float(part.mean()) for i, part in enumerate(loss.split(WINDOW))}
+        measures |= {f"kl-{WINDOW * (i + 1)}": float(part.mean()) for i, part in enumerate(torch.split(loss, WINDOW))}
         compress = cache.report().compress_seconds
         seconds = {"read": 0.0, "repeat": 0.0, "compress": compress, "answer": time.perf_counter() - start - compress}
         text = str(host.tokenizer.decode(own[0, :200], skip_special_tokens=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from itertools import islice
+from itertools import islice, pairwise
 
 from keepkv.eval.sample import Draw, Question, Sample, hide, put
 from keepkv.eval.scores import all_of, any_of
@@ -40,7 +40,7 @@ def _says(kind: str, key: str, value: str) -> str:
 
 
 def needles(draw: Draw, keys: int = 1, kind: str = "numbers") -> Sample:
-    """niah_single (one key, at a depth of the grid) and niah_multikey (at random depths; four of the keys are asked, one by one)."""
+    """niah_single (one key, at a depth of the grid), niah_multikey (at random depths; four of the keys asked, one by one)."""
     cities = draw.rng.sample(CITIES, keys)
     found = values(draw.rng, kind, keys + 3)
     said = [_says(kind, city, value) for city, value in zip(cities, found, strict=False)]
@@ -116,7 +116,7 @@ def facts(draw: Draw) -> Sample:
     said = drawn_facts(draw.rng)
     lines = draw.lines(*(sentence for sentence, _ in said))
     edges = [max(1, len(lines) * part // len(said)) for part in range(len(said) + 1)]
-    places = [draw.rng.randrange(lo, max(lo + 1, hi)) for lo, hi in zip(edges, edges[1:], strict=False)]
+    places = [draw.rng.randrange(lo, max(lo + 1, hi)) for lo, hi in pairwise(edges)]
     text = put(lines, [sentence for sentence, _ in said], places)
     questions = (
         Question(q.ask, q.expected, q.score, q.wrong, place / len(lines)) for (_, q), place in zip(said, places, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -23,11 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from keepkv import loading, methods
 from keepkv.errors import InputError
 from keepkv.eval import config as settings
-from keepkv.eval import haystack, records, table
+from keepkv.eval import haystack, readers, records, table
 from keepkv.eval.config import Config
 from keepkv.eval.measure import Host, Opened, Outcome
 from keepkv.eval.records import Key, Record
 from keepkv.eval.sample import Draw, Prose, Question, Sample, Task
+from keepkv.eval.worst import file_of
 
 Tell = Callable[[int, int, float], None]  # samples done, of how many, seconds left
 Variant = tuple[str, str]  # method, budget
@@ -52,7 +54,7 @@ def settled(config: Config) -> Config:
     """The settings with what its texts are, so that a run cannot be continued with others. Raises InputError."""
     config.check()
     table.chosen(config.tasks, config.data)
-    digests = tuple(hashlib.sha256(repr(table.readers.rows(place)).encode()).hexdigest()[:16] for place in config.data)
+    digests = tuple(hashlib.sha256(repr(readers.rows(place)).encode()).hexdigest()[:16] for place in config.data)
     return replace(config, haystack_digest=haystack.digest(config.haystack), data_digests=digests)
 
 
@@ -97,6 +99,7 @@ def run(folder: Path, config: Config, devices: Sequence[str], tell: Tell) -> Non
     Raises ModelError if the model cannot be loaded. What goes wrong with a sample is recorded as failed.
     """
     config, done = begin(folder, config)
+    keep_texts(folder, config)
     left = jobs(config, done)
     start, done_jobs = time.perf_counter(), []
 
@@ -129,6 +132,20 @@ def run(folder: Path, config: Config, devices: Sequence[str], tell: Tell) -> Non
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def keep_texts(folder: Path, config: Config) -> None:
+    """Writes the text of every sample into the run's folder, to look into and to check the records with."""
+    host = Host(None, loading.tokenizer(config.model), config)  # type: ignore[arg-type]
+    for job in jobs(config, []):
+        blank = Record(config.model, job.task, job.length, job.number, 0, "", "")
+        file = folder / file_of(blank)
+        if not file.exists():
+            with contextlib.suppress(Exception):  # what cannot be made is recorded as failed when it is its turn
+                sample = sampled(host, _tasks(config.tasks, config.data)[job.task], job.length, job.number)
+                told = [f"User: {user}\nAssistant: {answer}" for user, answer in sample.turns]
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(sample.text or "\n".join(told), encoding="utf-8")
 
 
 _host: list[Host] = []  # of a worker process

@@ -52,7 +52,8 @@ class Prose:
 
         Raises InputError if the prose is shorter than that: nothing is ever repeated to fill a text.
         """
-        start, out, have = rng.randrange(len(self.sentences)), [], 0
+        start, have = rng.randrange(len(self.sentences)), 0
+        out: list[str] = []
         for place in range(len(self.sentences)):
             if have >= tokens and len(out) > 1:
                 break

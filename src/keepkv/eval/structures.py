@@ -14,7 +14,8 @@ from keepkv.eval.scores import all_of, any_of, fields
 
 def pairs(draw: Draw) -> Sample:
     """UUID keys and values in one JSON object; four values asked (key-value retrieval, arXiv 2307.03172, section 3)."""
-    table, have = [], 0
+    table: list[tuple[str, str]] = []
+    have = 0
     while len(table) < 4 or have < draw.tokens:
         table.append((value(draw.rng, "uuids"), value(draw.rng, "uuids")))
         have += draw.prose.count(_line(*table[-1]))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import statistics as plain
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from keepkv.errors import InputError
 from keepkv.eval.records import Key, Record
-from keepkv.eval.statistics import Interval, combined, ranks
+from keepkv.eval.statistics import DIFFERENCE, Interval, combined, ranks
 
 FILE = "summary.json"
 ALL = "all tasks"
 FULL = "full"
+Pair = Callable[[Record, Record], tuple[float, float]]
 Pairs = dict[int, list[tuple[float, float]]]  # of every sample: numerator and denominator of every question
 
 
@@ -105,8 +106,8 @@ def _row(
     every = [record for cell in cells for record in cell]
     whole = [record for record in every if not record.failed]
 
-    def over(pair: object) -> Interval | None:
-        return combined([list(_by_sample(cell, full, pair).values()) for cell in cells])  # type: ignore[arg-type]
+    def over(pair: Pair, limits: tuple[float, float] = (0.0, 1.0)) -> Interval | None:
+        return combined([list(_by_sample(cell, full, pair).values()) for cell in cells], limits)
 
     truths = [full[_asked(record)] for record in every if _asked(record) in full]
     losses = [
@@ -119,7 +120,7 @@ def _row(
         model, task, length, budget, method, len({record.key._replace(question=0) for record in every}), len(every),
         len(every) - len(whole), over(lambda r, t: (r.score, 1.0)),
         round(plain.fmean(truth.score for truth in truths), 6) if truths else 0.0,
-        over(lambda r, t: (min(r.score, t.score), t.score)), over(lambda r, t: (r.score - t.score, 1.0)),
+        over(lambda r, t: (min(r.score, t.score), t.score)), over(lambda r, t: (r.score - t.score, 1.0), DIFFERENCE),
         round(plain.fmean(losses), 6) if losses else None,
         round(plain.fmean(record.kv_bytes for record in whole)) if whole else 0,
         round(plain.fmean(record.kv_bytes / max(1, record.kv_bytes_full) for record in whole), 6) if whole else 0.0,
@@ -127,13 +128,13 @@ def _row(
     )  # fmt: skip
 
 
-def _by_sample(cell: Sequence[Record], full: dict[Key, Record], pair: object) -> Pairs:
+def _by_sample(cell: Sequence[Record], full: dict[Key, Record], pair: Pair) -> Pairs:
     """Numerators and denominators of every question that the full cache was asked too."""
     out: Pairs = defaultdict(list)
     for record in cell:
         truth = full.get(_asked(record))
         if truth is not None and not truth.failed:
-            out[record.sample].append(pair(record, truth))  # type: ignore[operator]
+            out[record.sample].append(pair(record, truth))
     return out
 
 
@@ -163,7 +164,7 @@ def paired(cells: Sequence[Sequence[Record]], others: Sequence[Sequence[Record]]
                     )
                 clusters[record.sample].append((record.score - other.score, 1.0))
         groups.append(list(clusters.values()))
-    return combined(groups)
+    return combined(groups, DIFFERENCE)
 
 
 def by_method(records: Iterable[Record]) -> dict[tuple[str, str, str], list[list[Record]]]:

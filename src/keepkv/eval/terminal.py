@@ -9,17 +9,20 @@ from rich.table import Table
 from keepkv.console import out, size
 from keepkv.eval.summary import ALL, FULL, Row, Summary
 
+COLUMNS = ("model", "budget", "method", "rank", "score", "retained", "to full", "kept", "of full", "asked", "failed")
+
 
 def show(result: Summary) -> None:
     """One line per budget and method over all tasks, then what is apart."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("model", "budget", "method"):
-        table.add_column(name, no_wrap=True)
-    for name in ("rank", "score", "retained", "to full", "kept", "of full", "questions", "failed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    several = len({row.model for row in result.rows}) > 1
+    shown = [(name, i) for i, name in enumerate(COLUMNS) if name != "score" and (name != "model" or several)]
+    for name, i in shown:
+        table.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
     for row in result.rows:
         if row.task == ALL:
-            table.add_row(*cells(row))
+            words = cells(row)
+            table.add_row(*(words[i] for _, i in shown))
     out.print(table)
     for versus in result.versus:
         if versus.budget != "100%":
