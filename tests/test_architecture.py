@@ -77,7 +77,7 @@ ALLOWED = {
     "cli": ({"torch", "transformers", "rich", "typer"}, CORE | HOST | OUTSIDE | {"eval"}),
     "eval.config": ({"tomli"}, CORE),
     "eval.readers": ({"datasets"}, CORE | EVAL),
-    "eval.harness": ({"torch", "transformers", "lm_eval"}, CORE | HOST | OUTSIDE | EVAL),
+    "eval.harness": ({"torch", "transformers", "lm_eval", "tqdm"}, CORE | HOST | OUTSIDE | EVAL),
 }
 
 

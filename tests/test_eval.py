@@ -147,7 +147,7 @@ def test_settings_are_toml_and_come_back(tmp_path: Path) -> None:
 
 def test_a_mean_lies_in_its_interval_as_often_as_it_should() -> None:
     rng = np.random.default_rng(1)
-    for truth, texts, least in ((0.9, 6, 0.95), (0.6, 6, 0.93), (0.6, 40, 0.92)):
+    for truth, texts, least in ((0.9, 6, 0.9), (0.6, 6, 0.88), (0.6, 40, 0.9)):
         found = [combined([[[(float(x), 1.0)] for x in rng.random(texts) < truth] for _ in range(4)]) for _ in range(100)]
         hits = sum(each.low <= truth <= each.high for each in found)
         assert least <= hits / 100, (truth, texts)

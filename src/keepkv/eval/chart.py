@@ -14,9 +14,9 @@ COLOURS = 8  # of the page: --c0 to --c7
 
 
 def order(names: Sequence[str]) -> dict[str, int]:
-    """A colour for every name: keepkv's rows first."""
-    ranked = sorted(dict.fromkeys(names), key=lambda name: (name != "full", not name.startswith("keepkv"), name))
-    return {name: i % COLOURS for i, name in enumerate(ranked)}
+    """A colour for every name, the same in all figures: 0 for the full cache, 1 for keepkv, then by name."""
+    ranked = sorted({*names, "full"}, key=lambda name: (name != "full", name.split(",")[0] != "keepkv", name))
+    return {name: i and 1 + (i - 1) % (COLOURS - 1) for i, name in enumerate(ranked) if name in names}
 
 
 def draw(figure: Figure) -> str:
@@ -52,7 +52,7 @@ def _curves(figure: Curves) -> str:
             parts.append(f'<text x="{last:.1f}" y="{bottom + 16}" text-anchor="middle">{name}</text>')
     colours, marks = order(list(figure.series)), len(figure.series)
     for nth, (name, series) in enumerate(figure.series.items()):
-        shift = 2.5 * (nth - (marks - 1) / 2) if marks > 1 else 0.0  # so that intervals do not cover each other
+        shift = 4.0 * (nth - (marks - 1) / 2) if marks > 1 else 0.0  # so that intervals do not cover each other
         ink = f"c{colours[name]}"
         line = " ".join(f"{x(p.x) + shift:.1f},{y(p.y):.1f}" for p in series)
         parts.append(f'<polyline class="line {ink}" points="{line}"/>')

@@ -12,21 +12,9 @@ from keepkv.eval.terminal import cells
 from keepkv.eval.worst import SHOWN, file_of, worst
 
 HEAD = (
-    "model",
-    "task",
-    "tokens",
-    "budget",
-    "method",
-    "rank",
-    "score",
-    "retained",
-    "to full",
-    "kept",
-    "of full",
-    "questions",
-    "failed",
+    "model", "task", "tokens", "budget", "method", "rank", "score", "retained", "to full", "kept", "of full", "asked", "failed",
     "KL",
-)
+)  # fmt: skip
 
 
 def report(records: Sequence[Record], summary: Summary, settings: Mapping[str, str]) -> str:
@@ -36,10 +24,10 @@ def report(records: Sequence[Record], summary: Summary, settings: Mapping[str, s
         "# Evaluation\n\nRetained: what is left of the full cache's scores, Σ min(score, full's) / Σ full's. Of full: bytes "
         "really stored, as a share of the full cache's. In brackets: 95% bootstrap intervals over texts. What failed counts "
         "as wrong. Rank: one more than the number of methods that are better beyond the interval of the paired difference.",
-        f"## Over all tasks\n\n{_table(HEAD, table_rows(overall))}",
+        f"## Over all tasks\n\n{_table(*informing(HEAD, table_rows(overall)))}",
         "\n".join(f"* {line}" for line in versus_lines(summary)),
         f"## Retained per task\n\n{retained(summary)}",
-        f"## All numbers\n\n{_table(HEAD, table_rows(tasks))}",
+        f"## All numbers\n\n{_table(*informing(HEAD, table_rows(tasks)))}",
         f"## Seconds\n\nMeans over texts; they depend on the machine and on what else it did.\n\n{_seconds(records)}",
         f"## Worst answers\n\n{SHOWN}\n\n{_worst(records)}",
         *(f"## Settings: {name}\n\n```toml\n{text}```" for name, text in settings.items()),
@@ -57,6 +45,15 @@ def table_rows(rows: Sequence[Row]) -> list[list[str]]:
         if row.task != ALL:
             out[-1][5] = ""  # ranks are over all tasks
     return out
+
+
+def informing(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The table without columns that are empty, and without the model or the task where there is only one."""
+    keep = [
+        i for i, name in enumerate(head)
+        if any(row[i] for row in rows) and not (name in ("model", "task") and len({row[i] for row in rows}) == 1)
+    ]  # fmt: skip
+    return [head[i] for i in keep], [[row[i] for i in keep] for row in rows]
 
 
 def retained(summary: Summary) -> str:
@@ -80,8 +77,7 @@ def retained(summary: Summary) -> str:
             )
         lines.append(line)
     head = ["model", "task", "tokens", "full's score", *(f"{method}, {budget}" for budget, method in columns)]
-    keep = [i for i, name in enumerate(head) if not (name == "model" and len({line[0] for line in lines}) == 1)]
-    return _table([head[i] for i in keep], [[line[i] for i in keep] for line in lines])
+    return _table(*informing(head, lines))
 
 
 def _size(budget: str) -> tuple[bool, float]:

@@ -8,9 +8,9 @@ from html import escape
 
 from keepkv.eval import chart
 from keepkv.eval.figures import Figure, Heat
-from keepkv.eval.markdown import HEAD, table_rows, versus_lines
+from keepkv.eval.markdown import HEAD, informing, table_rows, versus_lines
 from keepkv.eval.records import Record
-from keepkv.eval.summary import ALL, Summary
+from keepkv.eval.summary import ALL, Row, Summary
 from keepkv.eval.worst import SHOWN, Texts, worst
 
 LONGEST = 20_000  # letters of a text that are shown
@@ -64,7 +64,8 @@ def page(
         f"<h1>What is left of {escape(models)}’s answers</h1>"
         f"<p class=soft>{samples:,} texts, {len(records):,} answers, {failed:,} failed (and count as wrong). "
         "<em>Retained</em>: what is left of the full cache’s scores, Σ min(score, full’s) / Σ full’s. "
-        "<em>Of full</em>: bytes really stored, as a share of the full cache’s. In brackets: 95% bootstrap intervals over texts.</p>"
+        "<em>Of full</em>: bytes really stored, as a share of the full cache’s. In brackets: 95% bootstrap "
+        "intervals over texts.</p>"
         f"<h2>Over all tasks</h2>{_table([row for row in summary.rows if row.task == ALL])}"
         f"{''.join(f'<p class=soft>{escape(line)}</p>' for line in versus_lines(summary))}"
         f"<h2>Figures</h2><div class=figures>{''.join(map(_figure, others))}</div>"
@@ -103,9 +104,10 @@ def _figure(figure: Figure) -> str:
     return f'<figure id="{escape(figure.key)}"><h3>{escape(figure.title)}</h3>{chart.draw(figure)}{caption}</figure>'
 
 
-def _table(rows: Sequence[object]) -> str:
-    cells = ["".join(f"<th>{escape(name)}</th>" for name in HEAD)]
-    cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table_rows(rows)]  # type: ignore[arg-type]
+def _table(rows: Sequence[Row]) -> str:
+    head, words = informing(HEAD, table_rows(rows))
+    cells = ["".join(f"<th>{escape(name)}</th>" for name in head)]
+    cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in words]
     return f"<div class=scroll tabindex=0><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table></div>"
 
 
