@@ -44,7 +44,7 @@ def test_the_full_cache_is_the_harness_own_model_and_a_budget_is_kept(folder: st
     from keepkv.eval.harness import KeepKV
 
     file = tmp_path / "rows.jsonl"
-    rows = [{"text": QUESTION.format(color), "answer": color} for color in ("red", "blue", "green")]
+    rows = [{"text": QUESTION.replace("{}", color), "answer": color} for color in ("red", "blue", "green")]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("choice", CHOICE), ("write", WRITE)):
         (tmp_path / f"{name}.yaml").write_text(text.format(file=file))
