@@ -45,15 +45,18 @@ def save(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
 def _curves(axes: Any, figure: Curves) -> None:
     colours = order(list(figure.series))
-    for name, points in figure.series.items():
-        x, y = [p.x for p in points], [p.y for p in points]
+    for nth, (name, points) in enumerate(figure.series.items()):
+        aside = 1.012 ** (nth - (len(figure.series) - 1) / 2)  # so that intervals do not cover each other
+        x, y = [p.x * aside for p in points], [p.y for p in points]
         spread = [[p.y - p.low for p in points], [p.high - p.y for p in points]]
         axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, lw=1.2, color=INKS[colours[name]], label=name)
     axes.set(xscale="log", xlabel=figure.x, ylabel=figure.y, ylim=(0, 1.03) if figure.percent else (0, None))
     ticks = sorted({p.x for points in figure.series.values() for p in points})
     apart = [x for i, x in enumerate(ticks) if i == 0 or x > 1.15 * ticks[i - 1]]
-    axes.set_xticks(apart, [f"{x:.3g}" if not figure.percent else f"{100 * x:.3g}%" for x in apart])
+    axes.set_xticks(apart, [f"{x:,.0f}" if not figure.percent else f"{100 * x:.3g}%" for x in apart])
     axes.minorticks_off()
+    if len(apart) == 1:
+        axes.set_xlim(apart[0] / 1.5, apart[0] * 1.5)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
 
