@@ -2,6 +2,8 @@
 # make test    the tests
 # make check   lint and types
 # make test-min  the tests with the oldest transformers that is supported
+# make eval    the evaluation whose table is in the README, into runs/eval-full (about fifteen minutes on a quiet core)
+# make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
 # make bench   speed on this machine
 # make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
 #
@@ -18,7 +20,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test check test-min bench bench-gpu clean
+.PHONY: help demo test check test-min eval eval-quick bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -56,6 +58,15 @@ check: .venv/ready
 
 test-min: .venv-min/ready
 	@.venv-min/bin/python -m pytest
+
+eval: .venv/ready
+	@.venv/bin/keepkv eval runs/eval-full --config benchmarks/eval/full.toml
+	@.venv/bin/keepkv report runs/eval-full --png
+
+eval-quick: .venv/ready
+	@rm -rf runs/eval-quick
+	@OMP_NUM_THREADS=1 .venv/bin/keepkv eval runs/eval-quick --config benchmarks/eval/quick.toml --workers 2
+	@.venv/bin/keepkv report runs/eval-quick --against benchmarks/results/eval-quick
 
 bench: .venv/ready
 	@.venv/bin/python benchmarks/cpu.py

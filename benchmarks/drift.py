@@ -14,47 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.functional import kl_div
-from transformers import DynamicCache
-
 from keepkv import KeepCache, loading
-
-STEP = 32  # tokens fed at once
-WINDOW = 500
-
-
-@torch.inference_mode()
-def write(model: Any, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the full cache writes, [1, tokens], and its log-probabilities, [tokens, vocabulary] float16."""
-    torch.manual_seed(0)
-    cache, words, found = DynamicCache(config=model.config), [], []
-    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-    for _ in range(tokens):
-        chances = logits[0, -1].float().log_softmax(-1)
-        found.append(chances.half())
-        words.append(torch.multinomial((chances / 0.8).softmax(-1), 1))
-        logits = model(words[-1][None], past_key_values=cache).logits
-    return torch.cat(words)[None], torch.stack(found)
-
-
-@torch.inference_mode()
-def follow(model: Any, ids: torch.Tensor, words: torch.Tensor, truth: torch.Tensor, cache: KeepCache) -> dict[str, Any]:
-    """Mean KL per window of what was written, and what compressing cost."""
-    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0]
-    loss = []
-    for lo in range(0, words.shape[1], STEP):
-        fed = words[:, lo : lo + STEP]
-        made = model(fed, past_key_values=cache).logits[0]
-        ours = torch.cat([logits, made[:-1]]).float().log_softmax(-1)
-        loss.append(kl_div(ours, truth[lo : lo + len(ours)].float(), reduction="none", log_target=True).sum(-1))
-        logits = made[-1:]
-    report, kl = cache.report(), torch.cat(loss)
-    return {
-        "kl": [float(part.mean()) for part in kl.split(WINDOW)], "compressions": report.compressions,
-        "compress_seconds": report.compress_seconds, "longest_pause": report.longest_pause, "kv_bytes": report.kv_bytes,
-        "backing_bytes": report.backing_bytes,
-    }  # fmt: skip
+from keepkv.eval.drift import WINDOW, follow, write
 
 
 def main() -> None:
@@ -75,7 +36,13 @@ def main() -> None:
     for method in args.methods.split(","):
         for name, options in (("folds", {}), ("refresh", {"backing": "cpu", "refresh": args.refresh})):
             cache = KeepCache(model, args.budget, method, period=args.period, **options)
-            found = result[f"{method}, {name}"] = follow(model, ids, words, truth, cache)
+            loss, _ = follow(model, ids, words, truth, cache)
+            report = cache.report()
+            found = result[f"{method}, {name}"] = {
+                "kl": [float(part.mean()) for part in loss.split(WINDOW)], "compressions": report.compressions,
+                "compress_seconds": report.compress_seconds, "longest_pause": report.longest_pause,
+                "kv_bytes": report.kv_bytes, "backing_bytes": report.backing_bytes,
+            }  # fmt: skip
             curve = " ".join(f"{kl:.4f}" for kl in found["kl"])
             print(f"{method:8} {name:8} KL {curve}  compressing {found['compress_seconds']:.0f} s", flush=True)
     if args.output:

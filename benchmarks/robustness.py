@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def kill(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
         child = os.fork()
         if not child:
             os.close(read)
-            _work(folder, model, tokenizer, turn, lambda line: os.write(write, f"{line}\n".encode()))
+            _work(folder, model, tokenizer, turn, write)
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as told:
@@ -116,7 +115,10 @@ def kill(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
             "broken": {k: v for k, v in broken.items() if v}}  # fmt: skip
 
 
-def _work(folder: Path, model: Any, tokenizer: Any, turn: int, tell: Callable[[str], object]) -> None:
+def _work(folder: Path, model: Any, tokenizer: Any, turn: int, pipe: int) -> None:
+    def tell(line: str) -> None:
+        os.write(pipe, f"{line}\n".encode())
+
     rng = random.Random(turn)
     store = Store(folder / "store")
     shelf = store.for_model(model, tokenizer)
@@ -252,6 +254,7 @@ def first_token(model: Any, tokenizer: Any, file: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # before any work: processes are forked
     torch.set_grad_enabled(False)
     what, how = sys.argv[1:]
     model, tokenizer = loading.load()

@@ -12,6 +12,7 @@ import typer
 
 from keepkv.budget import TOLERANCE
 from keepkv.errors import InputError, KeepKVError
+from keepkv.eval import commands
 from keepkv.files import commands as files
 from keepkv.files.names import split
 from keepkv.options import (
@@ -304,6 +305,10 @@ def methods(
         console.show_pages([manual.page(method) for method in table])
     else:
         console.show_methods()
+
+
+app.command("eval")(commands.evaluate)
+app.command("report")(commands.report)
 
 
 def main() -> None:

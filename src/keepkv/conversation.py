@@ -53,7 +53,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.ids = torch.empty(1, 0, dtype=torch.int64, device=model.device)  # all that was said, in tokens
         self._before: tuple[KeepCache, Tensor] | None = None
-        self._head, self._between, self._after = _pieces(tokenizer, system)
+        self._head, self._between, self._after = pieces(tokenizer, system)
 
     @torch.no_grad()
     def say(
@@ -155,7 +155,7 @@ class Conversation:
         self.cache.reset()
         try:
             self.system = system
-            self._head, self._between, self._after = _pieces(self.tokenizer, system)
+            self._head, self._between, self._after = pieces(self.tokenizer, system)
             self._read(tokens[:, :-1].to(self.model.device), phase("reading the conversation"))
         except BaseException:
             self.cache, self.ids, self.turns, self.system, self._head, self._between, self._after = old
@@ -163,7 +163,7 @@ class Conversation:
         self.ids, self.turns, self._before = tokens.to(self.model.device), turns, None
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[str, str, str]:
+def pieces(tokenizer: PreTrainedTokenizerBase, system: str = "") -> tuple[str, str, str]:
     """What stands before the first user's text, between an answer and the next one's, and between text and answer."""
     if not tokenizer.chat_template:
         return f"{system}\n\nQuestion: ".lstrip() if system else "Question: ", "\n\nQuestion: ", "\nAnswer:"

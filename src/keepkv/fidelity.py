@@ -92,13 +92,13 @@ def measure(
     for stretch in stretches.to(model.device):
         context, future = stretch[None, :-continuation], stretch[None, -continuation:]
         once = read(model, context, table, seed=seed, reference=reference)
-        full = _log_probs(model, once.cache.fork().compress("100%"), future)
+        full = log_probs(model, once.cache.fork().compress("100%"), future)
         tick(done := done + 1)
         for budget in budgets:
             for method in table:
                 cache = once.of(method).compress(budget, method)
                 rows.setdefault((method.name, budget), []).append(
-                    _compare(full, _log_probs(model, cache, future), future[0, 1:], cache, once)
+                    compare(full, log_probs(model, cache, future), future[0, 1:], cache, once)
                 )
                 tick(done := done + 1)
     size = stretches.shape[1] - continuation
@@ -118,13 +118,13 @@ class _Sample:
     error: float
 
 
-def _log_probs(model: PreTrainedModel, cache: KeepCache, future: Tensor) -> Tensor:
+def log_probs(model: PreTrainedModel, cache: KeepCache, future: Tensor) -> Tensor:
     """Log-probabilities [n-1, vocabulary], float32, of what follows each of the n tokens but the last."""
     logits: Tensor = model(future, past_key_values=cache.fork()).logits
     return logits[0, :-1].float().log_softmax(-1)
 
 
-def _compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, once: Reading) -> _Sample:
+def compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, once: Reading) -> _Sample:
     report = cache.report()
     return _Sample(
         delta_nll=float(cross_entropy(ours, truth) - cross_entropy(full, truth)),

@@ -42,6 +42,15 @@ def load(
     return model, tokenizer
 
 
+def tokenizer(name: str = embedded.NAME) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone. Raises ModelError."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(embedded.path()) if name == embedded.NAME else name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_why(name, error)) from error
+    return found
+
+
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """transformers' own progress bars off, and on again if they were: ours is on the screen."""

@@ -26,6 +26,10 @@ class Bar:
         """Phases whose titles begin with that."""
         return lambda title: self.phase(before + title)
 
+    def title(self, title: str) -> None:
+        """Says something else about the same phase."""
+        self._progress.update(self._task, description=title)
+
     def hide(self) -> None:
         """Makes room for other output, for good."""
         self._progress.stop()

@@ -1,0 +1,1 @@
+"""The evaluation: tasks, runs that can be resumed, statistics over pairs, and reports. `keepkv eval` and `keepkv report`."""
