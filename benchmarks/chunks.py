@@ -94,6 +94,8 @@ def main() -> None:
         records += asked(
             model, tokenizer, [exact[i] for i in sample], [compact[i] for i in sample], question, answer, number, args
         )
+        if args.json:
+            args.json.write_text(json.dumps(summed(records, args), indent=1) + "\n")
     print("| variant | KL | answer's loss | top-1 | first token, s | cache, MB | read again |\n|---|---|---|---|---|---|---|")
     for name, row in summed(records, args)["rows"].items():
         cells = [f"{row[key][0]:.3f} [{row[key][1]:.3f}, {row[key][2]:.3f}]" for key in ("kl", "loss", "top1")]
