@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=6)
     parser.add_argument("--words", type=int, default=260)
     parser.add_argument("--pool", type=int, default=40, help="documents to draw from")
-    parser.add_argument("--budget", default="10%")
+    parser.add_argument("--budgets", nargs="+", default=["10%", "25%"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -80,20 +80,20 @@ def main() -> None:
     model, tokenizer = loading.load(args.model)
     rng = random.Random(args.seed)
     found = passages(json.loads(args.data.read_text()), args.words)[: args.pool]
-    exact, compact = [], []
+    exact, compact = [], {budget: [] for budget in args.budgets}
     for text, _ in track(found, description="compiling"):
         exact.append(compile_text(model, tokenizer, text, Recipe("100%", "full")))
-        made = compile_text(model, tokenizer, text, Recipe(args.budget, exact=False))
-        layers = exact[-1].cache.keep_layers
-        compact.append(_with_exact(made, layers))
+        for budget, made in compact.items():
+            made.append(_with_exact(compile_text(model, tokenizer, text, Recipe(budget)), exact[-1].cache.keep_layers))
     records: list[dict[str, Any]] = []
     for number in track(range(args.samples), description="asking"):
         sample = rng.sample(range(len(found)), args.documents)
         question, answer = rng.choice(found[sample[0]][1])
         rng.shuffle(sample)
         records += asked(
-            model, tokenizer, [exact[i] for i in sample], [compact[i] for i in sample], question, answer, number, args
-        )
+            model, tokenizer, [exact[i] for i in sample], {name: [made[i] for i in sample] for name, made in compact.items()},
+            question, answer, number,
+        )  # fmt: skip
         if args.json:
             args.json.write_text(json.dumps(summed(records, args), indent=1) + "\n")
     print("| variant | KL | answer's loss | top-1 | first token, s | cache, MB | read again |\n|---|---|---|---|---|---|---|")
@@ -118,14 +118,14 @@ def summed(records: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
         }
     return {
         "samples": len({record["sample"] for record in records}), "documents": args.documents, "model": args.model,
-        "tokens": statistics.fmean(record["tokens"] for record in records), "budget": args.budget, "machine": timing.machine(),
+        "tokens": statistics.fmean(record["tokens"] for record in records), "budgets": args.budgets, "machine": timing.machine(),
         "rows": rows, "records": records,
     }  # fmt: skip
 
 
 def asked(
-    model: Any, tokenizer: Any, exact: list[Document], compact: list[Document], question: str, answer: str, number: int,
-    args: argparse.Namespace,
+    model: Any, tokenizer: Any, exact: list[Document], compact: dict[str, list[Document]], question: str, answer: str,
+    number: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One record per variant for one prompt."""
     asks = exact[0].question(tokenizer, question)
@@ -157,10 +157,9 @@ def asked(
         len(craft.best(crafts[i], keys[: i + 1]).chosen(keys[: i + 1])) / exact[i + 1].tokens for i in range(len(exact) - 1)
     ]
     ways["Cache-Craft"] = lambda: joined(model, exact, 1.0, crafts=crafts, keys=keys).cache, statistics.fmean(chosen)
-    name = f"keepkv {args.budget}"
-    ways[f"{name}, joined"] = lambda: joined(model, compact).cache, 0.0
-    for share in (0.05, 0.15, 0.3):
-        ways[f"{name}, joined, {share:.0%} repaired"] = lambda share=share: joined(model, compact, share).cache, share
+    for budget, made in compact.items():
+        ways[f"keepkv {budget}, joined"] = lambda made=made: joined(model, made).cache, 0.0
+        ways[f"keepkv {budget}, joined, 15% repaired"] = lambda made=made: joined(model, made, 0.15).cache, 0.15
     order = [*ways]
     random.Random(number).shuffle(order)
     for way in order:
@@ -171,7 +170,8 @@ def asked(
         held = cache.report().kv_bytes
         told, seconds = chances(model, cache, asks, right)
         variants[way] = told, built + seconds, held, again
-    once = KeepCache(model, args.budget, auto=False)  # the same prompt read together and then compressed
+    budget, name = next(iter(compact)), f"keepkv {next(iter(compact))}"
+    once = KeepCache(model, budget, auto=False)  # the same prompt read together and then compressed
     start = time.perf_counter()
     model(whole, past_key_values=once, logits_to_keep=1)
     once.rehearse(model, whole, asked_for(tokenizer, REPEAT, exact[0].after)).compress()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -11,9 +13,10 @@ from keepkv import KeepCache
 from keepkv.chunks import craft
 from keepkv.chunks.blend import Text, deviation, fresh, renew
 from keepkv.chunks.documents import joined
-from keepkv.chunks.join import join
+from keepkv.chunks.join import join, with_lead
 from keepkv.errors import InputError
 from keepkv.files.documents import Document
+from keepkv.types import Slots
 
 LEAD = 5
 LENGTHS = (40, 33, 37)
@@ -88,10 +91,28 @@ def test_compressed_texts_keep_their_votes_and_attend_as_one_softmax(method: str
     for layer, *old in zip(cache.keep_layers, *(part.keep_layers for part in parts), strict=True):
         positions = torch.split(layer.slots.positions, layer.slots.counts)
         assert all(bool((p.diff() > 0).all()) for p in positions)
-        kept = [o.slots.bias[o.slots.positions >= (LEAD if n else 0)] for n, o in enumerate(old)]
-        assert torch.equal(layer.slots.bias.sort().values, torch.cat(kept).sort().values)
+        kept = [o.slots.bias[o.slots.positions >= LEAD] for o in old]
+        assert torch.equal(layer.slots.bias[layer.slots.positions >= LEAD].sort().values, torch.cat(kept).sort().values)
     assert cache.report().tokens == (sum(LENGTHS) - 2 * LEAD,)
-    assert sum(cache.report().kept[0][0]) == sum(sum(part.report().kept[0][0]) for part in parts)
+
+
+def test_the_lead_counts_once_and_its_votes_add_up() -> None:
+    """Two slots of one key, p and q votes, one of each its own token: to any query one slot of p + q - 1 votes."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(7, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    first = Slots(keys[:5], values[:5], torch.tensor([3.0, 0.5, 0, 1, 0]), torch.tensor([0, 2, 7, 3, 9]).int(), (0, 3, 5))
+    lead_keys = torch.cat([keys[:1], keys[5:6], keys[6:]])  # position 0 in both, 1 and 2 only in the other text
+    lead = Slots(lead_keys, values[4:], torch.tensor([2.0, 0.7, -1.0]), torch.tensor([0, 1, 2]).int(), (0, 2, 3))
+    made = with_lead(first, lead)
+    assert made.counts == [4, 3]
+    assert made.positions.tolist() == [0, 1, 2, 7, 2, 3, 9]
+    votes = made.bias.double().exp()
+    assert votes[0] == pytest.approx(math.exp(3) + math.exp(2) - 1, rel=1e-6)
+    mean = (math.exp(3) * values[0] + (math.exp(2) - 1) * values[4]) / (math.exp(3) + math.exp(2) - 1)
+    assert torch.allclose(made.values[0], mean)
+    assert torch.equal(made.values[1], values[5])
+    assert torch.equal(made.bias[[1, 2, 3, 4]], torch.tensor([0.7, 0.5, 0, -1.0]))
+    assert with_lead(first, None) is first
 
 
 def test_one_document_joined_is_itself(family: str) -> None:
@@ -191,7 +212,7 @@ def test_slots_of_repaired_tokens_take_the_fresh_key_and_the_change_of_the_value
     for index, (a, b) in enumerate(zip(plain.keep_layers, mended.keep_layers, strict=True)):
         assert torch.equal(a.slots.positions, b.slots.positions)
         assert torch.equal(a.slots.bias, b.slots.bias)
-        earlier = a.slots.positions < LENGTHS[0]
+        earlier = (a.slots.positions < LENGTHS[0]) & (a.slots.positions >= LEAD)
         assert torch.equal(a.slots.keys[earlier], b.slots.keys[earlier])
         moved = (a.slots.values != b.slots.values).any(1)
         inside += int(moved.sum())

@@ -245,11 +245,13 @@ def test_the_commands_of_the_readme_exist(monkeypatch, capsys) -> None:
         assert all(word in helped for word in words if word.startswith("--")), words
 
 
-def test_the_python_of_the_readme_runs(folder: str, capsys) -> None:
+def test_the_python_of_the_readme_runs(folder: str, capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     code = "\n".join(blocks).replace("your/model", folder).replace("max_new_tokens=100", "max_new_tokens=2")
-    exec(code, {"long_text": TEXT})
+    exec(code, {"long_text": TEXT, "text": TEXT})
     assert "Report(method='keepkv', budget='0.1'" in capsys.readouterr().out
 
 

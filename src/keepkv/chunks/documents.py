@@ -13,7 +13,7 @@ from keepkv import hosts
 from keepkv.cache import KeepCache
 from keepkv.chunks import craft
 from keepkv.chunks.blend import Renewed, Text, Variant, renew
-from keepkv.chunks.join import Part, check, join, moved, placed, slots_of, stacked
+from keepkv.chunks.join import Part, check, join, leading, moved, placed, slots_of, stacked, with_lead
 from keepkv.compress import Progress
 from keepkv.errors import InputError
 from keepkv.files.documents import Document, Exact
@@ -94,7 +94,7 @@ def _appended(
             layer.keys, layer.values = torch.cat([layer.keys, new_keys], 2), torch.cat([layer.values, new_values], 2)
         else:
             start = layer.seen
-            before = slots_of(layer, Part(cache, 0, 0), inv_freq)
+            before = with_lead(slots_of(layer, Part(cache, 0, 0), inv_freq), leading(own, place))
             slots = slots_of(own, place, inv_freq)
             slots = _mended(slots, tokens + start, keys[0], values[0] - old_values[0][:, tokens])
             layer.slots = stacked([before, slots])

@@ -2,7 +2,7 @@
 
 A key at position p that moves to p + s turns by R(s): exact, since R(p + s) = R(s) R(p). Votes and values stay: a slot is to a
 later query what it was, at the distance it has now. What the chat template puts before every text is kept once, with the
-attention sinks among it.
+attention sinks among it, and with the votes that they have from every text (`with_lead`).
 """
 
 from __future__ import annotations
@@ -86,6 +86,48 @@ def moved(keys: Tensor, shift: int, inv_freq: Tensor) -> Tensor:
     return rotate(wide, torch.full((keys.shape[-2],), shift, device=keys.device), inv_freq.to(keys.device)).to(keys.dtype)
 
 
+def leading(layer: KeepLayer, part: Part) -> Slots | None:
+    """The slots of a text's lead, which stays where it is; None where nothing is compressed or the lead is kept."""
+    if layer.slots is None or not part.lead:
+        return None
+    own = layer.slots.read()
+    counts = [int((positions < part.lead).sum()) for positions in torch.split(own.positions, own.counts)]
+    stay = own.positions < part.lead
+    return Slots(own.keys[stay], own.values[stay], own.bias[stay], own.positions[stay], (0, *accumulate(counts)))
+
+
+def with_lead(first: Slots, lead: Slots | None) -> Slots:
+    """The first text's slots with what another text's lead stood for beside itself.
+
+    The lead's tokens are the same in both and count once; but a slot of p votes stands for p - 1 tokens' worth of attention to
+    the other text too, and attention sinks have taken over much of it. So votes add up, p_1 + max(p_2 - 1, 0), and values are
+    their means, weighted by votes; what has a slot in the other text only gets one.
+    """
+    if lead is None or not len(lead.bias):
+        return first
+    heads = []
+    for one, two in zip(_heads(first), _heads(lead), strict=True):
+        more = (two[2].double().exp() - 1).clamp(min=0)
+        same = one[3][:, None] == two[3]
+        votes = one[2].double().exp()
+        added = same.double() @ more
+        total = votes + added
+        values = (votes[:, None] * one[1].double() + same.double() @ (more[:, None] * two[1].double())) / total[:, None]
+        hit = (added > 0)[:, None]
+        mixed = (one[0], torch.where(hit, values.to(one[1].dtype), one[1]), torch.where(hit[:, 0], total.log().float(), one[2]))
+        alone = ~same.any(0)
+        parts = [torch.cat([a, b[alone]]) for a, b in zip((*mixed, one[3]), two, strict=True)]
+        order = parts[3].argsort(stable=True)
+        keys, values, bias, positions = (x[order] for x in parts)
+        heads.append(Slots(keys, values, bias, positions, (0, len(bias))))
+    return Slots.cat(heads)
+
+
+def _heads(slots: Slots) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    places = torch.split(slots.positions, slots.counts)
+    return [(*head, positions) for head, positions in zip(slots.per_head, places, strict=True)]
+
+
 def slots_of(layer: KeepLayer, part: Part, inv_freq: Tensor, tail: bool = True) -> Slots:
     """What a layer holds, moved, without the lead: its slots and, if wanted, its tail as slots of one vote."""
     heads = []
@@ -127,6 +169,8 @@ def _stack(layer: KeepLayer, old: Sequence[KeepLayer], parts: Sequence[Part], in
     if newest:
         slots.append(slots_of(old[-1], parts[-1], inv_freq, tail=False))
     skip = max(0, parts[-1].lead - (old[-1].seen - old[-1].tail))
+    for each, part in pairs:
+        slots[0] = with_lead(slots[0], leading(each, part))
     layer.slots = stacked(slots)
     layer.keys, layer.values = moved(old[-1].keys[:, :, skip:], parts[-1].shift, inv_freq), old[-1].values[:, :, skip:]
 

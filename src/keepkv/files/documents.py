@@ -130,7 +130,7 @@ def compile_text(
 
 
 def save(
-    document: Document, file: Path, model: PreTrainedModel | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | str,
+    document: Document, file: Path | str, model: PreTrainedModel | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | str,
     with_ids: bool = True,
 ) -> None:  # fmt: skip
     """Writes a .keep file, whole or not at all. with_ids=False leaves the token ids, and so the text, out.
@@ -149,17 +149,17 @@ def save(
     if document.exact is not None:
         for index in range(len(document.cache.layers)):
             tensors[f"exact.{index}.keys"], tensors[f"exact.{index}.values"] = document.exact(index)
-    keepfile.write(file, header, tensors)
+    keepfile.write(Path(file), header, tensors)
 
 
 def load(
-    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, known: Mapping[str, Any] | None = None
+    file: Path | str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, known: Mapping[str, Any] | None = None
 ) -> Document:  # fmt: skip
     """The document of a .keep file, mapped into memory; known: the model's identity where it is known already.
 
     Raises InputError for a file that is damaged, altered, of another model or tokenizer, or of a newer keepkv.
     """
-    contents = keepfile.Contents(file)
+    contents = keepfile.Contents(Path(file))
     header = contents.header
     try:
         identity.check(str(file), header["model"], known or identity.of_model(model))
