@@ -118,7 +118,8 @@ def summed(records: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
         }
     return {
         "samples": len({record["sample"] for record in records}), "documents": args.documents, "model": args.model,
-        "tokens": statistics.fmean(record["tokens"] for record in records), "budgets": args.budgets, "machine": timing.machine(),
+        "tokens": statistics.fmean(record["tokens"] for record in records), "budgets": args.budgets,
+        "machine": timing.machine(),
         "rows": rows, "records": records,
     }  # fmt: skip
 

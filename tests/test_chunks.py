@@ -132,10 +132,15 @@ def test_a_tail_of_an_earlier_text_becomes_slots_of_one_vote() -> None:
     cache = join(model, [first, second], [LEAD, LEAD])
     assert cache.keep_layers[0].tail == 6
     assert cache.get_seq_length() == LENGTHS[0] + 6 + LENGTHS[1] - LEAD + 6
-    held = sum(cache.keep_layers[0].slots.counts)
-    assert held == sum(first.keep_layers[0].slots.counts) + 6 * 2 + sum(
-        int((second.keep_layers[0].slots.positions >= LEAD).sum()) for _ in [0]
-    )
+    one, two = (split(part.keep_layers[0].slots) for part in (first, second))
+    expected = [{*a.tolist(), *range(40, 46), *(p for p in b.tolist() if p < LEAD)} for a, b in zip(one, two, strict=True)]
+    moved = [{p + 46 - LEAD for p in b.tolist() if p >= LEAD} for b in two]
+    held = split(cache.keep_layers[0].slots)
+    assert [set(p.tolist()) for p in held] == [a | b for a, b in zip(expected, moved, strict=True)]
+
+
+def split(slots: Slots) -> tuple[torch.Tensor, ...]:
+    return torch.split(slots.positions, slots.counts)
 
 
 @pytest.mark.parametrize("variant", ["repository", "paper"])

@@ -79,6 +79,7 @@ def test_the_page_is_whole_and_asks_for_nothing(tmp_path: Path) -> None:
 
 
 def test_reports_are_written_and_say_the_same(monkeypatch, capsys, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     folder = stored(tmp_path / "run", made())
     status, out, _ = run(monkeypatch, capsys, "report", str(folder), "--png")
     assert status == 0

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOME = {
     "Budget": "budget", "KeepCache": "cache", "METHODS": "methods", "Method": "method", "register": "methods",
-    "Report": "report", "Document": "files.documents", "Recipe": "files.documents", "compile_text": "files.documents",
-    "answer": "files.documents",    "load": "files.documents", "save": "files.documents", "Store": "files.store", "Tiers": "files.tiers",
-    "joined": "chunks.documents",
+    "Report": "report",
+    "Document": "files.documents", "Recipe": "files.documents", "answer": "files.documents",
+    "compile_text": "files.documents", "load": "files.documents", "save": "files.documents", "joined": "chunks.documents",
+    "Store": "files.store", "Tiers": "files.tiers",
     "BudgetError": "errors", "InputError": "errors", "KeepKVError": "errors", "MethodError": "errors",
     "ModelError": "errors",
 }  # fmt: skip
