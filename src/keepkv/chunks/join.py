@@ -134,16 +134,17 @@ def slots_of(layer: KeepLayer, part: Part, inv_freq: Tensor, tail: bool = True) 
     first = layer.seen - layer.tail
     skip = max(0, part.lead - first)
     own = layer.slots.read() if layer.slots is not None else None
+    none = torch.zeros(0, device=layer.keys.device)
     for head in range(layer.heads):
-        pieces = []
+        pieces = [(layer.keys[0, head, :0], layer.values[0, head, :0], none, none.int())]
         if own is not None:
             (keys, values, bias), positions = own.per_head[head], torch.split(own.positions, own.counts)[head]
             stay = positions >= part.lead
             pieces.append((keys[stay], values[stay], bias[stay], positions[stay]))
         if tail:
             places = torch.arange(first + skip, layer.seen, dtype=torch.int32, device=layer.keys.device)
-            none = torch.zeros(len(places), device=layer.keys.device)
-            pieces.append((layer.keys[0, head, skip:], layer.values[0, head, skip:], none, places))
+            votes = torch.zeros(len(places), device=layer.keys.device)
+            pieces.append((layer.keys[0, head, skip:], layer.values[0, head, skip:], votes, places))
         keys, values, bias, positions = (torch.cat(x) for x in zip(*pieces, strict=True))
         heads.append(Slots(moved(keys, part.shift, inv_freq), values, bias, positions + part.shift, (0, len(bias))))
     return Slots.cat(heads)
@@ -163,16 +164,13 @@ def _stack(layer: KeepLayer, old: Sequence[KeepLayer], parts: Sequence[Part], in
         layer.keys = torch.cat([moved(o.keys[:, :, p.lead :], p.shift, inv_freq) for o, p in zip(old, parts, strict=True)], 2)
         layer.values = torch.cat([o.values[:, :, p.lead :] for o, p in zip(old, parts, strict=True)], 2)
         return
-    newest = old[-1].slots is not None  # otherwise the newest text is one exact tail
-    pairs = list(zip(old, parts, strict=True))
-    slots = [slots_of(each, part, inv_freq) for each, part in pairs[:-1]]
-    if newest:
-        slots.append(slots_of(old[-1], parts[-1], inv_freq, tail=False))
-    skip = max(0, parts[-1].lead - (old[-1].seen - old[-1].tail))
+    pairs, last = list(zip(old, parts, strict=True)), old[-1]
+    slots = [slots_of(each, part, inv_freq, tail=each is not last) for each, part in pairs]
     for each, part in pairs:
         slots[0] = with_lead(slots[0], leading(each, part))
     layer.slots = stacked(slots)
-    layer.keys, layer.values = moved(old[-1].keys[:, :, skip:], parts[-1].shift, inv_freq), old[-1].values[:, :, skip:]
+    skip = max(0, parts[-1].lead - (last.seen - last.tail))
+    layer.keys, layer.values = moved(last.keys[:, :, skip:], parts[-1].shift, inv_freq), last.values[:, :, skip:]
 
 
 def _window(layer: Any, old: Sequence[Any], parts: Sequence[Part], inv_freq: Tensor, total: int) -> None:

@@ -147,6 +147,8 @@ def save(
     if with_ids and document.ids is not None:
         tensors["ids"] = document.ids.to(torch.int32)
     if document.exact is not None:
+        if document.exact(0)[0].shape[2] != document.tokens:
+            raise InputError("its exact keys and values are not those of all its tokens: replace(document, exact=None)")
         for index in range(len(document.cache.layers)):
             tensors[f"exact.{index}.keys"], tensors[f"exact.{index}.values"] = document.exact(index)
     keepfile.write(Path(file), header, tensors)
