@@ -15,6 +15,7 @@ from keepkv.chunks.blend import Text, deviation, fresh, renew
 from keepkv.chunks.documents import joined
 from keepkv.chunks.join import join, with_lead
 from keepkv.errors import InputError
+from keepkv.files import identity
 from keepkv.files.documents import Document
 from keepkv.types import Slots
 
@@ -226,6 +227,42 @@ def test_slots_of_repaired_tokens_take_the_fresh_key_and_the_change_of_the_value
     assert inside
 
 
+def test_repaired_documents_can_be_compressed_together() -> None:
+    """Their queries are those that were asked when they were read again, at their true places."""
+    model = make_model()
+    later = tokens(1, 8, seed=6)
+    full = model(torch.cat([prompt(), later], 1)).logits[:, -8:].log_softmax(-1)
+    whole = joined(model, documents(model), 1.0).cache
+    total = whole.get_seq_length()
+    kept = joined(model, documents(model), 1.0, budget=1.0).cache
+    assert torch.equal(model(later, past_key_values=whole).logits, model(later, past_key_values=kept).logits)
+    losses = {}
+    for method in ("keepkv", "snapkv", "random"):
+        cache = joined(model, documents(model), 0.5, budget=0.4, method=method).cache
+        assert sum(map(sum, cache.report().kept[0])) == int(0.4 * total * 6)
+        assert cache.get_seq_length() == total
+        ours = model(later, past_key_values=cache).logits.log_softmax(-1)
+        losses[method] = float((full.exp() * (full - ours)).sum(-1).mean())
+    assert losses["keepkv"] < losses["random"]
+    with pytest.raises(InputError, match="were repaired"):
+        joined(model, documents(model), budget=0.4)
+    with pytest.raises(InputError, match="not compressed"):
+        joined(model, documents(model, 0.5, "snapkv"), 0.5, budget=0.4)
+
+
+def test_queries_of_repaired_tokens_are_those_of_the_prompt() -> None:
+    model = make_model()
+    parts = documents(model)[:2]
+    made = renew(model, parts[0].cache, Text(parts[1].ids[:, LEAD:], lambda i: tuple(
+        x[:, :, LEAD:] for x in parts[1].exact(i))), 1.0)  # fmt: skip
+    cache = KeepCache(model, 1.0, "full", auto=False)
+    model(torch.cat([parts[0].ids, parts[1].ids[:, LEAD:]], 1), past_key_values=cache)
+    for layer, asked in zip(cache.keep_layers, made.queries, strict=True):
+        seen = layer.watch.banked(layer.held).banks[0].queries[:, :, LENGTHS[0] :]
+        assert torch.allclose(asked[0].reshape(seen.shape), seen, atol=1e-9)
+        assert made.scale == layer.watch.scale
+
+
 def test_what_cannot_be_joined_or_repaired_is_refused() -> None:
     model = make_model()
     parts = documents(model, 0.4, "keepkv")
@@ -282,6 +319,26 @@ def test_a_variant_counts_the_attention_it_paid_and_needs_no_repair_where_it_sto
     later = tokens(1, 4, seed=6)
     theirs = model(torch.cat([prompt(), later], 1)).logits[:, -4:]
     assert torch.allclose(model(later, past_key_values=again).logits, theirs, atol=1e-8)  # nothing was read again
+
+
+def test_a_variant_comes_back_from_its_file(tmp_path) -> None:
+    model = make_model(dtype=torch.float32)
+    first, second, _ = documents(model)
+    made, known = _behind(model, first, second), identity.of_model(model)
+    craft.save(made, tmp_path / "a.variant", known)
+    again = craft.load(tmp_path / "a.variant", known)
+    assert (again.before, again.sizes, again.start, again.impact) == (made.before, made.sizes, made.start, made.impact)
+    assert again.chosen(["x"]).tolist() == made.chosen(["x"]).tolist()
+    for part in ("keys", "values", "taken"):
+        assert all(map(torch.equal, getattr(again.renewed, part), getattr(made.renewed, part)))
+    ours, theirs = (joined(model, [first, second], 1.0, crafts=[[v]], keys=["a", "b"]).cache for v in (made, again))
+    later = tokens(1, 4, seed=6)
+    assert torch.equal(model(later, past_key_values=ours).logits, model(later, past_key_values=theirs).logits)
+    with pytest.raises(InputError, match="other weights"):
+        craft.load(tmp_path / "a.variant", identity.of_model(make_model(dtype=torch.float32, seed=4)))
+    (tmp_path / "b.variant").write_bytes((tmp_path / "a.variant").read_bytes()[:-1])
+    with pytest.raises(InputError, match="not a whole"):
+        craft.load(tmp_path / "b.variant", known)
 
 
 def _behind(model, first: Document, second: Document) -> craft.Variant:

@@ -34,13 +34,15 @@ class Text(NamedTuple):
 
 
 class Renewed(NamedTuple):
-    """tokens int64 [m], ascending indices of what was read again; per layer the fresh keys and values [1, H, m, d], and which
-    of them replace the old ones, bool [m]."""
+    """tokens int64 [m], ascending indices of what was read again; per layer the fresh keys and values [1, H, m, d], which of
+    them replace the old ones, bool [m], and the queries [1, HG, m, d] as they were asked, with their scale."""
 
     tokens: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     taken: tuple[Tensor, ...]
+    queries: tuple[Tensor, ...]
+    scale: float
 
 
 @torch.no_grad()
@@ -74,8 +76,8 @@ def renew(
     twin.layers = list(rows)
     positions = (start + chosen)[None]
     model(text.ids[:, chosen], position_ids=positions, past_key_values=twin, logits_to_keep=1)
-    made = [row.renewed for row in rows]
-    return Renewed(chosen, *(tuple(x) for x in zip(*made, strict=True)))
+    keys, values, taken = zip(*(row.renewed for row in rows), strict=True)
+    return Renewed(chosen, keys, values, taken, tuple(row.asked for row in rows), rows[0].scale)
 
 
 @torch.no_grad()
@@ -160,6 +162,7 @@ class Again(KeepLayer):
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
         sees = self.sees(query.device)
+        self.asked, self.scale = query, scale
         assert self.slots is not None
         if len(self.slots.bias):
             rows = query.reshape(len(query), self.heads, -1, query.shape[-1])
@@ -176,7 +179,7 @@ def _narrowed(first: int, count: int, share: float, layers: int) -> list[int]:
 
 def _nothing_new(before: KeepCache, chosen: Tensor) -> Renewed:
     empty = tuple(layer.keys[:, :, :0] for layer in before.layers)
-    return Renewed(chosen, empty, empty, (chosen.bool(),) * len(empty))
+    return Renewed(chosen, empty, empty, (chosen.bool(),) * len(empty), (), 1.0)
 
 
 def nothing(layer: KeepLayer) -> Slots:

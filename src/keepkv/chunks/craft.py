@@ -7,9 +7,11 @@ less repair the less it looked at other texts, and the more of those it looked a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 from keepkv.cache import KeepCache
 from keepkv.chunks.blend import Again, Renewed, Text, renew
 from keepkv.errors import InputError
+from keepkv.files import identity, keepfile
 
 ALPHA = 1.0  # the paper tunes it on validation texts; more reads more again
 _TILE = 1 << 24  # logits held at once
@@ -73,6 +76,39 @@ class Variant:
         """The ceil(min(CFO, most) n) tokens to read again, ascending."""
         count = math.ceil(min(most, self.overhead(before, alpha)) * self.inter.shape[1] - 1e-9)
         return self.ranking[:count].sort().values
+
+
+def save(variant: Variant, file: Path, model: Mapping[str, Any]) -> None:
+    """Writes a variant like a .keep file: whole or not at all; model: the model's identity (`files.identity`)."""
+    told = {"before": variant.before, "sizes": variant.sizes, "start": variant.start, "layers": len(variant.renewed.keys)}
+    tensors = {"inter": variant.inter, "intra": variant.intra}
+    for index, pair in enumerate(zip(variant.renewed.keys, variant.renewed.values, strict=True)):
+        tensors[f"{index}.keys"], tensors[f"{index}.values"] = pair
+    keepfile.write(file, {"variant": told, "model": dict(model)}, tensors)
+
+
+def load(file: Path, model: Mapping[str, Any], device: torch.device | str = "cpu") -> Variant:
+    """The variant of a file, mapped into memory. Raises InputError for another file, a damaged one, or another model's."""
+    contents = keepfile.Contents(file)
+    try:
+        identity.check(str(file), contents.header["model"], model)
+        told = contents.header["variant"]
+        before, sizes = tuple(map(str, told["before"])), tuple(map(int, told["sizes"]))
+        start, layers = int(told["start"]), int(told["layers"])
+        if len(before) != len(sizes) or sum(sizes) != start:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise contents.broken("its header does not describe a variant") from error
+    inter = contents.take("inter", layers, None, len(sizes), dtype=torch.float32)
+    count = inter.shape[1]
+    intra = contents.take("intra", layers, count, dtype=torch.float32)
+    keys, values = (
+        tuple(contents.take(f"{index}.{part}", 1, None, count, None).to(device) for index in range(layers))
+        for part in ("keys", "values")
+    )
+    tokens = torch.arange(count, device=device)
+    taken = (torch.ones_like(tokens, dtype=torch.bool),) * layers
+    return Variant(before, sizes, start, inter.to(device), intra.to(device), Renewed(tokens, keys, values, taken, (), 1.0))
 
 
 def best(variants: Sequence[Variant], before: Sequence[str]) -> Variant:

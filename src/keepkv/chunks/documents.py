@@ -10,26 +10,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keepkv import hosts
-from keepkv.cache import KeepCache
+from keepkv.cache import KeepCache, Limits
 from keepkv.chunks import craft
 from keepkv.chunks.blend import Renewed, Text, Variant, renew
 from keepkv.chunks.join import Part, check, join, leading, moved, placed, slots_of, stacked, with_lead
 from keepkv.compress import Progress
 from keepkv.errors import InputError
 from keepkv.files.documents import Document, Exact
+from keepkv.layer import KeepLayer
+from keepkv.method import Method
+from keepkv.observe import Bank, Watch
 from keepkv.types import Slots
+
+REFERENCES = 2048  # queries that are remembered at most for a compression
 
 
 def joined(
     model: PreTrainedModel, parts: Sequence[Document], repair: float = 0.0,
     progress: Progress = lambda done, of: None, variant: Variant = "repository",
     crafts: Sequence[Sequence[craft.Variant]] = (), keys: Sequence[str] = (),
+    budget: Limits | None = None, method: str | Method = "keepkv",
 ) -> Document:  # fmt: skip
     """Several documents as one prompt, in that order. repair: the share of the later documents' tokens that is read again with
     the earlier ones in view (CacheBlend); it needs each later document's exact keys and values (compile --exact).
 
     crafts: how each later document stood behind others before (Cache-Craft), with keys, the documents' names there: then the
     variants say which tokens are read again, and repair only bounds their share; for documents that are not compressed.
+
+    budget, method: compresses what was repaired, for documents that are not compressed; the context queries are those of the
+    tokens that were read again.
 
     Compressed documents stay compressed: of a token that was read again and has a slot, the slot takes the fresh key, and its
     value moves by what the token's value changed. Raises InputError for a model without full attention in every layer.
@@ -40,6 +49,14 @@ def joined(
         progress(1, 1)
     else:
         cache = _repaired(model, parts, repair, variant, progress, crafts, keys)
+    if budget is None:
+        for layer in cache.keep_layers:
+            layer.watch = None
+    elif not _whole(cache) or any(layer.watch is None for layer in cache.keep_layers):
+        raise InputError("only documents that are not compressed, and were repaired, can be compressed after they were joined")
+    else:
+        cache._report = None
+        cache.compress(budget, method)
     ids = None
     if all(part.ids is not None for part in parts):
         ids = torch.cat([part.ids[:, part.lead if n else 0 :] for n, part in enumerate(parts) if part.ids is not None], 1)
@@ -91,6 +108,7 @@ def _appended(
         if dense:
             new_keys, new_values = old_keys.clone(), old_values.clone()
             new_keys[:, :, tokens], new_values[:, :, tokens] = keys, values
+            layer.watch = _watched(layer, index, renewed, cache.seed)
             layer.keys, layer.values = torch.cat([layer.keys, new_keys], 2), torch.cat([layer.values, new_values], 2)
         else:
             start = layer.seen
@@ -101,6 +119,18 @@ def _appended(
             layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         layer.seen += old_keys.shape[2]
     return after
+
+
+def _watched(layer: KeepLayer, index: int, renewed: Renewed, seed: int) -> Watch | None:
+    """What the tokens that were read again asked, for a later compression; before they are added to the layer."""
+    if not renewed.queries:
+        return layer.watch
+    asked = renewed.queries[index][0]
+    grouped = asked.reshape(layer.heads, -1, *asked.shape[1:])
+    watch = layer.watch or Watch(index, REFERENCES, seed, False, renewed.scale, starts=(0,))
+    empty = Bank(grouped[:, :, :0], renewed.tokens[:0])
+    bank = (watch.banks[0] if watch.banks else empty).add(grouped, renewed.tokens + layer.seen, watch.limit, seed)
+    return replace(watch, banks=(bank,))
 
 
 def _mended(slots: Slots, positions: Tensor, keys: Tensor, change: Tensor) -> Slots:
