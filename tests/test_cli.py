@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import run
 from keepkv import cli, methods
 from keepkv.methods import METHODS
 
@@ -23,14 +24,6 @@ def text(tmp_path: Path) -> str:
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     return str(file)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["keepkv", *args])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    shown = capsys.readouterr()
-    return int(stop.value.code or 0), shown.out, shown.err
 
 
 def test_ask_prints_one_json_object(monkeypatch, capsys, folder: str, text: str) -> None:

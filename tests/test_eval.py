@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import run
 from keepkv.errors import InputError
 from keepkv.eval import haystack, records, scores, summary, table
 from keepkv.eval import run as running
@@ -23,7 +24,6 @@ from keepkv.eval.measure import Host
 from keepkv.eval.records import Record
 from keepkv.eval.sample import Draw, Prose
 from keepkv.eval.statistics import combined, ranks
-from test_cli import run
 
 LOG = str(Path(__file__).parent.parent / "examples" / "expedition-log.txt")
 PROSE = Prose(haystack.sentences(LOG), lambda text: len(text.split()))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_model, tokens
-from keepkv import KeepCache, cli, loading
+from conftest import make_model, run, tokens
+from keepkv import KeepCache, loading
 from keepkv.errors import InputError
 from keepkv.files import documents, identity, keepfile
 from keepkv.files.pack import pack, unpack
@@ -205,14 +204,6 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         written(single, tmp_path / "none" / "a.keep")
     assert not list(tmp_path.iterdir())
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["keepkv", *args])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    shown = capsys.readouterr()
-    return int(stop.value.code or 0), shown.out, shown.err
 
 
 def test_compile_and_ask(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:

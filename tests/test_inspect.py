@@ -12,11 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from conftest import make_model, tokens
+from conftest import make_model, run, tokens
 from keepkv import InputError, KeepCache, KeepKVError, anatomy, figure, svg
 from keepkv.anatomy import Anatomy
 from keepkv.page import page
-from test_cli import run
 
 LENGTH = 200
 NASTY = "<script>alert('&amp;')</script> \"quoted\" http://example.org/x "

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import run
 from keepkv.eval import chart, figures, markdown, page, records, summary
 from keepkv.eval.config import Config, written
 from keepkv.eval.figures import Bars, Curves, Heat
 from keepkv.eval.records import Record
-from test_cli import run
 from test_inspect import Page
 
 NASTY = "<script>alert('&')</script> \"q\" "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from conftest import make_model
-from keepkv import cli, loading
+from conftest import make_model, run
+from keepkv import loading
 from keepkv.errors import InputError
 from keepkv.files.documents import Recipe, answer
 from keepkv.files.store import Shelf, Store
@@ -105,6 +107,15 @@ def test_order_is_restored_from_the_files(shelf: Shelf) -> None:
     assert not stale.exists()
 
 
+def test_a_file_that_is_not_understood_is_not_adopted_and_not_deleted(shelf: Shelf) -> None:
+    entry, _ = shelf.add(TEXT, RECIPE)
+    newer = shelf.store.folder / f"{'f' * 64}.keep"
+    save_file({"x": torch.zeros(1)}, newer, {"keepkv": json.dumps({"format": 99})})
+    assert shelf.store.collect() == ([], 0)
+    assert newer.exists()
+    assert [each.key for each in shelf.store.entries()] == [entry.key]
+
+
 def test_the_longest_prefix_is_found_and_is_exact(shelf: Shelf) -> None:
     text = TEXT * 3
     compact, _ = shelf.add(text, RECIPE)
@@ -127,6 +138,8 @@ def test_the_longest_prefix_is_found_and_is_exact(shelf: Shelf) -> None:
         assert torch.allclose(ours, theirs, atol=1e-4)
     assert shelf.get(whole.key).tokens == document.tokens  # what is shared is not changed
     assert shelf.longest(torch.full((1, 50), 3)) is None
+    assert shelf.longest(prompt, Recipe("100%", "full"))[0].recipe.method == "full"
+    assert shelf.longest(prompt, Recipe("5%", "snapkv")) is None
 
 
 def test_a_document_that_was_read_on_is_another_entry(shelf: Shelf) -> None:
@@ -213,29 +226,25 @@ def test_several_processes_at_once(folder: str, tmp_path: Path) -> None:
 
 
 def test_the_command_line(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["keepkv", "store", *args, "--store", str(tmp_path / "store")])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = capsys.readouterr()
-        return int(stop.value.code or 0), shown.out, shown.err
+    def store(*args: str) -> tuple[int, str, str]:
+        return run(monkeypatch, capsys, "store", *args, "--store", str(tmp_path / "store"))
 
     text = tmp_path / "fox.txt"
     text.write_text(TEXT)
-    assert "empty" in run("list")[2]
+    assert "empty" in store("list")[2]
     for what in ("added", "there already"):
-        status, out, err = run("add", str(text), "--model", folder, "--budget", "20%", "--method", "snapkv")
+        status, out, err = store("add", str(text), "--model", folder, "--budget", "20%", "--method", "snapkv")
         assert (status, err) == (0, "")
         assert what in out
-    assert "fox.txt" in run("list")[1]
-    status, out, _ = run("show", "fox.txt")
+    assert "fox.txt" in store("list")[1]
+    status, out, _ = store("show", "fox.txt")
     assert status == 0
     assert '"file"' in out
-    status, _, err = run("show", "nothing")
+    status, _, err = store("show", "nothing")
     assert (status, len(err.strip().splitlines())) == (2, 1)
-    assert run("rm", str(text))[0] == 0
-    assert "left 0" in run("gc", "--limit", "1MB")[2]
-    assert "not in bytes" in run("gc", "--limit", "10%")[2]
+    assert store("rm", str(text))[0] == 0
+    assert "left 0" in store("gc", "--limit", "1MB")[2]
+    assert "not in bytes" in store("gc", "--limit", "10%")[2]
 
 
 def test_tiers_hold_what_was_asked_for_last(shelf: Shelf) -> None:

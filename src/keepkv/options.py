@@ -74,7 +74,7 @@ def understood(methods: str, budgets: str) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(names)), list(dict.fromkeys(limits))
 
 
-def chunk_of(chunk: int | None, tokens: int, budget: str) -> int:
+def chunk_of(chunk: int | None, tokens: int, budget: str = "") -> int:
     """How many tokens to read at a time: what was asked for, or the default for a text of that length; 0 is all at once."""
     from keepkv.reading import CHUNK, LONG
 

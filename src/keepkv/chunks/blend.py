@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from keepkv.attention import attend
 from keepkv.cache import KeepCache
 from keepkv.layer import KeepLayer
 from keepkv.types import Slots
@@ -165,9 +164,7 @@ class Again(KeepLayer):
         self.asked, self.scale = query, scale
         assert self.slots is not None
         if len(self.slots.bias):
-            rows = query.reshape(len(query), self.heads, -1, query.shape[-1])
-            output = attend(rows, self.slots, self.keys, self.values, sees, scale)
-            return output.to(query.dtype).reshape(*query.shape[:-1], -1)
+            return super().attend(query, sees, scale, new)
         return scaled_dot_product_attention(query, self.keys, self.values, sees, scale=scale, enable_gqa=True)
 
 

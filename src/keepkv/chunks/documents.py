@@ -13,10 +13,10 @@ from keepkv import hosts
 from keepkv.cache import KeepCache, Limits
 from keepkv.chunks import craft
 from keepkv.chunks.blend import Renewed, Text, Variant, renew
-from keepkv.chunks.join import Part, check, join, leading, moved, placed, slots_of, stacked, with_lead
+from keepkv.chunks.join import Part, check, join, leading, moved, placed, report_of, slots_of, stacked, with_lead
 from keepkv.compress import Progress
 from keepkv.errors import InputError
-from keepkv.files.documents import Document, Exact
+from keepkv.files.documents import Document
 from keepkv.layer import KeepLayer
 from keepkv.method import Method
 from keepkv.observe import Bank, Watch
@@ -78,24 +78,37 @@ def _repaired(
             raise InputError(
                 f"{document.source or 'a document'} cannot be repaired: compile it with --exact (and not with --no-ids)"
             )
-        ids, chosen = document.ids[:, place.lead :], None
-        exact: Exact = _Moved(document, place, inv_freq)
+        chosen, stood = None, None
         if crafts:
             if not _whole(document.cache):
                 raise InputError("a variant repairs a document that is not compressed: compile it with --method full")
             stood = craft.best(crafts[number], keys[: number + 1])
-            exact = _Stood(stood, cache.get_seq_length(), inv_freq)
             chosen = stood.chosen(keys[: number + 1], share)
-        renewed = renew(model, cache, Text(ids, exact), share, variant, chosen)
-        cache = _appended(model, cache, document, place, exact, renewed, inv_freq)
+        exact = [_exact(document, stood, index, place, cache, inv_freq) for index in range(len(cache.layers))]
+        renewed = renew(model, cache, Text(document.ids[:, place.lead :], exact.__getitem__), share, variant, chosen)
+        cache = _appended(cache, document, place, exact, renewed, inv_freq)
         progress(number + 1, len(parts) - 1)
-    whole = join(model, [part.cache for part in parts], [part.lead for part in parts]).report()
+    whole = report_of(places)
     cache._report = replace(whole, note=f"{whole.note}, {100 * share:g}% read again")
     return cache
 
 
+def _exact(
+    document: Document, stood: craft.Variant | None, index: int, place: Part, cache: KeepCache, inv_freq: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A layer's exact keys and values where the document stands now: its own without the lead, or a variant's."""
+    if stood is not None:
+        keys, values, shift = stood.renewed.keys[index], stood.renewed.values[index], cache.get_seq_length() - stood.start
+    else:
+        layer, lead = document.cache.keep_layers[index], place.lead
+        both = document.exact(index) if document.exact else (layer.keys, layer.values)
+        (keys, values), shift = (x[:, :, lead:] for x in both), place.shift
+    return moved(keys, shift, inv_freq), values
+
+
 def _appended(
-    model: PreTrainedModel, cache: KeepCache, document: Document, place: Part, exact: Exact, renewed: Renewed, inv_freq: Tensor
+    cache: KeepCache, document: Document, place: Part, exact: Sequence[tuple[Tensor, Tensor]], renewed: Renewed,
+    inv_freq: Tensor,
 ) -> KeepCache:  # fmt: skip
     """The cache and behind it a document, with what was read again in its place."""
     after = cache.fork()
@@ -104,7 +117,7 @@ def _appended(
         taken = renewed.taken[index]
         tokens = renewed.tokens[taken]
         keys, values = renewed.keys[index][:, :, taken], renewed.values[index][:, :, taken]
-        old_keys, old_values = exact(index)
+        old_keys, old_values = exact[index]
         if dense:
             new_keys, new_values = old_keys.clone(), old_values.clone()
             new_keys[:, :, tokens], new_values[:, :, tokens] = keys, values
@@ -147,26 +160,3 @@ def _mended(slots: Slots, positions: Tensor, keys: Tensor, change: Tensor) -> Sl
 
 def _whole(cache: KeepCache) -> bool:
     return all(layer.slots is None for layer in cache.keep_layers)
-
-
-class _Stood:
-    """Exact keys and values of a variant, moved to where the text stands now."""
-
-    def __init__(self, variant: craft.Variant, start: int, inv_freq: Tensor) -> None:
-        self._made, self._shift, self._inv_freq = variant.renewed, start - variant.start, inv_freq
-
-    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        return moved(self._made.keys[index], self._shift, self._inv_freq), self._made.values[index]
-
-
-class _Moved:
-    """A document's exact keys and values where it stands now, without its lead."""
-
-    def __init__(self, document: Document, place: Part, inv_freq: Tensor) -> None:
-        self._document, self._place, self._inv_freq = document, place, inv_freq
-
-    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        layer = self._document.cache.keep_layers[index]
-        keys, values = self._document.exact(index) if self._document.exact else (layer.keys, layer.values)
-        lead = self._place.lead
-        return moved(keys[:, :, lead:], self._place.shift, self._inv_freq), values[:, :, lead:]

@@ -35,12 +35,17 @@ class Part(NamedTuple):
 
 
 def placed(caches: Sequence[KeepCache], leads: Sequence[int]) -> list[Part]:
-    """Where every cache goes: the first stays as it is, the others follow without their lead."""
+    """Where every cache goes: the first stays as it is, the others follow without their lead.
+
+    Raises InputError for a text that is nothing but its lead.
+    """
     parts, end = [], 0
     for number, (cache, lead) in enumerate(zip(caches, leads, strict=True)):
         lead = lead if number else 0
         parts.append(Part(cache, lead, end - lead))
         end += cache.get_seq_length() - lead
+    if any(part.cache.get_seq_length() <= part.lead for part in parts):
+        raise InputError("one of the documents has no text of its own: there is nothing to join")
     return parts
 
 
@@ -52,10 +57,8 @@ def join(model: PreTrainedModel, caches: Sequence[KeepCache], leads: Sequence[in
     """
     check(model)
     parts = placed(caches, leads)
-    if any(part.cache.get_seq_length() <= part.lead for part in parts):
-        raise InputError("one of the documents has no text of its own: there is nothing to join")
     joined = KeepCache(model, 1.0, "full", auto=False)
-    total = sum(part.cache.get_seq_length() - part.lead for part in parts)
+    total = parts[-1].shift + parts[-1].cache.get_seq_length()
     full, local = hosts.frequencies(joined._rotary), hosts.local_frequencies(joined._rotary)
     for index, layer in enumerate(joined.layers):
         old = [part.cache.layers[index] for part in parts]
@@ -63,7 +66,7 @@ def join(model: PreTrainedModel, caches: Sequence[KeepCache], leads: Sequence[in
             _stack(layer, old, parts, full, total)
         else:
             _window(layer, old, parts, local, total)
-    joined._report = _report(parts, total)
+    joined._report = report_of(parts)
     return joined
 
 
@@ -187,8 +190,9 @@ def _window(layer: Any, old: Sequence[Any], parts: Sequence[Part], inv_freq: Ten
     layer.cumulative_length = total
 
 
-def _report(parts: Sequence[Part], total: int) -> Report:
+def report_of(parts: Sequence[Part]) -> Report:
     """The parts' reports together."""
+    total = parts[-1].shift + parts[-1].cache.get_seq_length()
     reports = [part.cache.report() for part in parts]
     methods, budgets = (list(dict.fromkeys(getattr(r, name) for r in reports)) for name in ("method", "budget"))
     first = Report(", ".join(methods), ", ".join(budgets), (total,), note="" if len(parts) == 1 else f"{len(parts)} joined")

@@ -21,7 +21,8 @@ from keepkv.errors import InputError
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
 from keepkv.method import Method
-from keepkv.reading import CHUNK, LONG, REPEAT, Prompt, read, read_in_chunks
+from keepkv.options import chunk_of
+from keepkv.reading import CHUNK, REPEAT, Prompt, read, read_in_chunks
 
 CONTINUATION = 192  # true next tokens of `fidelity`
 
@@ -94,7 +95,7 @@ def _reading(host: Host, prompt: Prompt) -> Callable[[Method, str], Ready]:
     """Reads at once, or, for long texts, in chunks: then once for every variant, which compresses on the way."""
     model, config = host.model, host.config
     ids, lead = prompt.text.to(model.device), prompt.question(REPEAT).to(model.device)
-    chunk = config.chunk if config.chunk >= 0 else CHUNK if ids.shape[1] > LONG else 0
+    chunk = chunk_of(config.chunk if config.chunk >= 0 else None, ids.shape[1])
     if chunk:
 
         def chunked(method: Method, budget: str) -> Ready:

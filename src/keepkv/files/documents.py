@@ -111,7 +111,7 @@ def compile_text(
     prompt, method = Prompt(tokenizer, text), methods.get(recipe.method)
     ids, spans = prompt.text.to(model.device), prompt.spans(*recipe.keep)
     lead = prompt.question(REPEAT).to(model.device)
-    if recipe.exact and (recipe.chunk or len(KeepCache(model).keep_layers) < len(KeepCache(model).layers)):
+    if recipe.exact and (recipe.chunk or any(kind is not None for kind in hosts.layer_kinds(model))):
         raise InputError(
             "every key and value is kept only of a text that is read at once (--chunk 0), by a model without sliding windows"
         )
@@ -207,7 +207,8 @@ class _Exact:
     """Exact keys and values in a file, mapped and checked layer by layer when they are wanted."""
 
     def __init__(self, contents: keepfile.Contents, tokens: int, model: PreTrainedModel) -> None:
-        self._contents, self._shape = contents, (1, hosts.key_shape(model)[0], tokens, hosts.key_shape(model)[1])
+        heads, width = hosts.key_shape(model)
+        self._contents, self._shape = contents, (1, heads, tokens, width)
         self._device = model.device
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from keepkv.errors import InputError
 from keepkv.files.identity import digest
+from keepkv.files.names import SUFFIX as SUFFIX
 
 FORMAT = 1
-SUFFIX = ".keep"
 _ALIGNED = 64  # bytes
 _MOST_HEADER = 32 << 20  # bytes; a header is some hundred kilobytes
 

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,9 @@ class Entry:
         told = asdict(self)
         told.pop("folder")
         return {**told, "file": str(self.file)}
+
+
+_COLUMNS = tuple(field.name for field in fields(Entry) if field.name != "folder")
 
 
 class Store:
@@ -131,14 +134,13 @@ class Store:
         known = {entry.key: entry for entry in self.entries()}
         adopted = 0
         for file in self.folder.glob(f"*{keepfile.SUFFIX}"):
-            if file.stem not in known and _there(file):
-                try:
-                    adopted += self._enter(file)
-                except InputError:
-                    file.unlink(missing_ok=True)  # not a whole file: this can only be damage from outside
+            if file.stem not in known:
+                with suppress(InputError):  # a newer keepkv's, damaged from outside, or gone just now: not ours to delete
+                    adopted += self._enter(file)[1]
         for file in self.folder.glob(".*.tmp"):
-            if _there(file) and time.time() - file.stat().st_mtime > _STALE:
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # finished just now
+                if time.time() - file.stat().st_mtime > _STALE:
+                    file.unlink()
         gone = [entry for entry in known.values() if not entry.file.exists()]
         if limit is not None:
             held = 0
@@ -150,33 +152,34 @@ class Store:
             self.remove(entry.key)
         return gone, adopted
 
-    def _enter(self, file: Path) -> bool:
-        """Indexes a finished file; True if it was not indexed yet."""
+    def _enter(self, file: Path) -> tuple[Entry, bool]:
+        """Indexes a finished file; its entry, and whether it was not indexed yet."""
         contents = keepfile.Contents(file)
         header, now = contents.header, time.time()
         try:
             recipe, key = header["recipe"], file.stem
-            told = (
-                key, header["source"], header["model"]["name"], recipe["method"], recipe["budget"], int(recipe["exact"]),
-                int(header["seen"]), file.stat().st_size, now, now,
+            entry = Entry(
+                key, header["source"], header["model"]["name"], recipe["method"], recipe["budget"], bool(recipe["exact"]),
+                int(header["seen"]), file.stat().st_size, now, now, str(self.folder),
             )  # fmt: skip
             family = _family(header["model"], header["tokenizer"])
             ids = contents.take("ids", 1, int(header["seen"]), dtype=torch.int32)[0].tolist()
             tail = contents.take(f"layer.{_first(header)}.keys", 1, None, None, None).shape[2]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise contents.broken("its header does not describe an entry of a store") from error
         lengths = [*range(len(ids) - tail, len(ids), _BLOCK), len(ids)]
         with self._writing() as index:
+            told = [getattr(entry, name) for name in _COLUMNS]
             new = index.execute(f"INSERT OR IGNORE INTO entries VALUES ({','.join('?' * len(told))})", told).rowcount > 0
             for length, found in zip(lengths, prefix_digests(ids, lengths), strict=True):
                 if length:
                     index.execute("INSERT OR IGNORE INTO prefixes VALUES (?, ?, ?, ?)", (found, length, family, key))
-        return new
+        return entry, new
 
     def _select(self, rest: str, *values: object) -> list[Entry]:
-        names = [field.name for field in fields(Entry)][:-1]
-        rows = self._index.execute(f"SELECT {', '.join(names)} FROM entries {rest}", values).fetchall()
-        return [Entry(**{**dict(zip(names, row, strict=True)), "exact": bool(row[5])}, folder=str(self.folder)) for row in rows]
+        rows = self._index.execute(f"SELECT {', '.join(_COLUMNS)} FROM entries {rest}", values).fetchall()
+        told = [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
+        return [Entry(**{**row, "exact": bool(row["exact"])}, folder=str(self.folder)) for row in told]
 
     def _touch(self, key: str) -> None:
         with self._writing() as index:
@@ -227,11 +230,11 @@ class Shelf:
         key = self.key(document.ids, document.recipe)
         file = self.store.folder / f"{key}{keepfile.SUFFIX}"
         documents.save(document, file, self.known, self.cut)
-        self.store._enter(file)
+        entry, _new = self.store._enter(file)
         self.store._touch(key)
         if self.limit is not None:
             self.store.collect(self.limit)
-        return self.store.find(key)
+        return entry
 
     def get(self, key: str) -> Document | None:
         """An entry's document, mapped into memory, or None if it is not there, or was removed just now."""
@@ -256,11 +259,11 @@ class Shelf:
                 return document
         raise InputError("the store loses what is added to it: is its limit smaller than one document?")
 
-    def longest(self, ids: Tensor) -> tuple[Document, int] | None:
+    def longest(self, ids: Tensor, recipe: Recipe | None = None) -> tuple[Document, int] | None:
         """The document that shares the longest prefix with a prompt ids [1, T], and the prefix's length; None if none does.
 
         Compact parts are used whole or not at all; within an exact tail any number of tokens can be shared, and the document is
-        returned without the others. At least one token is left to be read.
+        returned without the others. At least one token is left to be read. recipe: only documents that were compiled so.
         """
         asked = ids.flatten().tolist()
         family = _family(self.known, self.cut)
@@ -272,7 +275,7 @@ class Shelf:
         for digest in reversed(prefix_digests(asked, lengths)):
             for (key,) in self.store._index.execute("SELECT key FROM prefixes WHERE digest = ?", (digest,)).fetchall():
                 document = self.get(key)
-                if document is None or document.ids is None:
+                if document is None or document.ids is None or recipe not in (None, document.recipe):
                     continue
                 own = document.ids[0].tolist()
                 same = next((i for i, (a, b) in enumerate(zip(own, asked, strict=False)) if a != b), min(len(own), len(asked)))
@@ -320,7 +323,3 @@ def _family(model: Mapping[str, Any], tokenizer: str) -> str:
 def _first(header: Mapping[str, Any]) -> int:
     """The first layer with full attention."""
     return next(i for i, layer in enumerate(header["layers"]) if "slots" in layer)
-
-
-def _there(file: Path) -> bool:
-    return file.exists()
