@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from keepkv.errors import InputError
+from keepkv.errors import BudgetError, InputError
 from keepkv.progress import err
 
 if TYPE_CHECKING:
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 def share(text: str | float) -> float:
-    """A share from "15%" or "0.15". Raises BudgetError, InputError."""
+    """A share from "15%" or "0.15", 0 to 1. Raises InputError."""
     from keepkv.budget import Budget
 
     if str(text) in ("0", "0.0", "0%"):
         return 0.0
-    budget = Budget.parse(text)
-    if budget.kind != "fraction":
-        raise InputError(f'{text!r} is not a share: expected "15%" or "0.15"')
+    try:
+        budget = Budget.parse(text)
+    except BudgetError:
+        budget = None
+    if budget is None or budget.kind != "fraction":
+        raise InputError(f'{text!r} is not a share: expected "15%" or "0.15", at most 100%')
     return budget.amount
 
 
