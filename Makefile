@@ -2,7 +2,7 @@
 # make test    the tests
 # make check   lint and types
 # make test-min  the tests with the oldest transformers that is supported
-# make eval    the evaluation whose table is in the README, into runs/eval-full (about fifteen minutes on a quiet core)
+# make eval    the evaluation whose table is in the README, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
 # make bench   speed on this machine
 # make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
@@ -60,7 +60,7 @@ test-min: .venv-min/ready
 	@.venv-min/bin/python -m pytest
 
 eval: .venv/ready
-	@.venv/bin/keepkv eval runs/eval-full --config benchmarks/eval/full.toml
+	@OMP_NUM_THREADS=1 .venv/bin/keepkv eval runs/eval-full --config benchmarks/eval/full.toml --workers 2
 	@.venv/bin/keepkv report runs/eval-full --png
 
 eval-quick: .venv/ready

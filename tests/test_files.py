@@ -61,8 +61,8 @@ def test_a_document_comes_back_whole(compiled, model_and_tokenizer) -> None:
     document, file = compiled
     again = documents.load(file, *model_and_tokenizer)
     assert torch.equal(again.ids, document.ids)
-    assert (again.lead, again.after, again.recipe, again.source) == (
-        document.lead, document.after, document.recipe, document.source,
+    assert (again.lead, again.before, again.after, again.recipe, again.source) == (
+        document.lead, document.before, document.after, document.recipe, document.source,
     )  # fmt: skip
     assert again.lead == len("<|user|>")
     for index in range(3):
