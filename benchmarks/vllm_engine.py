@@ -1,11 +1,11 @@
 """One vLLM engine, stepped by hand, in a process of its own: what it answers, which pages it holds, how long it takes.
 
-    echo '{"model": DIR, "engine": {...}, "requests": [{"ids": [...], "tokens": 100}]}' | python benchmarks/vllm_engine.py OUT.json
+    python benchmarks/vllm_engine.py OUT.json <<< '{"model": DIR, "engine": {...}, "requests": [{"ids": [...], "tokens": 9}]}'
 
 engine: arguments of vllm.LLM; keepkv's settings are its additional_config. A request may name the step it arrives at (arrive)
-and how many tokens it gets before it is cancelled (cancel). OUT: per request its tokens, their log-probabilities, the most pages
-it held, seconds to its first token and to its end; per step the requests running, pages in use and tokens computed; at the end
-the pages free and in all. Used by tests_vllm and benchmarks/vllm_capacity.py; needs vLLM.
+and how many tokens it gets before it is cancelled (cancel). OUT: per request its tokens, their log-probabilities, the most
+pages it held, seconds to its first token and to its end, preemptions; per step the requests running and waiting, and pages in
+use; at the end the pages free and in all. Used by tests_vllm and benchmarks/vllm_capacity.py; needs vLLM.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     manager = scheduler.kv_cache_manager
-    found = [
-        {"tokens": [], "logprobs": [], "pages": 0, "first": None, "end": None, "preempted": 0} for _ in spec["requests"]
-    ]
+    found = [{"tokens": [], "logprobs": [], "pages": 0, "first": None, "end": None, "preempted": 0} for _ in spec["requests"]]
     waiting = sorted(range(len(found)), key=lambda i: spec["requests"][i].get("arrive", 0))
     total, free = manager.block_pool.num_gpu_blocks, manager.block_pool.get_num_free_blocks()
     steps, started, born = [], time.perf_counter(), {}

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_model, tokens
 from transformers.cache_utils import Cache
 
+from conftest import make_model, tokens
 from keepkv import InputError, KeepCache, KeepKVError, hosts
 from keepkv.layer import KeepLayer
 from keepkv.serving.paged import CELL, Lot, Pages, step, watcher
@@ -47,7 +47,9 @@ class PagedCache(Cache):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         lot = Lot(self.settings, self.settings.row, scale, self.inv_freq)
         watch = self.watches.get(layer_idx) or watcher(lot, layer_idx)
-        output, self.watches[layer_idx] = step(self.pages[layer_idx], self.table, query[0].transpose(0, 1), self.read, lot, watch)
+        output, self.watches[layer_idx] = step(
+            self.pages[layer_idx], self.table, query[0].transpose(0, 1), self.read, lot, watch
+        )
         if layer_idx == len(self.pages) - 1:
             self.read += new
         return output.transpose(0, 1)[None]
@@ -57,7 +59,9 @@ def new_pages(model, pages: int) -> list[Pages]:
     """Pages full of NaN, as an engine's memory may be."""
     heads, size = hosts.key_shape(model)
     width = 2 * size + CELL // model.dtype.itemsize
-    cells = [torch.full((pages, heads, BLOCK, width), torch.nan, dtype=model.dtype) for _ in range(model.config.num_hidden_layers)]
+    cells = [
+        torch.full((pages, heads, BLOCK, width), torch.nan, dtype=model.dtype) for _ in range(model.config.num_hidden_layers)
+    ]
     return [Pages.of(own, size, size) for own in cells]
 
 
@@ -143,7 +147,9 @@ def test_pages_give_back_what_was_stored(dtype: torch.dtype) -> None:
         assert torch.equal(new[32:], old[30:])
     assert again.bias[:2].isneginf().all()
     keys = torch.randn(20, 2, 8, dtype=dtype)
-    pages.write(torch.cat([table[1:2] * BLOCK + torch.arange(16), table[2:] * BLOCK + torch.arange(3), torch.tensor([-1])]), keys, keys)
+    pages.write(
+        torch.cat([table[1:2] * BLOCK + torch.arange(16), table[2:] * BLOCK + torch.arange(3), torch.tensor([-1])]), keys, keys
+    )
     got, _ = pages.tokens(table, 16, 35)
     assert torch.equal(got, keys[:19].transpose(0, 1))
     assert (cells[[0, 2, 3, 5, 6, 8]] == 0).all()

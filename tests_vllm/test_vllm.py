@@ -35,7 +35,9 @@ def serve(folder: str, tmp_path: Path, requests: list[dict[str, Any]], settings:
 
 
 @torch.inference_mode()
-def library(folder: str, ids: list[int], count: int, chunk: int = 256, settings: Any = SETTINGS) -> tuple[list[int], list[float]]:
+def library(
+    folder: str, ids: list[int], count: int, chunk: int = 256, settings: Any = SETTINGS
+) -> tuple[list[int], list[float]]:
     """The same with KeepCache: chunk by chunk, compressed whenever the engine would."""
     from transformers import AutoModelForCausalLM
 
@@ -147,11 +149,17 @@ def test_without_settings_vllm_is_what_it_was(folder: str, tmp_path: Path) -> No
         ({"budgets": 128}, {}, "did you mean"),
         ({"method": "kvzip"}, {}, "repeated"),
         (SETTINGS, {"kv_cache_dtype": "fp8"}, "quantised"),
-        (SETTINGS, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}, "speculative"),
+        (
+            SETTINGS,
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative",
+        ),
         (SETTINGS, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "connector"),
     ],
 )
-def test_what_cannot_be_served_is_refused(folder: str, tmp_path: Path, settings: Any, changes: dict[str, Any], says: str) -> None:
+def test_what_cannot_be_served_is_refused(
+    folder: str, tmp_path: Path, settings: Any, changes: dict[str, Any], says: str
+) -> None:
     said = serve(folder, tmp_path, [{"ids": prompt(20), "tokens": 2}], settings, **changes)
     assert isinstance(said, str)
     assert says in said, said[-2000:]

@@ -161,9 +161,7 @@ class KeepImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         if not isinstance(attn_metadata, Batch):
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         lot = Lot(attn_metadata.settings, attn_metadata.settings.row, self.scale, attn_metadata.inv_freq)
         pages, index = self._pages(kv_cache), extract_layer_index(layer.layer_name)
         for first, last, before, table in attn_metadata.parts:

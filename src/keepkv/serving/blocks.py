@@ -20,8 +20,8 @@ logger = init_logger(__name__)
 class KeptSpec(FullAttentionSpec):
     """Full attention in pages whose cells end with a vote and a position; in_flight: tokens of unsettled steps at most."""
 
-    settings: Settings = Settings()
-    in_flight: int = 0
+    settings: Settings
+    in_flight: int
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, settings: Settings, in_flight: int) -> KeptSpec:

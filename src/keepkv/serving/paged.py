@@ -72,7 +72,8 @@ class Pages(NamedTuple):
         fills = (0, 0, -torch.inf, -1)
         for own, x, fill in zip(self, slots.padded(), fills, strict=True):
             room = (0, 0) * (x.ndim - 2) + (budget - x.shape[1], 0)
-            whole = pad(x, room, value=fill).unflatten(1, (-1, self.block))
+            whole = pad(x, room, value=fill)
+            whole = whole.view(len(whole), -1, self.block, *whole.shape[2:])
             own[pages] = whole.transpose(0, 1).to(own.dtype)
 
 

@@ -1,6 +1,6 @@
 """What vLLM loads in every process: entry point `keepkv` of `vllm.general_plugins`. Changes nothing unless it is asked for.
 
-    vllm serve MODEL --additional-config '{"keepkv": {"budget": 1024}}'
+vllm serve MODEL --additional-config '{"keepkv": {"budget": 1024}}'
 """
 
 from __future__ import annotations

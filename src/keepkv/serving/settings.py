@@ -36,7 +36,7 @@ class Settings:
             own = {}
         if not isinstance(own, Mapping):
             raise InputError(f'keepkv: expected settings such as {{"budget": 1024}}, not {own!r}')
-        known = {field.name: type(field.default) for field in fields(cls)}
+        known = {name: type(default) for name, default in cls().told()["keepkv"].items()}
         for name, value in own.items():
             if name not in known:
                 raise InputError(f"keepkv has no setting {name!r}: {nearest(str(name), list(known))}")
