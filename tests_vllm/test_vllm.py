@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ def serve(folder: str, tmp_path: Path, requests: list[dict[str, Any]], settings:
         engine["additional_config"] = {"keepkv": settings}
     out = tmp_path / "out.json"
     spec = json.dumps({"model": folder, "engine": engine, "requests": requests})
-    done = subprocess.run([sys.executable, str(ENGINE), str(out)], input=spec, capture_output=True, text=True)
+    bind = "0|1" if changes.get("tensor_parallel_size") == 2 else "nobind"
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": bind}
+    done = subprocess.run([sys.executable, str(ENGINE), str(out)], input=spec, capture_output=True, text=True, env=environment)
     return json.loads(out.read_text()) if done.returncode == 0 else done.stderr + done.stdout
 
 
