@@ -7,12 +7,15 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Puts keepkv's attention and page manager where vLLM looks for them."""
+    """Puts keepkv's attention and page manager where vLLM looks for them. On its CPU platform only, so far."""
+    from vllm.logger import init_logger
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    if not current_platform.is_cpu():
+        init_logger(__name__).warning("keepkv serves on vLLM's CPU platform only, so far: its settings change nothing here")
+        return
     from keepkv.serving import blocks
 
-    place = AttentionBackendEnum.CPU_ATTN if current_platform.is_cpu() else AttentionBackendEnum.CUSTOM
-    register_backend(place, "keepkv.serving.backend.KeepBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, "keepkv.serving.backend.KeepBackend")
     blocks.register()
