@@ -125,12 +125,16 @@ def test_many_requests_of_which_some_are_cancelled_leave_no_page_behind(folder: 
 
 
 def test_a_preempted_request_goes_on_as_if_nothing_had_happened(folder: str, tmp_path: Path) -> None:
-    requests = [{"ids": prompt(600, seed), "tokens": 300} for seed in range(6)]
-    made = serve(folder, tmp_path, requests, num_gpu_blocks_override=40)
+    """Short prompts that all fit and long answers that do not; until the first compression they are as if alone."""
+    requests = [{"ids": prompt(40, seed), "tokens": 300} for seed in range(5)]
+    made = serve(folder, tmp_path, requests, num_gpu_blocks_override=30)
     assert isinstance(made, dict), made[-3000:]
     assert sum(request["preempted"] for request in made["requests"]) > 0
-    assert all(len(request["tokens"]) == 300 for request in made["requests"])
     assert made["free_after"] == made["free_before"]
+    for told, request in zip(requests, made["requests"], strict=True):
+        assert len(request["tokens"]) == 300
+        tokens, _ = library(folder, told["ids"], 250)
+        assert request["tokens"][:250] == tokens
 
 
 def test_without_settings_vllm_is_what_it_was(folder: str, tmp_path: Path) -> None:
