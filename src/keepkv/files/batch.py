@@ -101,8 +101,8 @@ def with_ray(
     ]
     told = {field.name: getattr(order, field.name) for field in fields(order)}
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        Compiler, fn_constructor_kwargs=told, concurrency=min(workers, len(rows)), num_cpus=1, num_gpus=gpus,
-        max_restarts=-1, max_task_retries=-1,
-    )  # fmt: skip
+        Compiler, fn_constructor_kwargs=told, compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))), num_cpus=1,
+        num_gpus=gpus,
+    )  # fmt: skip  # an actor that dies is started again and given its row again: Ray Data's default
     for row in made.iter_rows():
         yield row["named"], row["failed"] or json.loads(row["facts"])
