@@ -57,7 +57,7 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
     log_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
     if not output.numel():
         return output, log_mass
-    keys, values = slots.keys[:], slots.values[:]
+    keys, values = slots.keys[:], slots.values[:]  # of one layer, for as long as this takes, where they are quantised
     tiles = triton.cdiv(rows, plan.block_rows)
     wide_values = max(16, triton.next_power_of_2(value_size))
     _attend[(batch * heads, tiles, plan.splits)](
