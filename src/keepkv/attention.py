@@ -54,14 +54,15 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     without slots. Raises BackendError.
     """
     backend = _backend(backend, query, slots.values.shape[1])
+    key_turn, value_turn = slots.turns
+    asked = query if key_turn is None else query.to(key_turn.dtype) @ key_turn.T
     if backend == "triton":
         from keepkv import kernels  # imports Triton
 
-        return kernels.attend_slots(query, slots, scale)
-    slots, key_turn, value_turn = slots.factored()
-    if key_turn is not None:
-        query = query.to(key_turn.dtype) @ key_turn.T
-    output, log_mass = sdpa.attend_slots(query, slots, scale) if backend == "sdpa" else _by_heads(query, slots, scale)
+        output, log_mass = kernels.attend_slots(asked.to(query.dtype), slots, scale)
+    else:
+        plain = slots.unturned()
+        output, log_mass = sdpa.attend_slots(asked, plain, scale) if backend == "sdpa" else _by_heads(asked, plain, scale)
     return (output if value_turn is None else output @ value_turn), log_mass
 
 

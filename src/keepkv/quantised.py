@@ -92,11 +92,14 @@ class Quantised(Stored):
     def tensors(self) -> list[Tensor]:
         return [self.codes, self.steps]
 
-    def factors(self) -> tuple[Tensor, Tensor | None]:
+    @property
+    def turn(self) -> Tensor | None:
+        return hadamard(self.size, wide(self.read_as), self.device) if self.form.turned else None
+
+    def unturned(self) -> Tensor:
         dtype = wide(self.read_as)
         codes = _unpacked(self.codes, self.size) if self.form.bits == 4 else self.codes
-        levels = codes.to(dtype).sub_((2**self.form.bits - 1) / 2).mul_(self.steps.to(dtype)[:, None])
-        return levels, hadamard(self.size, dtype, levels.device) if self.form.turned else None
+        return codes.to(dtype).sub_((2**self.form.bits - 1) / 2).mul_(self.steps.to(dtype)[:, None])
 
     def cut(self, lo: int, hi: int) -> Quantised:
         return replace(self, codes=self.codes[lo:hi], steps=self.steps[lo:hi])

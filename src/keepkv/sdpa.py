@@ -57,7 +57,7 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
     newer = torch.bmm(flat, keys.to(dtype).flatten(0, 1).transpose(1, 2))  # [B*H, R, n]
     if visible is not None:
         newer.view(batch, heads, rows // visible.shape[2], visible.shape[2], tail).add_(additive(visible, dtype)[:, :, None])
-    slots, key_turn, value_turn = slots.factored()
+    (key_turn, value_turn), slots = slots.turns, slots.unturned()
     if slots.keys.dtype != dtype:
         slots = replace(slots, keys=slots.keys[:].to(dtype), values=slots.values[:].to(dtype))
     turned = (flat if key_turn is None else flat @ key_turn.T).unbind()

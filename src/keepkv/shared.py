@@ -42,8 +42,8 @@ class Shared(Stored):
     def tensors(self) -> list[Tensor]:
         return [x for block in self.blocks for x in block]
 
-    def factors(self) -> tuple[Tensor, None]:
-        return torch.cat([block.read() for block in self.blocks]), None
+    def unturned(self) -> Tensor:
+        return torch.cat([block.read() for block in self.blocks])
 
     def cut(self, lo: int, hi: int) -> Shared:
         parts, start = [], 0

@@ -29,13 +29,17 @@ class Stored(ABC):
     def tensors(self) -> list[Tensor]: ...
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor | None]:
-        """C [n, d] and an orthogonal H [d, d], or None for 1: the vectors are C H. In `dtype`, or float32 if that is less."""
+    def unturned(self) -> Tensor:
+        """C [n, d], where the vectors are C H; in `dtype`, or float32 if that is less and they are turned."""
+
+    @property
+    def turn(self) -> Tensor | None:
+        """H, orthogonal [d, d]: whoever asks in turned space, q·(C H) = (q Hᵀ)·C, needs not turn all vectors. None: 1."""
+        return None
 
     def read(self) -> Tensor:
         """All vectors, [n, d]."""
-        levels, turn = self.factors()
-        return (levels if turn is None else levels @ turn).to(self.dtype)
+        return (self.unturned() if self.turn is None else self.unturned() @ self.turn).to(self.dtype)
 
     @abstractmethod
     def cut(self, lo: int, hi: int) -> Stored:
@@ -69,9 +73,14 @@ def tensors(stack: Stack) -> list[Tensor]:
     return [stack] if isinstance(stack, Tensor) else stack.tensors
 
 
-def factors(stack: Stack) -> tuple[Tensor, Tensor | None]:
-    """See `Stored.factors`."""
-    return (stack, None) if isinstance(stack, Tensor) else stack.factors()
+def unturned(stack: Stack) -> Tensor:
+    """See `Stored.unturned`."""
+    return stack if isinstance(stack, Tensor) else stack.unturned()
+
+
+def turn(stack: Stack) -> Tensor | None:
+    """See `Stored.turn`."""
+    return None if isinstance(stack, Tensor) else stack.turn
 
 
 def cut(stack: Stack, lo: int, hi: int) -> Stack:

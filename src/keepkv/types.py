@@ -212,11 +212,15 @@ class Slots:
         plain = isinstance(self.keys, Tensor) and isinstance(self.values, Tensor)
         return self if plain else replace(self, keys=self.keys[:], values=self.values[:])
 
-    def factored(self) -> tuple[Slots, Tensor | None, Tensor | None]:
-        """Keys C H and values C' H' as slots of the C and C', and H and H', None for 1: see `Stored.factors`."""
-        (keys, key_turn), (values, value_turn) = stored.factors(self.keys), stored.factors(self.values)
-        plain = self if keys is self.keys and values is self.values else replace(self, keys=keys, values=values)
-        return plain, key_turn, value_turn
+    def unturned(self) -> Slots:
+        """With plain tensors for keys and values, not turned where they are: see `turns`."""
+        keys, values = stored.unturned(self.keys), stored.unturned(self.values)
+        return self if keys is self.keys and values is self.values else replace(self, keys=keys, values=values)
+
+    @property
+    def turns(self) -> tuple[Tensor | None, Tensor | None]:
+        """The H of keys and of values: see `Stored.turn`."""
+        return stored.turn(self.keys), stored.turn(self.values)
 
     @cached_property
     def per_head(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from keepkv.options import (
     Debug,
     Device,
     Dtype,
+    Form,
     Json,
     Keep,
     Limit,
@@ -51,6 +52,7 @@ def compile(
     ] = None,
     budget: Limit = "0.1",
     method: Name = "keepkv",
+    slots: Form = "float",
     reference: Reference = "auto",
     keep: Keep = None,
     chunk: Chunk = None,
@@ -80,14 +82,14 @@ def compile(
         from keepkv import loading
         from keepkv.files import documents, identity
 
-        understood(method, budget)
+        understood(method, budget, slots)
         texts = [loading.read_text(doc) for doc in docs]
         lm, tokenizer = loading.load(model, device, dtype)
         known, cut = identity.of_model(lm), identity.of_tokenizer(tokenizer)
         told = []
         for number, (doc, text, target) in enumerate(zip(docs, texts, outputs, strict=True)):
             count = f"{number + 1}/{len(docs)} {doc}: " if len(docs) > 1 else ""
-            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact)
+            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact, slots)
             document = documents.compile_text(lm, tokenizer, text, recipe, doc, model, line.counted(count))
             warn_if_long(lm, document.tokens)
             documents.save(document, target, known, cut, with_ids=ids)
@@ -136,6 +138,7 @@ def add(
     folder: Folder = None,
     budget: Limit = "0.1",
     method: Name = "keepkv",
+    slots: Form = "float",
     reference: Reference = "auto",
     keep: Keep = None,
     chunk: Chunk = None,
@@ -156,12 +159,12 @@ def add(
         from keepkv.files import documents
         from keepkv.files.store import Store
 
-        understood(method, budget)
+        understood(method, budget, slots)
         texts = [loading.read_text(doc) for doc in docs]
         lm, tokenizer = loading.load(model, device, dtype)
         shelf = Store.open(folder).for_model(lm, tokenizer, model)
         for doc, text in zip(docs, texts, strict=True):
-            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact)
+            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact, slots)
             entry, new = shelf.add(text, recipe, doc, line.phase)
             _say([entry], as_json, "added" if new else "there already")
 
