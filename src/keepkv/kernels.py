@@ -103,7 +103,8 @@ def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) 
         except Exception as error:  # a compiler has many
             return f"does not work {case} ({type(error).__name__}: {error})"
         for head, plain in enumerate(slots.unturned().per_head):
-            theirs = exact(query[0, head].double(), *(x.double() for x in plain), size**-0.5)
+            of_keys, of_values, votes = (x.double() for x in plain)
+            theirs = exact(query[0, head].double(), of_keys, of_values, votes, size**-0.5)
             alike = torch.allclose(output[0, head].double(), theirs[0].nan_to_num(), atol=0.02, rtol=0.02)
             if not alike or not torch.allclose(log_mass[0, head].double(), theirs[1], atol=0.02, rtol=0.02):
                 return f"computes something else {case}"

@@ -73,7 +73,7 @@ def understood(methods: str, budgets: str, slots: str = "float") -> tuple[list[s
         list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) for text in (methods, budgets, slots)
     )
     if not names or not limits or not forms:
-        raise InputError("nothing to do: give at least one method, one budget and one way of storing slots")
+        raise InputError("nothing to do: give at least one method and one budget, and one way of storing slots")
     for name in names:
         get(name)
     for limit in limits:
