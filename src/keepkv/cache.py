@@ -203,7 +203,7 @@ class KeepCache(Cache):
         A budget of all the tokens changes nothing at all, unless slots are quantised. A live cache can be compressed again and
         again: slots and newer tokens together make the new slots, votes and fitted values are merged further. progress(done,
         of) is told of every step. keep: spans of tokens, (first, last + 1), that keep their slots in every head, also later on,
-        untouched unless the method merges keys; for one row. slots: how they are stored from now on, if given.
+        untouched unless the method merges keys or slots are quantised; for one row. slots: the format from now on, if given.
         Raises BudgetError for a budget below what must be kept (a live cache waits instead); KeepKVError if nothing was read,
         if the cache is compressed already and not live, or if the method needs what was not observed.
         """

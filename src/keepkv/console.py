@@ -116,12 +116,12 @@ def show_fidelity(records: Sequence[Fidelity]) -> None:
     """One line per method and budget; lower KL is better."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
-    for name in ("budget", "slots", "delta NLL", "KL", "top-1", "kept", "full", "reading", "compressing"):
+    for name in ("budget", "delta NLL", "KL", "top-1", "kept", "full", "reading", "compressing"):
         table.add_column(name, justify="right")
     for record in records:
         table.add_row(
-            record.method, record.budget, record.form, f"{record.delta_nll:+.4f}", f"{record.kl:.4f}",
-            f"{100 * record.top1:.1f}%", size(record.kv_bytes), size(record.kv_bytes_full), f"{record.prefill_seconds:.1f} s",
+            record.method, f"{record.budget} {record.form}".removesuffix(" float"), f"{record.delta_nll:+.4f}",
+            f"{record.kl:.4f}", f"{100 * record.top1:.1f}%", size(record.kv_bytes), size(record.kv_bytes_full), f"{record.prefill_seconds:.1f} s",
             f"{record.compress_seconds:.1f} s",
         )  # fmt: skip
     out.print(table)
