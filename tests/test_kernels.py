@@ -85,7 +85,7 @@ def test_ragged_heads_in_one_launch(size: int, value_size: int, rows: int, dtype
 def test_quantised_slots_are_read_as_they_are_stored(
     name: str, size: int, value_size: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As exact as plain slots that hold what is read; the query is rounded once more where keys are turned."""
+    """As exact as plain slots that hold what is read; but the query is turned, and rounded once more."""
     query, plain = case(size, value_size, rows, dtype)
     slots = replace(plain, keys=FORMATS[name].store(plain.keys), values=FORMATS[name].store(plain.values))
     with monkeypatch.context() as patch:

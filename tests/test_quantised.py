@@ -49,7 +49,7 @@ def test_no_number_is_wrong_by_more_than_its_bound(name: str, size: int, level: 
     vectors[3] = 0
     vectors[4, 1:] = 0  # an outlier
     stack = form.store(vectors)
-    turn = hadamard(size, torch.float64, vectors.device) if form.turned else torch.eye(size, dtype=torch.float64)
+    turn = hadamard(size, torch.float64, vectors.device)
     wrong, largest = ((stack[:] - vectors) @ turn.T).abs(), (vectors @ turn.T).abs().amax(1, keepdim=True)
     step = 2 * largest / (2**form.bits - 1)
     assert (wrong <= step / 2 * (1 + 2**-7) + largest / 512).all()

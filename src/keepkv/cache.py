@@ -299,7 +299,7 @@ class KeepCache(Cache):
             longest_pause=max(seconds, last.longest_pause if last else 0),
             compressions=(last.compressions if last else 0) + bool(rows),
             note=note,
-            form=self._form.name,
+            form=(self._form if rows else FLOAT).name,
         )
         for index, layer in enumerate(self.keep_layers):
             if rows:

@@ -1,8 +1,8 @@
 """Quantised: slots' keys and values as integers of 8 or 4 bits, each vector with a step of its own.
 
 After KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079), which quantise full caches; here, what a compression has left.
-Rotated keys have a few channels that are much larger than the others. In 4 bits these would take all levels, so the vectors are
-turned by a Hadamard matrix first, which spreads them evenly (QuaRot, arXiv 2404.00456); docs/log.md has what else was tried.
+Rotated keys have a few channels that are much larger than the others and would take all levels, so the vectors are turned by a
+Hadamard matrix first, which spreads them evenly (QuaRot, arXiv 2404.00456); docs/log.md has what else was tried.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from keepkv.stored import Stack, Stored
 
 @dataclass(frozen=True)
 class Format:
-    """How slots' vectors are stored: as they are (bits 0), or as integers; turned: by a Hadamard matrix first."""
+    """How slots' vectors are stored: as they are (bits 0), or as integers of 8 or 4 bits."""
 
     name: str
     bits: int = 0
-    turned: bool = False
 
     def store(self, vectors: Tensor) -> Stack:
         """Vectors [n, d] in this format."""
@@ -42,7 +41,7 @@ class Format:
 
 
 FLOAT = Format("float")
-FORMATS = {form.name: form for form in (FLOAT, Format("int8", 8), Format("int4", 4, turned=True))}
+FORMATS = {form.name: form for form in (FLOAT, Format("int8", 8), Format("int4", 4))}
 
 
 def format_of(name: str) -> Format:
@@ -58,7 +57,7 @@ class Quantised(Stored):
 
     s = 2/m max |x Hᵀ|, rounded to bfloat16; c = round(x Hᵀ / s + m/2). So no number of x Hᵀ is wrong by more than s/2, and the
     largest, by the rounding of s, by s/2 + |x Hᵀ| / 512. What was read and is stored again stays what it is (in float32 and
-    better). H = 1 unless turned. codes uint8 [n, d], or [n, ⌈d/2⌉]: number i in the lower half of byte i, number i + ⌈d/2⌉ in
+    better). H is `hadamard`. codes uint8 [n, d], or [n, ⌈d/2⌉]: number i in the lower half of byte i, number i + ⌈d/2⌉ in
     the upper; steps bfloat16 [n].
     """
 
@@ -72,9 +71,7 @@ class Quantised(Stored):
     def of(vectors: Tensor, form: Format) -> Quantised:
         """Vectors [n, d], rounded."""
         size, top = vectors.shape[1], 2**form.bits - 1
-        x = vectors.to(wide(vectors.dtype))
-        if form.turned:
-            x = x @ hadamard(size, x.dtype, x.device).T
+        x = vectors.to(wide(vectors.dtype)) @ hadamard(size, wide(vectors.dtype), vectors.device).T
         steps = (x.abs().amax(1) * (2 / top)).bfloat16()
         exact = steps.to(x.dtype)[:, None]
         codes = (x / exact.masked_fill(exact == 0, 1) + top / 2).round_().clamp_(0, top).to(torch.uint8)
@@ -93,8 +90,8 @@ class Quantised(Stored):
         return [self.codes, self.steps]
 
     @property
-    def turn(self) -> Tensor | None:
-        return hadamard(self.size, wide(self.read_as), self.device) if self.form.turned else None
+    def turn(self) -> Tensor:
+        return hadamard(self.size, wide(self.read_as), self.device)
 
     def unturned(self) -> Tensor:
         dtype = wide(self.read_as)

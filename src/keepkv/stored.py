@@ -30,7 +30,7 @@ class Stored(ABC):
 
     @abstractmethod
     def unturned(self) -> Tensor:
-        """C [n, d], where the vectors are C H; in `dtype`, or float32 if that is less and they are turned."""
+        """C [n, d], where the vectors are C H; in `dtype`, or float32 if that is less and there is an H."""
 
     @property
     def turn(self) -> Tensor | None:
