@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 import pytest
@@ -168,6 +169,22 @@ def test_a_budget_in_bytes_buys_more_slots(name: str) -> None:
         assert 59_000 <= held_bytes(x for layer in cache.keep_layers for x in layer.slots.tensors) <= 60_000
     sizes = [cache.keep_layers[0].slot_bytes(cache.form) for cache in (plain, small)]
     assert small.report().slots == pytest.approx(plain.report().slots * sizes[0] / sizes[1], rel=0.05)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_nothing_that_was_read_is_kept(name: str) -> None:
+    model = make_model("llama", torch.float32)
+    cache = KeepCache(model, 0.5, "snapkv", slots=name)
+    model(tokens(1, 60), past_key_values=cache)
+    gc.collect()
+    before = {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
+    for new in (1, 1, 20, 1):
+        model(tokens(1, new, seed=2), past_key_values=cache)
+    gc.collect()
+    after = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before]
+    assert after
+    of_slots = {id(x) for layer in cache.keep_layers for x in (layer.keys, layer.values, layer.slots.bounds)}
+    assert all(id(x) in of_slots or x.shape == (16, 16) for x in after)  # the tail, and the Hadamard matrix
 
 
 @pytest.mark.parametrize("budget", ["100%", "5000", "40KB"])
