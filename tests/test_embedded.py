@@ -25,6 +25,19 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory):
         return loading.load()
 
 
+@pytest.mark.parametrize("question", ["Who sank?", "«Why» now?", "(a) What?", " \n What? "])
+@pytest.mark.parametrize("end", [".", '."', "\n", "| 7 |", "…", ":"])
+def test_text_and_question_are_cut_as_if_they_were_seen_together(smollm2, end: str, question: str) -> None:
+    from keepkv.reading import Prompt
+
+    _, tokenizer = smollm2
+    text = LOG.read_text()[:500] + end
+    chat = [{"role": "user", "content": f"{text.strip()}\n\n{question.strip()}"}]
+    whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = Prompt(tokenizer, text)
+    assert prompt.text[0].tolist() + prompt.question(question)[0].tolist() == whole
+
+
 def test_the_converted_weights_are_those_of_the_file(smollm2) -> None:
     """Every tensor against an independent reading of the GGUF blocks: Q4_1, Q8_0 and F32, rows of q and k reordered."""
     import numpy as np

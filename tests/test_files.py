@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,8 @@ def test_a_document_comes_back_whole(compiled, model_and_tokenizer) -> None:
     document, file = compiled
     again = documents.load(file, *model_and_tokenizer)
     assert torch.equal(again.ids, document.ids)
-    assert (again.lead, again.after, again.recipe, again.source) == (
-        document.lead, document.after, document.recipe, document.source,
+    assert (again.lead, again.before, again.after, again.recipe, again.source) == (
+        document.lead, document.before, document.after, document.recipe, document.source,
     )  # fmt: skip
     assert again.lead == len("<|user|>")
     for index in range(3):
@@ -256,3 +257,38 @@ def test_mistakes_get_one_line(monkeypatch, capsys, folder: str, tmp_path: Path,
         assert (status, out) == (2, "")
         assert expected in err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_what_is_made_already_is_not_made_again(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    docs = []
+    for number in range(3):
+        docs.append(tmp_path / f"{number}.txt")
+        docs[-1].write_text(TEXT + str(number))
+    args = ["compile", *map(str, docs), "--model", folder, "--budget", "25%", "--resume", "--json"]
+
+    def made(*more: str) -> list[bool]:
+        status, out, _ = run(monkeypatch, capsys, *args, *more)
+        assert status == 0
+        return [json.loads(line)["made"] for line in out.splitlines()]
+
+    assert made() == [True] * 3
+    before = (tmp_path / "0.keep").read_bytes()
+    assert made() == [False] * 3
+    assert (tmp_path / "0.keep").read_bytes() == before
+    docs[1].write_text(TEXT + "another")
+    (tmp_path / "2.keep").write_bytes(before[:-20])
+    assert made() == [False, True, True]
+    assert made("--budget", "30%") == [True] * 3
+    assert made("--no-ids", "--budget", "30%") == [True] * 3
+
+
+def test_ray_is_asked_for_by_name(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text(TEXT)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    status, _, err = run(monkeypatch, capsys, "compile", text, "--model", folder, "--ray")
+    assert status == 2
+    assert "keepkv[ray]" in err
+    status, _, err = run(monkeypatch, capsys, "compile", "-", "--model", folder, "--ray")
+    assert status == 2
+    assert "standard input" in err

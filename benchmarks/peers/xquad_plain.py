@@ -4,9 +4,8 @@
     python benchmarks/peers/xquad_plain.py --run runs/xquad --data xquad.en.json --model MODEL_FOLDER
 
 Only the texts and questions are taken from the run (its folder `texts`, and `ask` in its records); the right answers come from
-the file. The tokens of text and question are made apart, as they must be where the question comes after the compression; with
---together they are made at once, and the two line breaks before the question may be other tokens. Prints how many answers are
-word for word the same, and both means of every score; ends with status 1 if a mean differs by more than 0.001.
+the file. The tokens of text and question are made at once. Prints how many answers are word for word the same, and both means
+of every score; ends with status 1 if a mean differs by more than 0.001.
 """
 
 from __future__ import annotations
@@ -46,13 +45,10 @@ def contains(prediction: str, truth: str) -> float:
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, text: str, question: str, most: int, together: bool) -> str:
+def answer(model, tokenizer, text: str, question: str, most: int) -> str:
     chat = [{"role": "user", "content": f"{text.strip()}\n\n{question.strip()}"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    cut = 0 if together else prompt.rindex(question.strip())
-    ids = torch.tensor(
-        [[i for part in (prompt[:cut], prompt[cut:]) for i in tokenizer(part, add_special_tokens=False).input_ids]]
-    )
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     cache, written = DynamicCache(config=model.config), []
@@ -72,7 +68,6 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True, help="a folder or a Hugging Face id")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--together", action="store_true", help="tokens of text and question made at once")
     args = parser.parse_args()
     gold = collections.defaultdict(set)
     for article in json.loads(args.data.read_text())["data"]:
@@ -86,7 +81,7 @@ def main() -> int:
     full = [row for row in rows if row["method"] == "full"]
     for row in full:
         text = (args.run / "texts" / f"{row['task']}-{row['length']}-{row['sample']}.txt").read_text()
-        said = answer(model, tokenizer, text, row["ask"], args.max_new_tokens, args.together)
+        said = answer(model, tokenizer, text, row["ask"], args.max_new_tokens)
         same += said == row["answer"]
         right = gold[row["ask"]]
         found = {"contains": contains, "f1": f1, "exact": lambda guess, truth: float(normal(guess) == normal(truth))}

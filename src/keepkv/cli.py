@@ -36,6 +36,7 @@ from keepkv.options import (
     was_typed,
 )
 from keepkv.progress import bar, err
+from keepkv.serving import commands as serving
 
 app = typer.Typer(
     name="keepkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -55,6 +56,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 app.command("compile")(files.compile)
 app.add_typer(files.store, name="store")
+app.command()(serving.serve)
 
 
 @app.command()

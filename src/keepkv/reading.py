@@ -36,7 +36,8 @@ def silent(title: str) -> Progress:
 class Prompt:
     """A text and questions about it, cut into tokens: `text` is read once, `question(q)` is appended to it.
 
-    lead: how many tokens of `text` the chat template puts before it. after: what stands after a question.
+    lead: how many tokens of `text` the chat template puts before it. before, after: what stands around a question. Text and
+    question are two line breaks apart, and the cut is between those: most tokenizers cut there too where they see the whole.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
@@ -46,11 +47,11 @@ class Prompt:
             message = [{"role": "user", "content": f"{_MARK}{text.strip()}\n\n{_MARK}"}]
             whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             opening, body, self.after = str(whole).split(_MARK)
+            body, self.before = body.removesuffix("\n"), "\n"
         else:
-            opening, body, self.after = "", f"{text.strip()}\n\nQuestion: ", "\nAnswer:"
-        before = opening + body
-        self._before, self._special = before, not tokenizer.chat_template
-        self.text: Tensor = self._cut(before)
+            opening, body, self.before, self.after = "", f"{text.strip()}\n", "\nQuestion: ", "\nAnswer:"
+        self._read, self._special = opening + body, not tokenizer.chat_template
+        self.text: Tensor = self._cut(self._read)
         pairs = zip(self._cut(opening)[0].tolist(), self.text[0].tolist(), strict=False)
         self.lead = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -67,7 +68,7 @@ class Prompt:
             raise InputError(
                 "this model's tokenizer does not say where its tokens stand in the text: nothing can be kept by name"
             )
-        places = self._tokenizer(self._before, add_special_tokens=self._special, return_offsets_mapping=True, verbose=False)[
+        places = self._tokenizer(self._read, add_special_tokens=self._special, return_offsets_mapping=True, verbose=False)[
             "offset_mapping"
         ]
         starts, ends = [lo for lo, _ in places], [hi for _, hi in places]  # both ascend
@@ -76,7 +77,7 @@ class Prompt:
 
     def _matches(self, pattern: str) -> list[tuple[int, int]]:
         try:
-            found = [match.span() for match in re.finditer(pattern, self._before) if match[0]]
+            found = [match.span() for match in re.finditer(pattern, self._read) if match[0]]
         except re.error as error:
             raise InputError(f"{pattern!r} is not a regular expression: {error}") from None
         if not found:
@@ -84,13 +85,13 @@ class Prompt:
         return found
 
     def question(self, question: str) -> Tensor:
-        """Token ids [1, n] of a question and what the template puts after it."""
-        return asked(self._tokenizer, question, self.after)
+        """Token ids [1, n] of a question and what stands around it."""
+        return asked(self._tokenizer, question, self.before, self.after)
 
 
-def asked(tokenizer: PreTrainedTokenizerBase, question: str, after: str) -> Tensor:
-    """Token ids [1, n] of a question and what stands after it."""
-    ids: Tensor = tokenizer(question.strip() + after, add_special_tokens=False, return_tensors="pt")["input_ids"]
+def asked(tokenizer: PreTrainedTokenizerBase, question: str, before: str, after: str) -> Tensor:
+    """Token ids [1, n] of a question and what stands around it."""
+    ids: Tensor = tokenizer(before + question.strip() + after, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return ids
 
 

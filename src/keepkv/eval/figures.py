@@ -95,9 +95,7 @@ def _bars(summary: Summary, model: str, name: str) -> list[Figure]:
         for row in summary.rows:
             if row.model == model and row.budget == budget and row.retained:
                 groups[f"{row.task}{f', {row.length:,} tokens' if row.length else ''}"][row.method] = row.retained
-        note = (
-            "Retained, with 95% bootstrap intervals over texts; where intervals overlap, nothing is said about who is better."
-        )
+        note = "Retained, with bootstrap intervals over texts; where intervals overlap, nothing is said about who is better."
         figures.append(Bars(f"tasks-{_slug(budget)}{_slug(name)}", f"Tasks at {budget}{name}", note, dict(groups)))
     return figures
 

@@ -22,8 +22,9 @@ def report(records: Sequence[Record], summary: Summary, settings: Mapping[str, s
     overall, tasks = ([row for row in summary.rows if (row.task == ALL) == whole] for whole in (True, False))
     parts = [
         "# Evaluation\n\nRetained: what is left of the full cache's scores, Σ min(score, full's) / Σ full's. Of full: bytes "
-        "really stored, as a share of the full cache's. In brackets: 95% bootstrap intervals over texts. What failed counts "
-        "as wrong. Rank: one more than the number of methods that are better beyond the interval of the paired difference.",
+        "really stored, as a share of the full cache's. In brackets: bootstrap intervals over texts, nominally 95% "
+        "(with few texts they cover about 90%). What failed counts as wrong. Rank: one more than the number of methods that "
+        "are better beyond the interval of the paired difference.",
         f"## Over all tasks\n\n{_table(*informing(HEAD, table_rows(overall)))}",
         "\n".join(f"* {line}" for line in versus_lines(summary)),
         f"## Retained per task\n\n{retained(summary)}",

@@ -58,7 +58,7 @@ def _curves(axes: Any, figure: Curves) -> None:
     if len(apart) == 1:
         axes.set_xlim(apart[0] / 1.5, apart[0] * 1.5)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _bars(axes: Any, figure: Bars) -> None:
@@ -81,7 +81,7 @@ def _bars(axes: Any, figure: Bars) -> None:
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.02), xlabel="retained")
-    axes.legend(fontsize=8)
+    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _heat(axes: Any, figure: Heat) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,6 +63,13 @@ def compile(
     ids: Annotated[
         bool, typer.Option("--ids/--no-ids", help="Whether the file holds the text's tokens (the text can be read from them).")
     ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave files alone that were made of the same text in the same way.")
+    ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Compile side by side on a Ray cluster ($RAY_ADDRESS, or this machine's cores).")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="With --ray: how many at once, each with the model in memory.")] = 2,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -73,30 +81,43 @@ def compile(
 
     [bold]keepkv compile report.txt && keepkv ask report.keep "Who signed it?"[/bold]
 
-    [bold]keepkv compile chapters/*.txt -o compiled --budget 5%[/bold]
+    [bold]keepkv compile chapters/*.txt -o compiled --budget 5% --resume[/bold]
+
+    [bold]keepkv compile library/*.txt -o compiled --ray --workers 8 --resume[/bold]
     """
     from keepkv.files.names import line_of, targets
 
     outputs = targets(docs, output)
+    if ray and "-" in docs:
+        raise InputError("--ray compiles files: standard input is read by no worker")
+    told: list[dict[str, Any]] = []
+    failed: list[tuple[str, str]] = []
     with bar(f"loading {model}") as line:
-        from keepkv import loading
-        from keepkv.files import documents, identity
+        from keepkv.files.batch import Compiler, Order, with_ray
 
         understood(method, budget, slots)
-        texts = [loading.read_text(doc) for doc in docs]
-        lm, tokenizer = loading.load(model, device, dtype)
-        known, cut = identity.of_model(lm), identity.of_tokenizer(tokenizer)
-        told = []
-        for number, (doc, text, target) in enumerate(zip(docs, texts, outputs, strict=True)):
-            count = f"{number + 1}/{len(docs)} {doc}: " if len(docs) > 1 else ""
-            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact, slots)
-            document = documents.compile_text(lm, tokenizer, text, recipe, doc, model, line.counted(count))
-            warn_if_long(lm, document.tokens)
-            documents.save(document, target, known, cut, with_ids=ids)
-            told.append((target, document))
-    for target, document in told:
-        facts = documents.facts(document) | {"file": str(target), "bytes": target.stat().st_size}
-        typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else line_of(target, facts))
+        order = Order(
+            budget, method, reference, tuple(keep or ()), chunk, seed, exact, ids, resume, model, device, dtype, slots
+        )
+        if ray:
+            progress = line.phase(f"compiling with {workers} workers")
+            for number, (doc, facts) in enumerate(with_ray(docs, outputs, order, workers, 1.0 if "cuda" in device else 0.0)):
+                progress(number + 1, len(docs))
+                if isinstance(facts, str):
+                    failed.append((doc, facts))
+                else:
+                    told.append(facts)
+        else:
+            compiler = Compiler(**asdict(order))
+            for number, (doc, target) in enumerate(zip(docs, outputs, strict=True)):
+                count = f"{number + 1}/{len(docs)} {doc}: " if len(docs) > 1 else ""
+                told.append(compiler.compile(doc, target, line.counted(count)))
+    for facts in told:
+        typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else line_of(facts))
+    for doc, why in failed:
+        err.print(f"[red]{doc}:[/red] {why}")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(docs)} documents could not be compiled")
 
 
 def ask_compiled(

@@ -50,13 +50,14 @@ class Document:
     """A text's cache and what is needed to ask it.
 
     ids [1, T]: what was read, or None where a file leaves it out; lead: how many of them the chat template puts before the
-    text; after: what stands after a question; source: where the text came from; model: the name it was loaded by. exact(i):
-    keys and values [1, H, T, d] of all tokens in the i-th layer, as they were read; None where they were not kept.
+    text; before, after: what stands around a question; source: where the text came from; model: the name it was loaded by.
+    exact(i): keys and values [1, H, T, d] of all tokens in the i-th layer, as they were read; None where they were not kept.
     """
 
     cache: KeepCache
     ids: Tensor | None
     lead: int
+    before: str
     after: str
     recipe: Recipe = field(default_factory=Recipe)
     source: str = ""
@@ -72,7 +73,7 @@ class Document:
         """Token ids [1, n] of a question, as it stands after the text."""
         if not question.strip():
             raise InputError("one of the questions is empty: write each in quotes, one after the other")
-        return asked(tokenizer, question, self.after)
+        return asked(tokenizer, question, self.before, self.after)
 
 
 def recipe_for(
@@ -128,7 +129,7 @@ def compile_text(
         cache = done.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
         if recipe.exact:
             exact = [(layer.keys, layer.values) for layer in done.cache.keep_layers].__getitem__
-    return Document(cache, ids, prompt.lead, prompt.after, recipe, source, name, done.seconds, exact)
+    return Document(cache, ids, prompt.lead, prompt.before, prompt.after, recipe, source, name, done.seconds, exact)
 
 
 def save(
@@ -143,7 +144,7 @@ def save(
     header["keepkv"] = __version__
     header["model"] = {**_identity(model), "name": document.model}
     header["tokenizer"] = tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
-    header["template"] = {"lead": document.lead, "after": document.after}
+    header["template"] = {"lead": document.lead, "before": document.before, "after": document.after}
     header["recipe"], header["source"] = asdict(document.recipe), document.source
     header["reading_seconds"] = document.reading_seconds
     if with_ids and document.ids is not None:
@@ -172,7 +173,8 @@ def load(
             raise InputError(f"{str(file)!r} was compiled with another tokenizer or chat template: compile the document again")
         told, place = dict(header["recipe"]), header["template"]
         recipe = Recipe(**{**told, "keep": tuple(told["keep"])})
-        lead, after, source, name = int(place["lead"]), str(place["after"]), str(header["source"]), header["model"]["name"]
+        lead, before, after = int(place["lead"]), str(place.get("before", "")), str(place["after"])
+        source, name = str(header["source"]), header["model"]["name"]
         seconds = float(header["reading_seconds"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise contents.broken("its header does not describe a document") from error
@@ -183,7 +185,7 @@ def load(
         if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.get_text_config(decoder=True).vocab_size:
             raise contents.broken("its tokens are not the model's")
     exact = _Exact(contents, cache.get_seq_length(), model) if "exact.0.keys" in contents else None
-    return Document(cache, ids, lead, after, recipe, source, name, seconds, exact)
+    return Document(cache, ids, lead, before, after, recipe, source, name, seconds, exact)
 
 
 @torch.inference_mode()

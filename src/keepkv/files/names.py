@@ -49,15 +49,16 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:count]), list(arguments[count:])
 
 
-def line_of(target: Path, facts: Mapping[str, Any]) -> str:
-    """One line about a file that was written."""
+def line_of(facts: Mapping[str, Any]) -> str:
+    """One line about a compiled file."""
     from keepkv.console import size
 
     smaller = facts["kv_bytes_full"] / max(1, facts["kv_bytes"])
+    seconds = facts["compress_seconds"] + facts["repeat_seconds"]
+    how = f"read in {facts['reading_seconds']:.1f} s, compressed in {seconds:.1f} s" if facts["made"] else "was there already"
     return (
-        f"{target}: {facts['tokens']:,} tokens, cache {size(facts['kv_bytes'])} instead of {size(facts['kv_bytes_full'])} "
-        f"({smaller:.1f}x), file {size(facts['bytes'])}, read in {facts['reading_seconds']:.1f} s, "
-        f"compressed in {facts['compress_seconds'] + facts['repeat_seconds']:.1f} s"
+        f"{facts['file']}: {facts['tokens']:,} tokens, cache {size(facts['kv_bytes'])} instead of "
+        f"{size(facts['kv_bytes_full'])} ({smaller:.1f}x), file {size(facts['bytes'])}, {how}"
     )
 
 

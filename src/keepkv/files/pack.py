@@ -129,7 +129,7 @@ class _Parts:
         return Slots(keys, values, bias, positions, tuple(offsets.tolist()))
 
     def _stack(self, name: str, directions: list[str] | str, count: int, width: int, dtype: torch.dtype) -> Stack:
-        if not directions or directions == "float":  # [] in format 1
+        if not directions or directions == "float":  # [] before format 3
             return self._take(name, count, width, dtype=dtype)
         if isinstance(directions, str):
             form = FORMATS[directions]

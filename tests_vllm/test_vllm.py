@@ -1,0 +1,168 @@
+"""keepkv inside vLLM on its CPU platform: the library's own answers, the pages that are really held, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ENGINE = Path(__file__).parents[1] / "benchmarks" / "vllm_engine.py"
+SETTINGS = {"budget": 128, "window": 64, "step": 128, "references": 128}
+BLOCK = 32
+
+
+def prompt(length: int, seed: int = 1) -> list[int]:
+    return torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def serve(folder: str, tmp_path: Path, requests: list[dict[str, Any]], settings: Any = SETTINGS, **changes: Any) -> Any:
+    """Runs an engine; returns what it reports, or what it said if it did not start."""
+    engine = {
+        "dtype": "float32", "max_model_len": 4096, "max_num_batched_tokens": 256, "block_size": BLOCK,
+        "num_gpu_blocks_override": 80, "enforce_eager": True, "skip_tokenizer_init": True, **changes,
+    }  # fmt: skip
+    if settings:
+        engine["additional_config"] = {"keepkv": settings}
+    out = tmp_path / "out.json"
+    spec = json.dumps({"model": folder, "engine": engine, "requests": requests})
+    bind = "0|1" if changes.get("tensor_parallel_size") == 2 else "nobind"
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": bind}
+    done = subprocess.run([sys.executable, str(ENGINE), str(out)], input=spec, capture_output=True, text=True, env=environment)
+    return json.loads(out.read_text()) if done.returncode == 0 else done.stderr + done.stdout
+
+
+@torch.inference_mode()
+def library(
+    folder: str, ids: list[int], count: int, chunk: int = 256, settings: Any = SETTINGS
+) -> tuple[list[int], list[float]]:
+    """The same with KeepCache: chunk by chunk, compressed whenever the engine would."""
+    from transformers import AutoModelForCausalLM
+
+    from keepkv import KeepCache
+    from keepkv.serving.settings import Settings
+
+    rule = Settings(**settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cache = KeepCache(model, rule.budget, rule.row, period=10**6, auto=False, references=rule.references)
+    todo, tokens, chances = [ids[i : i + chunk] for i in range(0, len(ids), chunk)], [], []
+    while len(tokens) < count:
+        before = cache.get_seq_length()
+        logits = model(torch.tensor([todo[0]]), past_key_values=cache, logits_to_keep=1).logits[0, -1].log_softmax(-1)
+        seen = cache.get_seq_length()
+        if rule.covered(seen) > rule.covered(before):
+            cache.keep_tail = seen - rule.covered(seen)
+            cache.compress()
+        todo.pop(0)
+        if not todo:
+            tokens.append(int(logits.argmax()))
+            chances.append(float(logits.max()))
+            todo = [[tokens[-1]]]
+    return tokens, chances
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("keepkv", {}),
+        ("keepkv", {"tensor_parallel_size": 2}),
+        ("keepkv", {"enforce_eager": False}),
+        ("keepkv", {"tensor_parallel_size": 2, "enforce_eager": False}),
+        ("keepkv-exact", {}),
+        ("snapkv", {}),
+        ("streaming", {}),
+    ],
+)
+def test_greedy_output_is_the_librarys_own(folder: str, tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
+    ids, settings = prompt(1500), {**SETTINGS, "method": method}
+    made = serve(folder, tmp_path, [{"ids": ids, "tokens": 400}], settings, **changes)
+    assert isinstance(made, dict), made[-3000:]
+    (request,) = made["requests"]
+    tokens, chances = library(folder, ids, 400, settings=settings)
+    worst = max(abs(a - b) for a, b in zip(request["logprobs"], chances, strict=True))
+    print(f"{method} {changes}: largest difference of a log-probability {worst:.1e}; pages held {request['pages']}")
+    assert request["tokens"] == tokens
+    assert worst < 1e-4
+    assert request["pages"] <= (128 + 64 + 128 + 256) // BLOCK + 1
+    held = [step["pages"] for step in made["steps"][10:-3]]
+    assert max(held) <= (128 + 64 + 128) // BLOCK + 1
+    assert made["left"] == 0
+    assert made["free_after"] == made["free_before"]
+
+
+def test_a_pool_too_small_for_stock_vllm_serves_four_at_once(folder: str, tmp_path: Path) -> None:
+    requests = [{"ids": prompt(1500, seed), "tokens": 100} for seed in range(4)]
+    stock = serve(folder, tmp_path, requests, settings=None, num_gpu_blocks_override=48)
+    assert "KV cache" in stock
+    made = serve(folder, tmp_path, requests, num_gpu_blocks_override=48)
+    assert isinstance(made, dict), made[-3000:]
+    assert max(step["running"] for step in made["steps"]) == 4
+    for seed, request in enumerate(made["requests"]):
+        assert len(request["tokens"]) == 100
+        assert request["preempted"] == 0, seed
+
+
+def test_many_requests_of_which_some_are_cancelled_leave_no_page_behind(folder: str, tmp_path: Path) -> None:
+    """Preemption included: the pool holds fewer than the engine lets run."""
+    draw = torch.Generator().manual_seed(0)
+    requests = []
+    for index in range(200):
+        length, count, wait = (int(torch.randint(lo, hi, (), generator=draw)) for lo, hi in ((5, 700), (2, 40), (0, 6)))
+        requests.append({"ids": prompt(length, index), "tokens": count, "arrive": index * 3 + wait})
+        if index % 5 == 0:
+            requests[-1]["cancel"] = 1 + count // 2
+    made = serve(folder, tmp_path, requests, num_gpu_blocks_override=48)
+    assert isinstance(made, dict), made[-3000:]
+    assert made["left"] == 0
+    assert made["free_after"] == made["free_before"]
+    for told, request in zip(requests, made["requests"], strict=True):
+        assert len(request["tokens"]) == told["tokens"] or len(request["tokens"]) >= told.get("cancel", 10**9)
+
+
+def test_a_preempted_request_goes_on_as_if_nothing_had_happened(folder: str, tmp_path: Path) -> None:
+    requests = [{"ids": prompt(600, seed), "tokens": 300} for seed in range(6)]
+    made = serve(folder, tmp_path, requests, num_gpu_blocks_override=40)
+    assert isinstance(made, dict), made[-3000:]
+    assert sum(request["preempted"] for request in made["requests"]) > 0
+    assert all(len(request["tokens"]) == 300 for request in made["requests"])
+    assert made["free_after"] == made["free_before"]
+
+
+def test_without_settings_vllm_is_what_it_was(folder: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = prompt(300)
+    made = serve(folder, tmp_path, [{"ids": ids, "tokens": 20}], settings=None, max_model_len=1024)
+    assert isinstance(made, dict), made[-3000:]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    out = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=2)
+    assert made["requests"][0]["tokens"] == out[0, 300:].tolist()
+    assert made["requests"][0]["pages"] == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "says"),
+    [
+        ({"budget": 100}, {}, "multiple of the block size"),
+        ({"budgets": 128}, {}, "did you mean"),
+        ({"method": "kvzip"}, {}, "repeated"),
+        (SETTINGS, {"kv_cache_dtype": "fp8"}, "quantised"),
+        (
+            SETTINGS,
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative",
+        ),
+        (SETTINGS, {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "connector"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    folder: str, tmp_path: Path, settings: Any, changes: dict[str, Any], says: str
+) -> None:
+    said = serve(folder, tmp_path, [{"ids": prompt(20), "tokens": 2}], settings, **changes)
+    assert isinstance(said, str)
+    assert says in said, said[-2000:]
