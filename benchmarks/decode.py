@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--budgets", default="10%", help="separated by commas")
     parser.add_argument("--method", default="keepkv", help="what to compress with: snapkv is quicker, speeds hardly differ")
+    parser.add_argument("--slots", default="", help="also with quantised slots: int8,int4")
     parser.add_argument("--steps", type=int, default=48, help="tokens decoded, after a sixth as many to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", type=int, metavar="ROWS", help="a table of the dearest operations of one step")
@@ -72,11 +73,16 @@ def main() -> None:
     whole = KeepCache(model, auto=False)
     model(ids[:, :-1], past_key_values=whole, logits_to_keep=1)
     caches: dict[str, Cache] = {"full": dense(whole, args.tokens)}
+    bases: dict[str, tuple[str, ...]] = {}
     for budget in args.budgets.split(","):
         compact = whole.fork().compress(budget, args.method)
         heads = sum(layer.heads for layer in compact.keep_layers)
         slots = sum(len(layer.slots.keys) for layer in compact.keep_layers) // heads
         caches |= {f"small {budget}": dense(whole, slots), f"keepkv {budget}": compact}
+        bases[f"keepkv {budget}"] = ("full", f"small {budget}")
+        for form in filter(None, args.slots.split(",")):
+            caches[f"keepkv {budget} {form}"] = whole.fork().compress(budget, args.method, slots=form)
+            bases[f"keepkv {budget} {form}"] = ("full", f"keepkv {budget}")
     shape = whole.keep_layers[0].keys.shape
     del whole
 
@@ -93,12 +99,12 @@ def main() -> None:
     print(f"{args.model}, {args.tokens:,} tokens, {args.threads} threads, {args.steps} steps, load {record['load']:.1f}")
     for name, of in record["seconds"].items():
         spread = f"({1e3 * of['quartile_1']:.1f} to {1e3 * of['quartile_3']:.1f})"
-        print(f"  {name:12s} {1e3 * of['median']:7.1f} ms a token {spread:16s} {held[name] / 1e6:8.1f} MB")
-    for budget in args.budgets.split(","):
-        for base in ("full", f"small {budget}"):
-            of = record["ratios"][f"keepkv {budget} / {base}"] = ratio(steps[base], steps[f"keepkv {budget}"])
+        print(f"  {name:16s} {1e3 * of['median']:7.1f} ms a token {spread:16s} {held[name] / 1e6:8.1f} MB")
+    for name, others in bases.items():
+        for base in others:
+            of = record["ratios"][f"{name} / {base}"] = ratio(steps[base], steps[name])
             spread = f"({of['quartile_1']:.2f} to {of['quartile_3']:.2f})"
-            print(f"  keepkv {budget} is {of['median']:.2f} times as fast as {base} {spread}")
+            print(f"  {name} is {of['median']:.2f} times as fast as {base} {spread}")
     if args.profile:
         for name, cache in caches.items():
             with profile(activities=[ProfilerActivity.CPU]) as seen:

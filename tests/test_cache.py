@@ -92,7 +92,7 @@ def test_every_method_spends_its_budget_and_no_more(method: str, family: str) ->
     heads = sum(layer.heads for layer in cache.keep_layers)
     budget, slots = int(0.25 * LENGTH * heads), sum(sum(layer) for layer in report.kept[0])
     if METHODS[method].share:  # more slots in the same bytes
-        size = cache.keep_layers[0].slot_bytes
+        size = cache.keep_layers[0].slot_bytes()
         taken = held_bytes(x for layer in cache.keep_layers for x in layer.slots.tensors)
         assert (budget - heads) * size * 0.95 <= taken <= budget * size
         assert slots > budget

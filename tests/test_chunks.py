@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from keepkv.chunks.join import join, with_lead
 from keepkv.errors import InputError
 from keepkv.files import identity
 from keepkv.files.documents import Document
+from keepkv.quantised import FORMATS
+from keepkv.report import held_bytes
 from keepkv.types import Slots
 
 LEAD = 5
@@ -27,6 +30,12 @@ def read(model, ids: torch.Tensor, budget: float = 1.0, method: str = "full") ->
     cache = KeepCache(model, budget, method, auto=False)
     model(ids, past_key_values=cache)
     return cache.compress()
+
+
+def whole(model, ids: torch.Tensor) -> KeepCache:
+    cache = KeepCache(model, auto=False)
+    model(ids, past_key_values=cache)
+    return cache
 
 
 def texts() -> list[torch.Tensor]:
@@ -142,6 +151,22 @@ def test_a_tail_of_an_earlier_text_becomes_slots_of_one_vote() -> None:
 
 def split(slots: Slots) -> tuple[torch.Tensor, ...]:
     return torch.split(slots.positions, slots.counts)
+
+
+@pytest.mark.parametrize("repair", [0.0, 0.3])
+def test_quantised_documents_stay_quantised(repair: float) -> None:
+    model = make_model("llama", torch.float32)
+    parts = documents(model, 0.5, "snapkv")
+    small = [replace(part, cache=whole(model, part.ids).compress(0.5, "snapkv", slots="int8")) for part in parts]
+    plain, eight = joined(model, parts, repair).cache, joined(model, small, repair).cache
+    assert eight.report().form == "int8"
+    for layer, exact in zip(eight.keep_layers, plain.keep_layers, strict=True):
+        assert held_bytes(layer.slots.tensors) == len(layer.slots.keys) * layer.slot_bytes(FORMATS["int8"])
+        assert len(layer.slots.keys) == len(exact.slots.keys)
+        if not repair:
+            torch.testing.assert_close(layer.slots.keys[:], exact.slots.keys, atol=0.05, rtol=0)
+    mixed = joined(model, [small[0], parts[1]]).cache
+    assert mixed.report().form == "float"
 
 
 @pytest.mark.parametrize("variant", ["repository", "paper"])

@@ -121,6 +121,29 @@ def test_a_restored_cache_answers_as_if_asked_first(monkeypatch, capsys, folder:
     assert json.loads(run(monkeypatch, capsys, *after)[1])["answers"][1] == alone
 
 
+def test_slots_may_be_quantised_by_every_command(monkeypatch, capsys, folder: str, text: str, tmp_path: Path) -> None:
+    tail = ["--model", folder, "--json"]
+    ask = ["ask", text, "Who jumps?", *tail, "--max-new-tokens", "2", "--compare", "full"]
+    plain, small = (json.loads(run(monkeypatch, capsys, *ask, "--slots", name)[1]) for name in ("float", "int4"))
+    assert (small["form"], small["compare"][0]["form"]) == ("int4", "float")
+    assert small["slots"] == plain["slots"]
+    assert small["kv_bytes"] < 0.3 * plain["kv_bytes"]
+    file = str(tmp_path / "text.keep")
+    status, out, err = run(monkeypatch, capsys, "compile", text, "-o", file, *tail, "--slots", "int8")
+    assert (status, err, json.loads(out)["form"]) == (0, "", "int8")
+    loaded = json.loads(run(monkeypatch, capsys, "ask", file, "Who jumps?", "--json", "--max-new-tokens", "2")[1])
+    assert (loaded["form"], loaded["kv_bytes"]) == ("int8", json.loads(out)["kv_bytes"])
+    assert "--slots is for texts" in run(monkeypatch, capsys, "ask", file, "Who?", "--slots", "int8")[2]
+    measure = ["fidelity", text, *tail, "--methods", "snapkv", "--segments", "1", "--context-tokens", "64"]
+    status, out, err = run(monkeypatch, capsys, *measure, "--slots", "float,int8,int4", "--budgets", "25%")
+    assert (status, err) == (0, "")
+    sizes = {record["form"]: record["kv_bytes"] for record in json.loads(out)}
+    assert list(sizes) == ["float", "int8", "int4"]
+    assert sizes["float"] > sizes["int8"] > sizes["int4"]
+    status, _, err = run(monkeypatch, capsys, "chat", "--model", folder, "--slots", "int44")
+    assert (status, "did you mean 'int4'" in err) == (2, True)
+
+
 def test_fidelity_records(monkeypatch, capsys, folder: str, text: str) -> None:
     args = ["fidelity", text, "--model", folder, "--methods", "keepkv,full,h2o", "--budgets", "25%,50%", "--json"]
     sizes = ["--segments", "2", "--context-tokens", "300", "--continuation-tokens", "40"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -14,6 +15,7 @@ import interpreter
 from keepkv.attention import attend_slots, backend_for
 from keepkv.errors import BackendError
 from keepkv.parts import exact
+from keepkv.quantised import FORMATS, Quantised
 from keepkv.types import Slots
 
 pytest.importorskip("triton")
@@ -75,6 +77,24 @@ def test_ragged_heads_in_one_launch(size: int, value_size: int, rows: int, dtype
     ours, eager, mass = errors(query, slots, got)
     assert ours <= eager + 1e-5
     assert mass <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "value_size", "rows"), [(64, 64, 3), (80, 96, 1), (17, 24, 20), (256, 256, 4)])
+def test_quantised_slots_are_read_as_they_are_stored(
+    name: str, size: int, value_size: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As exact as plain slots that hold what is read; but the query is turned, and rounded once more."""
+    query, plain = case(size, value_size, rows, dtype)
+    slots = replace(plain, keys=FORMATS[name].store(plain.keys), values=FORMATS[name].store(plain.values))
+    with monkeypatch.context() as patch:
+        patch.setattr(Quantised, "unturned", None)
+        got = attend_slots(query, slots, 0.2, "triton")
+    ours, eager, mass = errors(query, slots.read(), got)
+    room = 2 if dtype == torch.bfloat16 else 1
+    assert ours <= room * eager + 1e-5
+    assert mass <= (0.05 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])

@@ -139,7 +139,7 @@ def test_every_method_lives(method: str) -> None:
     for step in range(50):
         assert model(tokens(1, 1, seed=step), past_key_values=cache).logits.isfinite().all()
         assert METHODS[method].share or entries(cache) <= (30 + 20) * heads
-        assert cache.report().kv_bytes <= (30 + 20) * heads * cache.keep_layers[0].slot_bytes
+        assert cache.report().kv_bytes <= (30 + 20) * heads * cache.keep_layers[0].slot_bytes()
     assert cache.get_seq_length() == 220
     assert METHODS[method].share or cache.report().slots == 30
     kept = [x for layer in cache.keep_layers for x in layer.slots.positions.tolist()]
@@ -177,7 +177,7 @@ def test_reading_takes_no_more_than_budget_and_chunk_whatever_the_length() -> No
     layer = cache.keep_layers[0]
     heads = sum(layer.heads for layer in cache.keep_layers)
     queries = 3 * 4 * 16 * 4 * (64 + 96)  # a bank and a chunk's queries of three layers with four query heads
-    assert short <= (64 + 96) * heads * layer.slot_bytes + 2 * queries
+    assert short <= (64 + 96) * heads * layer.slot_bytes() + 2 * queries
 
 
 def test_writing_takes_no_more_memory_the_longer_it_is() -> None:

@@ -64,6 +64,7 @@ class Asked:
             "reference": self.reference,
             "tokens": report.tokens[0],
             "slots": float(report.tokens[0]) if whole else report.slots,
+            "form": report.form,
             "kv_bytes_full": report.kv_bytes_full,
             "kv_bytes": report.kv_bytes,
             "loading_seconds" if self.loaded else "prefill_seconds": self.prefill_seconds,
@@ -91,6 +92,7 @@ def ask(
     tolerance: float = TOLERANCE,
     chunk: int = 0,
     phase: Phase = silent,
+    slots: str = "float",
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
@@ -98,8 +100,9 @@ def ask(
     it (about one more reading, and details survive); "context" does not; "auto" does where the repetition still fits into
     the trained length. keep: regular expressions; what they match stays verbatim. budget "auto": the smallest at which the
     first method loses at most `tolerance` (see `smallest`). chunk: read so many tokens at a time and compress on the way,
-    once for each method; 0 reads all at once, for all methods together. phase(title) starts a phase and returns what to
-    tell its progress to. A method named "full" is what the others' `alike` is measured against.
+    once for each method; 0 reads all at once, for all methods together. slots: how they are stored, see `KeepCache`.
+    phase(title) starts a phase and returns what to tell its progress to. A method named "full" is what the others' `alike`
+    is measured against.
     Raises BudgetError, MethodError, InputError.
     """
     table = [methods.get(name) for name in method_names]
@@ -112,12 +115,12 @@ def ask(
     ids = prompt.text.to(model.device)
     lead = prompt.question(REPEAT).to(model.device)
     if not chunk:
-        done = read(model, ids, table, lead, seed, reference, phase)
+        done = read(model, ids, table, lead, seed, reference, phase, slots)
 
     asked, caches = [], []
     for method in table:
         if chunk:
-            done = read_in_chunks(model, ids, method, budget, chunk, lead, seed, reference, spans, phase)
+            done = read_in_chunks(model, ids, method, budget, chunk, lead, seed, reference, spans, phase, slots)
             cache, compressing = done.cache, done.cache.report().compress_seconds
         else:
             tell = phase(f"compressing ({method.name})")

@@ -39,8 +39,7 @@ def attend(
     query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
 ) -> Tensor:
     """o = softmax(scale q·k + b) v over slots and tail together, [B, H, R, d_v] float32 or better; see the functions below."""
-    slots = slots.read()
-    backend = _backend(backend, query, slots.values[:])
+    backend = _backend(backend, query, slots.values.shape[1])
     if backend == "sdpa" and query.shape[2] <= sdpa.FEW:
         return sdpa.attend_few(query, slots, keys, values, visible, scale)
     compact = attend_slots(query, slots, scale, backend)
@@ -54,14 +53,20 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     ragged, nothing is padded. Output [B, H, R, d_v] and log-sum-exp [B, H, R], float32 or better; 0 and -inf for a head
     without slots. Raises BackendError.
     """
-    slots = slots.read()
-    backend = _backend(backend, query, slots.values[:])
-    if backend == "sdpa":
-        return sdpa.attend_slots(query, slots, scale)
+    backend = _backend(backend, query, slots.values.shape[1])
+    key_turn, value_turn = slots.turns
+    asked = query if key_turn is None else query.to(key_turn.dtype) @ key_turn.T
     if backend == "triton":
         from keepkv import kernels  # imports Triton
 
-        return kernels.attend_slots(query, slots, scale)
+        output, log_mass = kernels.attend_slots(asked.to(query.dtype), slots, scale)
+    else:
+        plain = slots.unturned()
+        output, log_mass = sdpa.attend_slots(asked, plain, scale) if backend == "sdpa" else _by_heads(asked, plain, scale)
+    return (output if value_turn is None else output @ value_turn), log_mass
+
+
+def _by_heads(query: Tensor, slots: Slots, scale: float) -> Part:
     output, log_mass = nothing(query, slots.values.shape[1])
     of_heads = zip(query.flatten(0, 1), slots.per_head, output.flatten(0, 1), log_mass.flatten(0, 1), strict=True)
     for own, (keys, values, bias), to_output, to_mass in of_heads:
@@ -80,7 +85,7 @@ def attend_tail(
     for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. `triton` runs the
     plain code here. Raises BackendError.
     """
-    backend = _backend(backend, query, values)
+    backend = _backend(backend, query, values.shape[-1])
     if backend == "sdpa":
         return sdpa.attend_tail(query, keys, values, visible, scale)
     batch, heads, rows, size = query.shape
@@ -121,9 +126,9 @@ def attend_watched(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
     return (output, log_mass[:, :answered]), (paid / rows).sqrt_()
 
 
-def _backend(name: str, query: Tensor, values: Tensor) -> str:
+def _backend(name: str, query: Tensor, value_size: int) -> str:
     """The backend to use: the one that was asked for, or what "auto" stands for. Raises BackendError."""
-    sizes = (query.shape[-1], values.shape[-1])
+    sizes = (query.shape[-1], value_size)
     if name == "auto":
         return backend_for(query.device, query.dtype, *sizes)
     if name not in _BACKENDS:

@@ -30,6 +30,7 @@ from keepkv.layer import KeepLayer
 from keepkv.method import Method
 from keepkv.observe import Watch
 from keepkv.prefill import read, rehearse
+from keepkv.quantised import FLOAT, Format, format_of
 from keepkv.recall import Piece
 from keepkv.report import Head, Report, weighed
 from keepkv.standin import StandIn
@@ -58,6 +59,8 @@ class KeepCache(Cache):
     backing: "cpu" or "disk" keeps the exact keys and values of all tokens there; `refresh()` then rebuilds the compact part
     from them, by itself every `refresh` tokens if given, so that the error of many folds does not add up.
     column_mass: also sum all attention while reading, for methods that need it (default: if `method` does).
+    slots: how the compact part is stored, as it is ("float") or quantised ("int8", "int4"): more slots for the same bytes. All
+    that is compressed is then rounded, also where the budget holds every token; newer tokens and the method "full" are exact.
     Raises ModelError for a model that cannot be compressed, BudgetError, MethodError, InputError for what cannot be read.
     """
 
@@ -75,10 +78,11 @@ class KeepCache(Cache):
         seed: int = 0,
         references: int = 2048,
         column_mass: bool | None = None,
+        slots: str = "float",
         auto: bool = True,
     ) -> None:
         hosts.check(model)
-        self.budgets, self.method = Budget.parse_all(budget), methods.get(method)
+        self.budgets, self.method, self.form = Budget.parse_all(budget), methods.get(method), format_of(slots)
         self.chunk, self.period, self.keep_tail = chunk, chunk if period is None else period, tail
         self.refresh_every = refresh
         for name, size in (("period", self.period), ("chunk", chunk), ("tail", tail + 1), ("refresh", refresh)):
@@ -192,24 +196,26 @@ class KeepCache(Cache):
         method: str | Method | None = None,
         progress: Progress = lambda done, of: None,
         keep: Sequence[tuple[int, int]] = (),
+        slots: str | None = None,
     ) -> KeepCache:
         """Compresses everything held, but for the newest `tail` tokens, in place, and returns the cache itself.
 
-        A budget of all the tokens changes nothing at all. A live cache can be compressed again and again: slots and newer
-        tokens together make the new slots, votes and fitted values are merged further. progress(done, of) is told of every
-        step. keep: spans of tokens, (first, last + 1), that keep their slots in every head, also later on, untouched unless
-        the method merges keys; for one row.
+        A budget of all the tokens changes nothing at all, unless slots are quantised. A live cache can be compressed again and
+        again: slots and newer tokens together make the new slots, votes and fitted values are merged further. progress(done,
+        of) is told of every step. keep: spans of tokens, (first, last + 1), that keep their slots in every head, also later on,
+        untouched unless the method merges keys or slots are quantised; for one row. slots: the format from now on, if given.
         Raises BudgetError for a budget below what must be kept (a live cache waits instead); KeepKVError if nothing was read,
         if the cache is compressed already and not live, or if the method needs what was not observed.
         """
-        before = self.budgets, self.method, self._keep
+        before = self.budgets, self.method, self.form, self._keep
         self.budgets = self.budgets if budget is None else Budget.parse_all(budget)
         self.method = self.method if method is None else methods.get(method)
+        self.form = self.form if slots is None else format_of(slots)
         self._keep = (*self._keep, *keep)
         try:
             return self._compress(progress)
         except KeepKVError:
-            self.budgets, self.method, self._keep = before
+            self.budgets, self.method, self.form, self._keep = before
             raise
 
     @torch.no_grad()
@@ -238,7 +244,7 @@ class KeepCache(Cache):
                 raise
             return self  # too few tokens as yet
         held = [(count - tails[row]) * self._heads if exact else self._entries(row) for row, count in enumerate(tokens)]
-        if not exact and all(total >= entries for total, entries in zip(totals, held, strict=True)):
+        if not exact and not self._form.bits and all(total >= entries for total, entries in zip(totals, held, strict=True)):
             if not self.live:
                 self._settle([], note="left whole: the budget holds every token")
             return self
@@ -248,7 +254,7 @@ class KeepCache(Cache):
         for row, total in enumerate(totals):
             slots = min(total, held[row]) + tails[row] * self._heads
             tell = partial(in_row, progress, row, len(totals))
-            done.append(compress(self._observations(row, exact), self.method, slots, tell))
+            done.append(compress(self._observations(row, exact), self.method, slots, tell, self._form))
         self._settle(done, time.perf_counter() - start, exact=exact)
         return self
 
@@ -259,11 +265,12 @@ class KeepCache(Cache):
                 f"this cache {state}: read a prompt into a new KeepCache, and fork() it before compressing; "
                 "KeepCache(..., period=n) can be compressed again"
             )
-        check_observed(self.method, self.keep_layers)
-        if self._keep and len(self._tokens()) > 1:
+        check_observed(self.method, self.keep_layers, self.form)
+        rows = len(self._tokens())
+        if self._keep and rows > 1:
             raise KeepKVError("keep names tokens of one text: this cache has read a batch")
-        if len(self.budgets) not in (1, len(self._tokens())):
-            raise KeepKVError(f"{len(self.budgets)} budgets for {len(self._tokens())} rows: give one for each, or one for all")
+        if len(self.budgets) not in (1, rows):
+            raise KeepKVError(f"{len(self.budgets)} budgets for {rows} rows: give one for each, or one for all")
 
     read = read
     rehearse = rehearse
@@ -292,6 +299,7 @@ class KeepCache(Cache):
             longest_pause=max(seconds, last.longest_pause if last else 0),
             compressions=(last.compressions if last else 0) + bool(rows),
             note=note,
+            form=(self._form if rows else FLOAT).name,
         )
         for index, layer in enumerate(self.keep_layers):
             if rows:
@@ -342,17 +350,15 @@ class KeepCache(Cache):
         if len(self.budgets) > 1:
             self.budgets = tuple(self.budgets[row] for row in rows)
         self._expected = tuple(self._expected[row] for row in rows) if self._expected else ()
-        if self._report is not None:
-            tokens, heads = self._report.tokens, self._report.heads
-            self._report = replace(
-                self._report,
-                tokens=tuple(tokens[row] for row in rows),
-                heads=tuple(heads[row] for row in rows) if heads else (),
-            )
+        self._report = self._report and self._report.rows(rows)
 
     @property
     def _limits(self) -> str:
         return ", ".join(map(str, self.budgets))
+
+    @property
+    def _form(self) -> Format:
+        return FLOAT if self.method.keeps_all else self.form
 
     @property
     def _heads(self) -> int:
@@ -378,11 +384,8 @@ class KeepCache(Cache):
 
     def _entries(self, row: int) -> int:
         """Slots and tail tokens that one row holds, over all layers and heads."""
-        start, count = self._starts()[row], 0
-        for layer in self.keep_layers:
-            counts = layer.slots.counts[row * layer.heads : (row + 1) * layer.heads] if layer.slots else [0]
-            count += sum(counts) + layer.heads * max(0, layer.seen - layer.held.first(start) - self._tails()[row])
-        return count
+        start, tail = self._starts()[row], self._tails()[row]
+        return sum(layer.entries(row, start, tail) for layer in self.keep_layers)
 
     def _total_slots(self, row: int, tokens: int) -> int:
         """The budget of one row of `tokens` tokens, in slots over all layers and heads."""
@@ -392,4 +395,4 @@ class KeepCache(Cache):
         layer = self.keep_layers[0]
         budget = self.budgets[row if len(self.budgets) > 1 else 0]
         shared = budget.kind == "bytes" and len(self.budgets) == 1  # bytes are for the whole cache, rows share them
-        return budget.total_slots(tokens, self._heads, layer.slot_bytes * (len(layer.keys) if shared else 1))
+        return budget.total_slots(tokens, self._heads, layer.slot_bytes(self._form) * (len(layer.keys) if shared else 1))

@@ -21,6 +21,7 @@ from keepkv.options import (
     Device,
     Dtype,
     File,
+    Form,
     Json,
     Keep,
     Limit,
@@ -69,6 +70,7 @@ def ask(
     ],
     budget: Limit = "0.1",
     method: Name = "keepkv",
+    slots: Form = "float",
     compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
     reference: Reference = "auto",
     keep: Keep = None,
@@ -99,7 +101,7 @@ def ask(
     """
     compiled, asked = split([file, *questions])
     if compiled:
-        recipe = [name for name in ("budget", "method", "compare", "reference", "keep", "tolerance", "chunk", "seed")
+        recipe = [name for name in ("budget", "method", "slots", "compare", "reference", "keep", "tolerance", "chunk", "seed")
                   if was_typed(context, name)]  # fmt: skip
         if recipe:
             raise InputError(f"--{recipe[0]} is for texts: {compiled[0]} is compiled already, with its own")
@@ -112,7 +114,7 @@ def ask(
         from keepkv.ask import ask as run
         from keepkv.reading import Prompt
 
-        names, _ = understood(",".join([method, compare]), "10%" if budget == "auto" else budget)
+        names, *_ = understood(",".join([method, compare]), "10%" if budget == "auto" else budget, slots)
         if not all(question.strip() for question in questions):
             raise InputError("one of the questions is empty: write each in quotes, one after the other")
         text = loading.read_text(file)
@@ -121,7 +123,7 @@ def ask(
         warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
         results = run(
             lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), tolerance,
-            chunk_of(chunk, prompt.text.shape[1], budget), line.phase,
+            chunk_of(chunk, prompt.text.shape[1], budget), line.phase, slots,
         )  # fmt: skip
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]
@@ -140,6 +142,7 @@ def chat(
         str, typer.Option(help='Slots per KV head ("1024"), bytes ("64MB"), or a growing share ("10%").')
     ] = "1024",
     method: Name = "keepkv",
+    slots: Form = "float",
     system: Annotated[str, typer.Option(help="A system prompt; it stays verbatim.", show_default=False)] = "",
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.", show_default=False)] = None,
     period: Annotated[int, typer.Option(min=1, help="Compress whenever so many tokens have come.")] = 512,
@@ -166,10 +169,12 @@ def chat(
         from keepkv.chat import Chat, lines
         from keepkv.conversation import Conversation
 
-        understood(method, budget)
+        understood(method, budget, slots)
         lm, tokenizer = loading.load(model, device, dtype)
         torch.manual_seed(seed)
-        talk = Chat(lambda: Conversation(lm, tokenizer, budget, method, system, period, seed), max_new_tokens, temperature)
+        talk = Chat(
+            lambda: Conversation(lm, tokenizer, budget, method, system, period, seed, slots), max_new_tokens, temperature
+        )
     if load is not None:
         talk.load(str(load))
     if sys.stdin.isatty():
@@ -182,6 +187,7 @@ def fidelity(
     file: File,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; see keepkv methods.")] = "keepkv,snapkv,h2o",
     budgets: Annotated[str, typer.Option(help="Budgets, separated by commas: 50%,10%,512,64MB")] = "0.1",
+    slots: Annotated[str, typer.Option(help="How slots are stored, separated by commas: float,int8,int4")] = "float",
     segments: Annotated[int, typer.Option(min=1, help="Stretches of the text to measure on.")] = 3,
     context_tokens: Annotated[int, typer.Option(min=16, help="Tokens read and compressed per stretch.")] = 2048,
     continuation_tokens: Annotated[int, typer.Option(min=2, help="True next tokens fed per stretch.")] = 192,
@@ -204,7 +210,7 @@ def fidelity(
         from keepkv import console, loading
         from keepkv import fidelity as measuring
 
-        names, limits = understood(methods, budgets)
+        names, limits, forms = understood(methods, budgets, slots)
         text = loading.read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         stretches = measuring.cut(tokenizer, text, segments, context_tokens, continuation_tokens)
@@ -212,9 +218,9 @@ def fidelity(
         if len(stretches) < segments:
             err.print(f"the text is short: {len(stretches)} stretches instead of {segments}")
         tell = line.phase("measuring")
-        of = measuring.steps(len(stretches), names, limits)
+        of = measuring.steps(len(stretches), names, limits, forms)
         records = measuring.measure(
-            lm, stretches, continuation_tokens, names, limits, seed, reference, lambda done: tell(done, of)
+            lm, stretches, continuation_tokens, names, limits, seed, reference, lambda done: tell(done, of), forms
         )
     if as_json:
         typer.echo(json.dumps([record.to_dict() for record in records]))

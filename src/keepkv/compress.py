@@ -17,7 +17,8 @@ from keepkv.errors import BudgetError
 from keepkv.merge import Merged, evict
 from keepkv.method import Method
 from keepkv.pairs import Pairs
-from keepkv.types import Observation, Plan, Slots
+from keepkv.quantised import FLOAT, Format
+from keepkv.types import BESIDE, Observation, Plan, Slots
 
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 
@@ -32,14 +33,18 @@ class Compressed:
 
 
 def compress(
-    observations: Sequence[Observation], method: Method, total: int, progress: Progress = lambda done, of: None
-) -> Compressed:
+    observations: Sequence[Observation], method: Method, total: int, progress: Progress = lambda done, of: None,
+    form: Format = FLOAT,
+) -> Compressed:  # fmt: skip
     """Compresses the observed layers of one sequence to `total` slots over all layers and heads, or to their bytes.
 
+    form: how the slots are stored; votes and values are fitted to keys as they will be read.
     Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
     if total == 0:  # a row of padding
-        return _nothing(observations)
+        return _as_they_are(observations, [seen.present & False for seen in observations], form)
+    if total >= sum(sum(seen.counts) for seen in observations) and not method.share:
+        return _as_they_are(observations, [seen.present for seen in observations], form)
     pinned = tokens = 0
     steps = iter(range(1, len(observations) * (3 if method.trial else 2) + 1))
 
@@ -86,8 +91,10 @@ def compress(
         references[layer] = None  # it is not needed any more
         choices = method.choose(watched, _own(guarded[layer], seen), counts[layer])
         kept.append(tuple(choice.kept for choice in choices))
+        if form.bits and method.reference:
+            watched = replace(watched, keys=form.round(seen.keys))
         merged.append(tuple(method.merge(watched, choices)))
-        parts.append(_flat(seen, kept[-1], merged[-1]))
+        parts.append(_flat(seen, kept[-1], merged[-1], form))
         step()
     return Compressed(Plan(tuple(kept)), tuple(method.share.pack(parts) if method.share else parts), tuple(merged))
 
@@ -95,17 +102,18 @@ def compress(
 def _price(share: Pairs, seen: Observation, layered: Layered) -> float:
     """What a slot takes, of one that shares nothing."""
     vectors = sum(x.shape[2] * x.element_size() for x in (seen.keys, seen.values))
-    return share.cost(len(layered.scores), vectors, 8)
+    return share.cost(len(layered.scores), vectors, BESIDE)
 
 
-def _nothing(observations: Sequence[Observation]) -> Compressed:
-    kept = tuple((torch.empty(0, dtype=torch.int64, device=seen.keys.device),) * seen.heads for seen in observations)
-    heads = [
-        [evict(k, v, n) for k, v, n in zip(seen.keys, seen.values, none, strict=True)]
-        for seen, none in zip(observations, kept, strict=True)
-    ]
-    slots = tuple(map(_flat, observations, kept, heads))
-    return Compressed(Plan(kept), slots, tuple(map(tuple, heads)))
+def _as_they_are(observations: Sequence[Observation], stay: Sequence[Tensor], form: Format) -> Compressed:
+    """The entries for which stay[layer], bool [H, T], is true, and nothing merged."""
+    kept = tuple(tuple(head.nonzero()[:, 0] for head in layer) for layer in stay)
+    merged = tuple(
+        tuple(evict(seen.keys[h], seen.values[h], k, seen.head_bias(h)) for h, k in enumerate(heads))
+        for seen, heads in zip(observations, kept, strict=True)
+    )
+    slots = [_flat(seen, k, m, form) for seen, k, m in zip(observations, kept, merged, strict=True)]
+    return Compressed(Plan(kept), tuple(slots), merged)
 
 
 class Layered(NamedTuple):
@@ -152,10 +160,10 @@ def _most_fixed(scores: Tensor) -> int:
     return int(scores.isposinf().sum(-1).max())
 
 
-def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged]) -> Slots:
+def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], form: Format) -> Slots:
     return Slots(
-        keys=torch.cat([head.keys for head in merged]).to(observation.keys.dtype),
-        values=torch.cat([head.values for head in merged]).to(observation.values.dtype),
+        keys=form.store(torch.cat([head.keys for head in merged]).to(observation.keys.dtype)),
+        values=form.store(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
         bias=torch.cat([head.bias for head in merged]).float(),
         positions=torch.cat([observation.positions[h, k] for h, k in enumerate(kept)]).int(),
         offsets=(0, *accumulate(len(head) for head in kept)),

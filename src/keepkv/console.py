@@ -45,7 +45,10 @@ def show_asked(results: Sequence[Asked]) -> None:
         facts.add_column(result.method, justify="right")
     lines = [(result.to_dict(), result.report) for result in results]
     facts.add_row("tokens read", *(f"{facts_of['tokens']:,}" for facts_of, _ in lines))
-    facts.add_row("slots per KV head", *(f"{facts_of['slots']:,.0f}" for facts_of, _ in lines))
+    facts.add_row(
+        "slots per KV head",
+        *(f"{f['slots']:,.0f}{'' if report.form == 'float' else f' ({report.form})'}" for f, report in lines),
+    )
     facts.add_row("cache, full", *(size(report.kv_bytes_full) for _, report in lines))
     facts.add_row("cache, kept", *(size(report.kv_bytes) for _, report in lines))
     if results[0].loaded:
@@ -117,9 +120,9 @@ def show_fidelity(records: Sequence[Fidelity]) -> None:
         table.add_column(name, justify="right")
     for record in records:
         table.add_row(
-            record.method, record.budget, f"{record.delta_nll:+.4f}", f"{record.kl:.4f}", f"{100 * record.top1:.1f}%",
-            size(record.kv_bytes), size(record.kv_bytes_full), f"{record.prefill_seconds:.1f} s",
-            f"{record.compress_seconds:.1f} s",
+            record.method, f"{record.budget} {record.form}".removesuffix(" float"), f"{record.delta_nll:+.4f}",
+            f"{record.kl:.4f}", f"{100 * record.top1:.1f}%", size(record.kv_bytes), size(record.kv_bytes_full),
+            f"{record.prefill_seconds:.1f} s", f"{record.compress_seconds:.1f} s",
         )  # fmt: skip
     out.print(table)
     first = records[0]

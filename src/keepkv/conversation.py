@@ -47,9 +47,10 @@ class Conversation:
         system: str = "",
         period: int = 512,
         seed: int = 0,
+        slots: str = "float",
     ) -> None:
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.cache = KeepCache(model, budget, method, chunk=CHUNK, period=period, seed=seed)
+        self.cache = KeepCache(model, budget, method, chunk=CHUNK, period=period, seed=seed, slots=slots)
         self.turns: list[Turn] = []
         self.ids = torch.empty(1, 0, dtype=torch.int64, device=model.device)  # all that was said, in tokens
         self._before: tuple[KeepCache, Tensor] | None = None

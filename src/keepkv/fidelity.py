@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -40,14 +41,15 @@ class Fidelity:
     error: float
     kl_per_segment: tuple[float, ...]
     error_per_segment: tuple[float, ...]
+    form: str = "float"  # how slots are stored
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def steps(segments: int, method_names: Sequence[str], budgets: Sequence[str]) -> int:
+def steps(segments: int, method_names: Sequence[str], budgets: Sequence[str], forms: Sequence[str] = ("float",)) -> int:
     """How many steps `measure` takes."""
-    return segments * (1 + len(method_names) * len(budgets))
+    return segments * (1 + len(method_names) * len(budgets) * len(forms))
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, text: str, segments: int, context: int, continuation: int) -> Tensor:
@@ -79,30 +81,32 @@ def measure(
     seed: int = 0,
     reference: str = "context",
     tick: Callable[[int], None] = lambda done: None,
+    forms: Sequence[str] = ("float",),
 ) -> list[Fidelity]:
     """Reads each stretch but its last `continuation` tokens, compresses in every way, and feeds the true continuation.
+
+    forms: how slots are stored, see `KeepCache`.
 
     reference "recall" also repeats each stretch before compressing, for methods that can use it (see `ask`).
     Every variant starts from the same reading, so that differences are the compression's alone (paired). tick(done) is
     told after each of `steps`.
     """
     table = [methods.get(name) for name in method_names]
-    rows: dict[tuple[str, str], list[_Sample]] = {}
+    rows: dict[tuple[str, str, str], list[_Sample]] = {}
     done = 0
     for stretch in stretches.to(model.device):
         context, future = stretch[None, :-continuation], stretch[None, -continuation:]
         once = read(model, context, table, seed=seed, reference=reference)
         full = log_probs(model, once.cache.fork().compress("100%"), future)
         tick(done := done + 1)
-        for budget in budgets:
-            for method in table:
-                cache = once.of(method).compress(budget, method)
-                rows.setdefault((method.name, budget), []).append(
-                    compare(full, log_probs(model, cache, future), future[0, 1:], cache, once)
-                )
-                tick(done := done + 1)
+        for budget, method, form in product(budgets, table, forms):
+            cache = once.of(method).compress(budget, method, slots=form)
+            rows.setdefault((method.name, budget, form), []).append(
+                compare(full, log_probs(model, cache, future), future[0, 1:], cache, once)
+            )
+            tick(done := done + 1)
     size = stretches.shape[1] - continuation
-    return [_mean(name, budget, samples, size, continuation) for (name, budget), samples in rows.items()]
+    return [_mean(*variant, samples, size, continuation) for variant, samples in rows.items()]
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, once: R
     )
 
 
-def _mean(method: str, budget: str, samples: Sequence[_Sample], context: int, continuation: int) -> Fidelity:
+def _mean(method: str, budget: str, form: str, samples: Sequence[_Sample], context: int, continuation: int) -> Fidelity:
     def mean(name: str) -> float:
         return statistics.fmean(getattr(sample, name) for sample in samples)
 
@@ -147,5 +151,5 @@ def _mean(method: str, budget: str, samples: Sequence[_Sample], context: int, co
         method, budget, mean("delta_nll"), mean("kl"), mean("top1"), round(mean("kv_bytes")), round(mean("kv_bytes_full")),
         mean("prefill_seconds"), mean("compress_seconds"), len(samples), context, continuation,
         sum(sample.fallbacks for sample in samples), mean("error"), tuple(sample.kl for sample in samples),
-        tuple(sample.error for sample in samples),
+        tuple(sample.error for sample in samples), form,
     )  # fmt: skip

@@ -11,11 +11,16 @@ from torch import Tensor
 from keepkv.errors import KeepKVError
 from keepkv.layer import KeepLayer
 from keepkv.method import Method
+from keepkv.quantised import FLOAT, Format
 from keepkv.types import Observation
 
 
-def check_observed(method: Method, layers: Sequence[KeepLayer]) -> None:
-    """Raises KeepKVError if the method needs what the layers have not observed while they read."""
+def check_observed(method: Method, layers: Sequence[KeepLayer], form: Format = FLOAT) -> None:
+    """Raises KeepKVError if the method needs what the layers have not observed while they read, or cannot be stored so."""
+    if method.share and form.bits:
+        raise KeepKVError(
+            f"{method.name} stores the slots of two layers together, and these cannot be {form.name}: slots='float'"
+        )
     watches = [layer.watch for layer in layers if layer.watch is not None]
     if method.column_mass and not all(watch.with_column_mass for watch in watches):
         raise KeepKVError(f"{method.name} must see all attention while the prompt is read: KeepCache(..., column_mass=True)")

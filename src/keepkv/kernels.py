@@ -2,13 +2,15 @@
 
 Two passes, as in flash-decoding: every program attends a block of rows to one stretch of a head's slots and writes output and
 log-sum-exp; the second pass joins the stretches in order, so that results are the same each time. The R rows of the query heads
-that share a KV head are one block, so that a key is loaded once for all of them. Sums are float32.
+that share a KV head are one block, so that a key is loaded once for all of them. Sums are float32. Quantised keys and values
+are loaded as they are stored, and become numbers of the query's dtype in registers; where they are turned, query and output are
+those in turned space.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from keepkv.parts import Part, exact
+from keepkv.quantised import FORMATS, Quantised
+from keepkv.stored import Stack
 from keepkv.types import Slots
 
 
@@ -57,14 +61,14 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
     log_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
     if not output.numel():
         return output, log_mass
-    keys, values = slots.keys[:], slots.values[:]
+    (keys, key_steps, key_bits), (values, value_steps, value_bits) = _held(slots.keys), _held(slots.values)
     tiles = triton.cdiv(rows, plan.block_rows)
     wide_values = max(16, triton.next_power_of_2(value_size))
     _attend[(batch * heads, tiles, plan.splits)](
-        query, keys, values, slots.bias, slots.bounds, parts, masses, scale, heads, rows, size, value_size,
-        *query.stride(), *keys.stride(), *values.stride(),
+        query, keys, values, key_steps, value_steps, slots.bias, slots.bounds, parts, masses, scale,
+        heads, rows, size, value_size, *query.stride(), *keys.stride(), *values.stride(),
         BLOCK_R=plan.block_rows, BLOCK_N=plan.block_keys, BLOCK_D=max(16, triton.next_power_of_2(size)), BLOCK_V=wide_values,
-        WIDEN=device.type != "cuda", num_warps=plan.warps,
+        KEY_BITS=key_bits, VALUE_BITS=value_bits, WIDEN=device.type != "cuda", num_warps=plan.warps,
     )  # fmt: skip
     _join[(batch * heads, tiles)](
         parts, masses, output, log_mass, rows, value_size, batch * heads, plan.splits,
@@ -73,34 +77,46 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
     return output, log_mass
 
 
+def _held(stack: Stack) -> tuple[Tensor, Tensor, int]:
+    """What the kernel reads of a stack: vectors, or integers and their steps, and how many bits these have (0: vectors)."""
+    if isinstance(stack, Quantised):
+        return stack.codes, stack.steps, stack.form.bits
+    plain = stack[:]
+    return plain, plain, 0
+
+
 @cache
 def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
-    """What is wrong with the kernel on a device for such queries and slots, tried once against `exact`; "" if nothing."""
+    """What is wrong with the kernel on a device for such queries and slots, tried once in every format; "" if nothing."""
     generator, counts = torch.Generator().manual_seed(0), (0, 3, 70, 200)
     query, keys, values = (
         torch.randn(*shape, generator=generator).to(device, dtype)
         for shape in ((1, 4, 5, size), (sum(counts), size), (sum(counts), value_size))
     )
     bias = torch.rand(len(keys), generator=generator).to(device)
-    slots = Slots(keys, values, bias, torch.arange(len(keys), device=device).int(), (0, *accumulate(counts)))
-    try:
-        output, log_mass = attend_slots(query, slots, size**-0.5)
-    except Exception as error:  # a compiler has many
-        return f"does not work on {device} for {dtype} and sizes {size} and {value_size} ({type(error).__name__}: {error})"
-    for head, (lo, hi) in enumerate(pairwise(slots.offsets)):
-        theirs = exact(query[0, head].double(), keys[lo:hi].double(), values[lo:hi].double(), bias[lo:hi].double(), size**-0.5)
-        alike = torch.allclose(output[0, head].double(), theirs[0].nan_to_num(), atol=0.02, rtol=0.02)
-        if not alike or not torch.allclose(log_mass[0, head].double(), theirs[1], atol=0.02, rtol=0.02):
-            return f"computes something else on {device} for {dtype} and sizes {size} and {value_size}"
+    for form in FORMATS.values():
+        positions = torch.arange(len(keys), device=device).int()
+        slots = Slots(form.store(keys), form.store(values), bias, positions, (0, *accumulate(counts)))
+        case = f"on {device} for {dtype}, sizes {size} and {value_size}, and {form.name} slots"
+        try:
+            output, log_mass = attend_slots(query, slots, size**-0.5)
+        except Exception as error:  # a compiler has many
+            return f"does not work {case} ({type(error).__name__}: {error})"
+        for head, plain in enumerate(slots.unturned().per_head):
+            of_keys, of_values, votes = (x.double() for x in plain)
+            theirs = exact(query[0, head].double(), of_keys, of_values, votes, size**-0.5)
+            alike = torch.allclose(output[0, head].double(), theirs[0].nan_to_num(), atol=0.02, rtol=0.02)
+            if not alike or not torch.allclose(log_mass[0, head].double(), theirs[1], atol=0.02, rtol=0.02):
+                return f"computes something else {case}"
     return ""
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, bias, bounds, parts, masses, scale, heads, rows, size, value_size,
+    query, keys, values, key_steps, value_steps, bias, bounds, parts, masses, scale, heads, rows, size, value_size,
     query_b, query_h, query_r, query_d, key_n, key_d, value_n, value_d,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDEN: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One head, BLOCK_R rows, one stretch of its slots. WIDEN: products of float32, as the interpreter has none of bfloat16."""
     head = tl.program_id(0).to(tl.int64)
@@ -127,23 +143,19 @@ def _attend(  # type: ignore[no-untyped-def]
     for first in range(start, end, BLOCK_N):
         slot = first + tl.arange(0, BLOCK_N).to(tl.int64)
         real = slot < end
-        k = tl.load(
-            keys + slot[None, :] * key_n + column[:, None] * key_d, mask=real[None, :] & real_column[:, None], other=0.0
-        )
-        if WIDEN:
-            k = k.to(tl.float32)
+        k = _tile(
+            keys, key_steps, slot[None, :], column[:, None], real[None, :], real_column[:, None], key_n, key_d, size, KEY_BITS
+        ).to(q.dtype)
         logits = tl.dot(q, k, input_precision="ieee") * scale
         logits += tl.load(bias + slot, mask=real, other=float("-inf"))[None, :]
         higher = tl.maximum(top, tl.max(logits, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)  # rows that have seen nothing yet
         share = tl.exp(logits - level[:, None])
         fade = tl.exp(top - level)
-        v = tl.load(
-            values + slot[:, None] * value_n + value_column[None, :] * value_d,
-            mask=real[:, None] & real_value[None, :], other=0.0,
-        )  # fmt: skip
-        if WIDEN:
-            v = v.to(tl.float32)
+        v = _tile(
+            values, value_steps, slot[:, None], value_column[None, :], real[:, None], real_value[None, :], value_n, value_d,
+            value_size, VALUE_BITS,
+        ).to(q.dtype)  # fmt: skip
         summed = summed * fade[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(share, 1)
         top = higher
@@ -155,6 +167,25 @@ def _attend(  # type: ignore[no-untyped-def]
         parts + place[:, None] * value_size + value_column[None, :], summed / divisor[:, None],
         mask=real_row[:, None] & real_value[None, :],
     )  # fmt: skip
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    stack, steps, slot, column, real_slot, real_column, stride_n, stride_d, size, BITS: tl.constexpr
+):
+    """Vectors of some slots, as a tile that slot and column broadcast to; quantised ones as `Quantised.unturned` reads them."""
+    place = column
+    if BITS == 4:
+        half = (size + 1) // 2
+        place = tl.where(column < half, column, column - half)
+    held = tl.load(stack + slot * stride_n + place * stride_d, mask=real_slot & real_column, other=0)
+    if BITS == 0:
+        return held
+    code = held.to(tl.int32)
+    if BITS == 4:
+        code = tl.where(column < half, code, code >> 4) & 15
+    step = tl.load(steps + slot, mask=real_slot, other=0.0).to(tl.float32)
+    return (code.to(tl.float32) - (2**BITS - 1) / 2) * step
 
 
 @triton.jit

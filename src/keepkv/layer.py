@@ -13,8 +13,9 @@ from keepkv.attention import attend
 from keepkv.errors import KeepKVError
 from keepkv.history import History
 from keepkv.observe import Held, Watch
+from keepkv.quantised import FLOAT, Format
 from keepkv.recall import Piece, attend_piece
-from keepkv.types import Slots
+from keepkv.types import BESIDE, Slots
 
 
 class KeepLayer(CacheLayerMixin):
@@ -49,10 +50,14 @@ class KeepLayer(CacheLayerMixin):
     def held(self) -> Held:
         return Held(self.slots, self.keys, self.values, self.seen)
 
-    @property
-    def slot_bytes(self) -> int:
+    def slot_bytes(self, form: Format = FLOAT) -> int:
         """Bytes of one slot: key, value, vote and position."""
-        return sum(x.shape[3] * x.element_size() for x in (self.keys, self.values)) + 8
+        return sum(form.bytes(x.shape[3], x.element_size()) for x in (self.keys, self.values)) + BESIDE
+
+    def entries(self, row: int, start: int, tail: int) -> int:
+        """Slots and tail tokens of one batch row that starts at column `start`, over all heads, without its newest `tail`."""
+        counts = self.slots.counts[row * self.heads : (row + 1) * self.heads] if self.slots else [0]
+        return sum(counts) + self.heads * max(0, self.seen - self.held.first(start) - tail)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]

@@ -31,6 +31,7 @@ def share(text: str | float) -> float:
 File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
 Limit = Annotated[str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
 Name = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
+Form = Annotated[str, typer.Option(help="How slots are stored: float (as the model does), int8 or int4.")]
 Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
@@ -62,19 +63,24 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, not
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
 
-def understood(methods: str, budgets: str) -> tuple[list[str], list[str]]:
-    """Comma-separated methods and budgets, each known and readable; raises MethodError, BudgetError, InputError."""
+def understood(methods: str, budgets: str, slots: str = "float") -> tuple[list[str], list[str], list[str]]:
+    """Comma-separated methods, budgets and formats, each known and readable; raises MethodError, BudgetError, InputError."""
     from keepkv.budget import Budget
     from keepkv.methods import get
+    from keepkv.quantised import format_of
 
-    names, limits = ([part.strip() for part in text.split(",") if part.strip()] for text in (methods, budgets))
-    if not names or not limits:
-        raise InputError("nothing to do: give at least one method and one budget")
+    names, limits, forms = (
+        list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) for text in (methods, budgets, slots)
+    )
+    if not names or not limits or not forms:
+        raise InputError("nothing to do: give at least one method and one budget, and one way of storing slots")
     for name in names:
         get(name)
     for limit in limits:
         Budget.parse(limit)
-    return list(dict.fromkeys(names)), list(dict.fromkeys(limits))
+    for form in forms:
+        format_of(form)
+    return names, limits, forms
 
 
 def chunk_of(chunk: int | None, tokens: int, budget: str = "") -> int:

@@ -129,9 +129,10 @@ def read(
     seed: int = 0,
     reference: str = "auto",
     phase: Phase = silent,
+    slots: str = "float",
 ) -> Reading:
     """Reads ids [1, T] and repeats them after lead [1, n] where `repeats` says so, for all the methods of the table."""
-    cache = KeepCache(model, seed=seed, column_mass=any(method.column_mass for method in table), auto=False)
+    cache = KeepCache(model, seed=seed, column_mass=any(method.column_mass for method in table), slots=slots, auto=False)
     phase(f"reading {ids.shape[1]:,} tokens")
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
@@ -155,9 +156,10 @@ def read_in_chunks(
     reference: str = "auto",
     keep: Sequence[tuple[int, int]] = (),
     phase: Phase = silent,
+    slots: str = "float",
 ) -> Reading:
     """Reads ids [1, T] `chunk` tokens at a time, compressing as it goes, so that memory does not grow with the text."""
-    cache = KeepCache(model, budget, method, chunk=chunk, seed=seed)
+    cache = KeepCache(model, budget, method, chunk=chunk, seed=seed, slots=slots)
     how = method.repeat
     again = how is not None and repeats(reference, model, how, ids.shape[1])
     start = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from keepkv.merge import Merged
+from keepkv.types import BESIDE
 
 if TYPE_CHECKING:
     from keepkv.layer import KeepLayer
@@ -52,7 +53,7 @@ class Report:
     repeat_seconds: of repeating the text.
     fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
     the mean over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
-    note: why nothing was compressed, if so.
+    note: why nothing was compressed, if so. form: how the slots' keys and values are stored, "float", "int8" or "int4".
     """
 
     method: str
@@ -73,6 +74,7 @@ class Report:
     longest_pause: float = 0.0
     compressions: int = 0
     note: str = ""
+    form: str = "float"
 
     def __post_init__(self) -> None:
         heads = [head for row in self.heads for layer in row for head in layer]
@@ -88,6 +90,11 @@ class Report:
         """Slots per row, layer and head; empty if nothing was compressed."""
         return tuple(tuple(tuple(head.slots for head in layer) for layer in row) for row in self.heads)
 
+    def rows(self, which: Sequence[int]) -> Report:
+        """The report of the given rows, in that order."""
+        heads = tuple(self.heads[row] for row in which) if self.heads else ()
+        return replace(self, tokens=tuple(self.tokens[row] for row in which), heads=heads)
+
     @property
     def ratio(self) -> float:
         """How many times smaller than the full cache."""
@@ -100,7 +107,7 @@ class Report:
 def weighed(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor]) -> Report:
     """The report with what the layers, and the tensors of other layers, hold at this moment."""
     ours = [x for layer in layers for x in (layer.keys, layer.values, *(layer.slots.tensors if layer.slots else ()))]
-    width = sum((layer.slot_bytes - 8) * layer.heads for layer in layers) * len(layers[0].keys)
+    width = sum((layer.slot_bytes() - BESIDE) * layer.heads for layer in layers) * len(layers[0].keys)
     return replace(
         report,
         tail=layers[0].tail,

@@ -57,9 +57,11 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
     newer = torch.bmm(flat, keys.to(dtype).flatten(0, 1).transpose(1, 2))  # [B*H, R, n]
     if visible is not None:
         newer.view(batch, heads, rows // visible.shape[2], visible.shape[2], tail).add_(additive(visible, dtype)[:, :, None])
+    (key_turn, value_turn), slots = slots.turns, slots.unturned()
     if slots.keys.dtype != dtype:
         slots = replace(slots, keys=slots.keys[:].to(dtype), values=slots.values[:].to(dtype))
-    of_heads = zip(flat.unbind(), newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, strict=True)
+    turned = (flat if key_turn is None else flat @ key_turn.T).unbind()
+    of_heads = zip(turned, newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, strict=True)
     outputs = []
     for own, new, new_values, (old_keys, old_values, bias) in of_heads:
         old = torch.mm(old_keys, own.T).T + bias
@@ -67,6 +69,8 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
         if visible is not None or not tail:
             share.nan_to_num_()  # rows that see nothing
         old_part = torch.mm(share.narrow(1, tail, len(bias)), old_values)
+        if value_turn is not None:
+            old_part = old_part @ value_turn
         outputs.append(old_part.addmm_(share.narrow(1, 0, tail), new_values))
     return torch.stack(outputs).view(batch, heads, rows, -1)
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from keepkv.stored import Stored
+
 
 class Block(NamedTuple):
     """Vectors x_i = norm_i e_j, j = place_i: directions [m, d], which other blocks may hold too, places int32 and norms [n]."""
@@ -17,43 +19,33 @@ class Block(NamedTuple):
     places: Tensor
     norms: Tensor
 
-    def read(self, which: slice) -> Tensor:
-        rows = self.directions[self.places[which]]
-        return (rows * self.norms[which, None]).to(rows.dtype)
+    def read(self) -> Tensor:
+        rows = self.directions[self.places]
+        return (rows * self.norms[:, None]).to(rows.dtype)
 
 
 @dataclass(frozen=True)
-class Shared:
-    """A stack of n vectors [n, d], block after block, that is read like a tensor, shared[lo:hi], and cut without being read."""
+class Shared(Stored):
+    """A stack of n vectors [n, d], block after block."""
 
     blocks: tuple[Block, ...]
 
-    def __len__(self) -> int:
-        return sum(len(block.places) for block in self.blocks)
-
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self), self.blocks[0].directions.shape[1]
+        return sum(len(block.places) for block in self.blocks), self.blocks[0].directions.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.blocks[0].directions.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self.blocks[0].directions.device
-
-    @property
     def tensors(self) -> list[Tensor]:
         return [x for block in self.blocks for x in block]
 
-    def __getitem__(self, which: slice | Tensor) -> Tensor:
-        if isinstance(which, slice):
-            return torch.cat([block.read(slice(None)) for block in self.cut(*which.indices(len(self))[:2]).blocks])
-        return self[:][which]
+    def unturned(self) -> Tensor:
+        return torch.cat([block.read() for block in self.blocks])
 
     def cut(self, lo: int, hi: int) -> Shared:
-        """Vectors lo to hi. Nothing is copied."""
         parts, start = [], 0
         for directions, places, norms in self.blocks:
             first, last = max(0, lo - start), min(len(places), hi - start)
@@ -64,6 +56,6 @@ class Shared:
             tuple(parts) or (self.blocks[0]._replace(places=self.blocks[0].places[:0], norms=self.blocks[0].norms[:0]),)
         )
 
-    @staticmethod
-    def cat(parts: Sequence[Shared]) -> Shared:
+    @classmethod
+    def cat(cls, parts: Sequence[Shared]) -> Shared:
         return Shared(tuple(block for part in parts for block in part.blocks))

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from keepkv.shared import Shared
+from keepkv import stored
+from keepkv.stored import Stack
 
 
 @dataclass(frozen=True)
@@ -174,17 +175,20 @@ class Plan:
         return sum(len(head) for layer in self.kept for head in layer)
 
 
+BESIDE = 8  # bytes of a slot beside its key and value: its bias and its position
+
+
 @dataclass(frozen=True)
 class Slots:
     """The compact part of one layer, ragged and flat: row b and KV head h own offsets[b*H+h] : offsets[b*H+h+1].
 
-    keys [total, d] and values [total, d_v] in the model's dtype, keys[lo:hi] a tensor also where two layers share them; bias
-    [total] float32, the log of each slot's vote, added to its logit; positions [total] int32, the token each slot's key
-    comes from; offsets, rows*H + 1 integers.
+    keys [total, d] and values [total, d_v], keys[lo:hi] a tensor in the model's dtype also where two layers share them or they
+    are quantised; bias [total] float32, the log of each slot's vote, added to its logit; positions [total] int32, the token
+    each slot's key comes from; offsets, rows*H + 1 integers.
     """
 
-    keys: Tensor | Shared
-    values: Tensor | Shared
+    keys: Stack
+    values: Stack
     bias: Tensor
     positions: Tensor
     offsets: tuple[int, ...]
@@ -196,19 +200,27 @@ class Slots:
 
     @property
     def tensors(self) -> list[Tensor]:
-        vectors = [x for part in (self.keys, self.values) for x in (part.tensors if isinstance(part, Shared) else [part])]
-        return [*vectors, self.bias, self.positions]
+        return [*stored.tensors(self.keys), *stored.tensors(self.values), self.bias, self.positions]
 
     def to(self, device: torch.device) -> Slots:
         """On another device; vectors that layers share are plain there."""
-        slots = self.read()
-        keys, values = slots.keys[:].to(device), slots.values[:].to(device)
-        return replace(slots, keys=keys, values=values, bias=self.bias.to(device), positions=self.positions.to(device))
+        keys, values = self.keys.to(device), self.values.to(device)
+        return replace(self, keys=keys, values=values, bias=self.bias.to(device), positions=self.positions.to(device))
 
     def read(self) -> Slots:
-        """With keys and values as plain tensors: itself, unless two layers share them."""
-        plain = not isinstance(self.keys, Shared) and not isinstance(self.values, Shared)
+        """With keys and values as plain tensors: itself, unless they are stored in another way."""
+        plain = isinstance(self.keys, Tensor) and isinstance(self.values, Tensor)
         return self if plain else replace(self, keys=self.keys[:], values=self.values[:])
+
+    def unturned(self) -> Slots:
+        """With plain tensors for keys and values, not turned where they are: see `turns`."""
+        keys, values = stored.unturned(self.keys), stored.unturned(self.values)
+        return self if keys is self.keys and values is self.values else replace(self, keys=keys, values=values)
+
+    @property
+    def turns(self) -> tuple[Tensor | None, Tensor | None]:
+        """The H of keys and of values: see `Stored.turn`."""
+        return stored.turn(self.keys), stored.turn(self.values)
 
     @cached_property
     def per_head(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -225,7 +237,7 @@ class Slots:
         """Stacks heads, or rows, of one layer: the parts stand one after the other."""
         counts = [n for part in parts for n in part.counts]
         return Slots(
-            _cat([part.keys for part in parts]), _cat([part.values for part in parts]),
+            stored.cat([part.keys for part in parts]), stored.cat([part.values for part in parts]),
             torch.cat([part.bias for part in parts]), torch.cat([part.positions for part in parts]), (0, *accumulate(counts)),
         )  # fmt: skip
 
@@ -260,14 +272,5 @@ class Slots:
 
     def _between(self, lo: int, hi: int) -> Slots:
         """Slots lo to hi, as those of one head."""
-        keys, values = _cut(self.keys, lo, hi), _cut(self.values, lo, hi)
+        keys, values = stored.cut(self.keys, lo, hi), stored.cut(self.values, lo, hi)
         return Slots(keys, values, self.bias[lo:hi], self.positions[lo:hi], (0, hi - lo))
-
-
-def _cut(stack: Tensor | Shared, lo: int, hi: int) -> Tensor | Shared:
-    return stack.cut(lo, hi) if isinstance(stack, Shared) else stack[lo:hi]
-
-
-def _cat(stacks: Sequence[Tensor | Shared]) -> Tensor | Shared:
-    shared = [stack for stack in stacks if isinstance(stack, Shared)]
-    return Shared.cat(shared) if shared else torch.cat([stack for stack in stacks if isinstance(stack, Tensor)])

@@ -20,6 +20,7 @@ from keepkv.files.documents import Document
 from keepkv.layer import KeepLayer
 from keepkv.method import Method
 from keepkv.observe import Bank, Watch
+from keepkv.quantised import FORMATS, Format
 from keepkv.types import Slots
 
 REFERENCES = 2048  # queries that are remembered at most for a compression
@@ -40,8 +41,9 @@ def joined(
     budget, method: compresses what was repaired, for documents that are not compressed; the context queries are those of the
     tokens that were read again.
 
-    Compressed documents stay compressed: of a token that was read again and has a slot, the slot takes the fresh key, and its
-    value moves by what the token's value changed. Raises InputError for a model without full attention in every layer.
+    Compressed documents stay compressed, and quantised if all are so in one way: of a token that was read again and has a slot,
+    the slot takes the fresh key, and its value moves by what the token's value changed. Raises InputError for a model without
+    full attention in every layer.
     """
     caches, leads = [part.cache for part in parts], [part.lead for part in parts]
     if len(parts) == 1 or not repair:
@@ -57,10 +59,22 @@ def joined(
     else:
         cache._report = None
         cache.compress(budget, method)
+    forms = {part.cache.report().form for part in parts}
+    if len(forms) == 1:
+        _store(cache, FORMATS[forms.pop()])
     ids = None
     if all(part.ids is not None for part in parts):
         ids = torch.cat([part.ids[:, part.lead if n else 0 :] for n, part in enumerate(parts) if part.ids is not None], 1)
     return replace(parts[0], cache=cache, ids=ids, source=", ".join(part.source for part in parts), exact=None)
+
+
+def _store(cache: KeepCache, form: Format) -> None:
+    """Stores the slots, which were read to be moved, in a format again."""
+    for layer in cache.keep_layers if form.bits else ():
+        slots = layer.slots
+        layer.slots = slots and replace(slots, keys=form.store(slots.keys[:]), values=form.store(slots.values[:]))
+    if cache._report is not None:
+        cache._report = replace(cache._report, form=form.name)
 
 
 def _repaired(

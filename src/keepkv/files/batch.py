@@ -37,6 +37,7 @@ class Order:
     model: str = "smollm2"
     device: str = "auto"
     dtype: str = "auto"
+    slots: str = "float"
 
 
 class Compiler:
@@ -52,8 +53,9 @@ class Compiler:
         """Compiles one file; returns its facts, with "made": whether it was not there already. Raises what compiling raises."""
         order, text = self.order, loading.read_text(doc)
         recipe = documents.recipe_for(
-            self.tokenizer, text, order.budget, order.method, order.reference, order.keep, order.chunk, order.seed, order.exact
-        )
+            self.tokenizer, text, order.budget, order.method, order.reference, order.keep, order.chunk, order.seed, order.exact,
+            order.slots,
+        )  # fmt: skip
         if order.resume and (found := self._found(target, text, recipe)) is not None:
             return {**documents.facts(found), "file": str(target), "bytes": target.stat().st_size, "made": False}
         document = documents.compile_text(self.model, self.tokenizer, text, recipe, doc, order.model, phase)

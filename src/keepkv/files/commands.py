@@ -15,6 +15,7 @@ from keepkv.options import (
     Debug,
     Device,
     Dtype,
+    Form,
     Json,
     Keep,
     Limit,
@@ -52,6 +53,7 @@ def compile(
     ] = None,
     budget: Limit = "0.1",
     method: Name = "keepkv",
+    slots: Form = "float",
     reference: Reference = "auto",
     keep: Keep = None,
     chunk: Chunk = None,
@@ -93,8 +95,10 @@ def compile(
     with bar(f"loading {model}") as line:
         from keepkv.files.batch import Compiler, Order, with_ray
 
-        understood(method, budget)
-        order = Order(budget, method, reference, tuple(keep or ()), chunk, seed, exact, ids, resume, model, device, dtype)
+        understood(method, budget, slots)
+        order = Order(
+            budget, method, reference, tuple(keep or ()), chunk, seed, exact, ids, resume, model, device, dtype, slots
+        )
         if ray:
             progress = line.phase(f"compiling with {workers} workers")
             for number, (doc, facts) in enumerate(with_ray(docs, outputs, order, workers, 1.0 if "cuda" in device else 0.0)):
@@ -155,6 +159,7 @@ def add(
     folder: Folder = None,
     budget: Limit = "0.1",
     method: Name = "keepkv",
+    slots: Form = "float",
     reference: Reference = "auto",
     keep: Keep = None,
     chunk: Chunk = None,
@@ -175,12 +180,12 @@ def add(
         from keepkv.files import documents
         from keepkv.files.store import Store
 
-        understood(method, budget)
+        understood(method, budget, slots)
         texts = [loading.read_text(doc) for doc in docs]
         lm, tokenizer = loading.load(model, device, dtype)
         shelf = Store.open(folder).for_model(lm, tokenizer, model)
         for doc, text in zip(docs, texts, strict=True):
-            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact)
+            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact, slots)
             entry, new = shelf.add(text, recipe, doc, line.phase)
             _say([entry], as_json, "added" if new else "there already")
 

@@ -36,6 +36,7 @@ class Recipe:
     chunk: int = 0
     seed: int = 0
     exact: bool = False  # every key and value is kept beside the slots, for repairs
+    slots: str = "float"
 
     def key(self, ids: Tensor, model: Mapping[str, Any]) -> str:
         """A digest of recipe, model identity and token ids: the same for the same cache, and only then."""
@@ -77,11 +78,11 @@ class Document:
 
 def recipe_for(
     tokenizer: PreTrainedTokenizerBase, text: str, budget: str, method: str, reference: str, keep: Sequence[str],
-    chunk: int | None, seed: int, exact: bool,
+    chunk: int | None, seed: int, exact: bool, slots: str,
 ) -> Recipe:  # fmt: skip
     """The recipe of what was typed for one text: its length decides whether it is read in chunks, if nothing was said."""
     size = chunk_of(chunk, Prompt(tokenizer, text).text.shape[1], budget)
-    return Recipe(budget, method, reference, tuple(keep), size, seed, exact)
+    return Recipe(budget, method, reference, tuple(keep), size, seed, exact, slots)
 
 
 def shortened(document: Document, tokens: int) -> Document:
@@ -97,8 +98,9 @@ def facts(document: Document) -> dict[str, Any]:
     report = document.cache.report()
     return {
         "source": document.source, "tokens": document.tokens, "method": report.method, "budget": report.budget,
-        "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "reading_seconds": document.reading_seconds,
-        "repeat_seconds": report.repeat_seconds, "compress_seconds": report.compress_seconds, "note": report.note,
+        "form": report.form, "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full,
+        "reading_seconds": document.reading_seconds, "repeat_seconds": report.repeat_seconds,
+        "compress_seconds": report.compress_seconds, "note": report.note,
     }  # fmt: skip
 
 
@@ -119,11 +121,11 @@ def compile_text(
     exact = None
     if recipe.chunk:
         done = read_in_chunks(
-            model, ids, method, recipe.budget, recipe.chunk, lead, recipe.seed, recipe.reference, spans, phase
+            model, ids, method, recipe.budget, recipe.chunk, lead, recipe.seed, recipe.reference, spans, phase, recipe.slots
         )
         cache = done.cache
     else:
-        done = read(model, ids, [method], lead, recipe.seed, recipe.reference, phase)
+        done = read(model, ids, [method], lead, recipe.seed, recipe.reference, phase, recipe.slots)
         cache = done.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
         if recipe.exact:
             exact = [(layer.keys, layer.values) for layer in done.cache.keep_layers].__getitem__

@@ -25,7 +25,7 @@ from keepkv.errors import InputError
 from keepkv.files.identity import digest
 from keepkv.files.names import SUFFIX as SUFFIX
 
-FORMAT = 2
+FORMAT = 3  # 3: slots may be quantised; 2: text and question are cut apart; what older ones hold is read as it was
 _ALIGNED = 64  # bytes
 _MOST_HEADER = 32 << 20  # bytes; a header is some hundred kilobytes
 

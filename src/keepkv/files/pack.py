@@ -1,8 +1,9 @@
 """Pack: a cache of one text as named tensors and what is to be known of them, and a cache made of them again.
 
 Names: layer.3.keys and .values are the exact tail [1, H, n, d] (or, of a sliding window, all it holds); layer.3.slots.bias,
-.positions [total], .offsets [H + 1], .keys, .values [total, d]. Keys that two layers share are layer.3.slots.keys.0.places,
-.norms [n] and directions.0 [m, d], once for both.
+.positions [total], .offsets [H + 1], .keys, .values [total, d]. Keys that are quantised are layer.3.slots.keys.codes and
+.steps, see `Quantised`. Keys that two layers share are layer.3.slots.keys.0.places, .norms [n] and directions.0 [m, d], once
+for both.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from keepkv.cache import KeepCache
 from keepkv.errors import InputError
 from keepkv.files.keepfile import Contents
 from keepkv.layer import KeepLayer
+from keepkv.quantised import FORMATS, Quantised
 from keepkv.report import Head, Report
 from keepkv.shared import Block, Shared
+from keepkv.stored import Stack
 from keepkv.types import Slots
 
 
@@ -69,11 +72,15 @@ def unpack(contents: Contents, model: PreTrainedModel, device: torch.device) -> 
     return cache
 
 
-def _put(tensors: dict[str, Tensor], directions: dict[tuple[Any, ...], str], name: str, stack: Tensor | Shared) -> list[str]:
-    """Puts keys or values among the tensors; returns the names of the directions of each block, none for a plain tensor."""
-    if not isinstance(stack, Shared):
+def _put(tensors: dict[str, Tensor], directions: dict[tuple[Any, ...], str], name: str, stack: Stack) -> list[str] | str:
+    """Puts keys or values among the tensors; returns the format's name, or of shared ones that of each block's directions."""
+    if isinstance(stack, Tensor):
         tensors[name] = stack
-        return []
+        return "float"
+    if isinstance(stack, Quantised):
+        tensors[f"{name}.codes"], tensors[f"{name}.steps"] = stack.codes, stack.steps
+        return stack.form.name
+    assert isinstance(stack, Shared)
     names = []
     for number, block in enumerate(stack.blocks):
         same = (block.directions.data_ptr(), tuple(block.directions.shape))
@@ -121,9 +128,14 @@ class _Parts:
         )  # fmt: skip
         return Slots(keys, values, bias, positions, tuple(offsets.tolist()))
 
-    def _stack(self, name: str, directions: list[str], count: int, width: int, dtype: torch.dtype) -> Tensor | Shared:
-        if not directions:
+    def _stack(self, name: str, directions: list[str] | str, count: int, width: int, dtype: torch.dtype) -> Stack:
+        if not directions or directions == "float":  # [] before format 3
             return self._take(name, count, width, dtype=dtype)
+        if isinstance(directions, str):
+            form = FORMATS[directions]
+            codes = self._take(f"{name}.codes", count, form.bytes(width, 0) - 2, dtype=torch.uint8)
+            steps = self._take(f"{name}.steps", count, dtype=torch.bfloat16)
+            return Quantised(codes, steps, form, width, dtype)
         blocks = []
         for number, found in enumerate(directions):
             if found not in self._directions:
@@ -149,5 +161,5 @@ def _told(report: Report) -> dict[str, Any]:
         [[[h.slots, h.error, h.mass_error, h.evict_error, h.fallbacks, h.max_vote] for h in layer] for layer in row]
         for row in report.heads
     ]
-    names = ("method", "budget", "compress_seconds", "repeat_seconds", "longest_pause", "compressions", "note")
+    names = ("method", "budget", "compress_seconds", "repeat_seconds", "longest_pause", "compressions", "note", "form")
     return {"heads": heads, "tokens": list(report.tokens), **{name: getattr(report, name) for name in names}}

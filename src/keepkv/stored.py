@@ -1,0 +1,94 @@
+"""Stored: stacks of vectors [n, d] that are held in another way than as a tensor, and are read like one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stored(ABC):
+    """A frozen stack of n vectors [n, d]: stack[lo:hi] and stack[indices] are tensors of `dtype`, made anew each time.
+
+    It is cut and joined without being read, and `tensors` are all that it holds: those count as its bytes.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def tensors(self) -> list[Tensor]: ...
+
+    @abstractmethod
+    def unturned(self) -> Tensor:
+        """C [n, d], where the vectors are C H; in `dtype`, or float32 if that is less and there is an H."""
+
+    @property
+    def turn(self) -> Tensor | None:
+        """H, orthogonal [d, d]: whoever asks in turned space, q·(C H) = (q Hᵀ)·C, needs not turn all vectors. None: 1."""
+        return None
+
+    def read(self) -> Tensor:
+        """All vectors, [n, d]."""
+        return (self.unturned() if self.turn is None else self.unturned() @ self.turn).to(self.dtype)
+
+    @abstractmethod
+    def cut(self, lo: int, hi: int) -> Stored:
+        """Vectors lo to hi; nothing is copied."""
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, parts: Sequence[Any]) -> Stored:
+        """Stacks of this kind, one after the other."""
+
+    def to(self, device: torch.device) -> Stack:
+        """On another device: plain vectors, unless the kind says otherwise."""
+        return self.read().to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice | Tensor) -> Tensor:
+        return self.cut(*which.indices(len(self))[:2]).read() if isinstance(which, slice) else self.read()[which]
+
+
+Stack = Tensor | Stored
+
+
+def tensors(stack: Stack) -> list[Tensor]:
+    """What a stack holds."""
+    return [stack] if isinstance(stack, Tensor) else stack.tensors
+
+
+def unturned(stack: Stack) -> Tensor:
+    """See `Stored.unturned`."""
+    return stack if isinstance(stack, Tensor) else stack.unturned()
+
+
+def turn(stack: Stack) -> Tensor | None:
+    """See `Stored.turn`."""
+    return None if isinstance(stack, Tensor) else stack.turn
+
+
+def cut(stack: Stack, lo: int, hi: int) -> Stack:
+    """Vectors lo to hi; nothing is copied."""
+    return stack[lo:hi] if isinstance(stack, Tensor) else stack.cut(lo, hi)
+
+
+def cat(stacks: Sequence[Stack]) -> Stack:
+    """Stacks of one kind, one after the other. Empty tensors go with any kind: rows of padding have no slots."""
+    kinds = [stack for stack in stacks if not isinstance(stack, Tensor)]
+    return kinds[0].cat(kinds) if kinds else torch.cat([stack for stack in stacks if isinstance(stack, Tensor)])
