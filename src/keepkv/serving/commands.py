@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keepkv.options import Debug, Device, Dtype, Limit, Name, Seed, understood
+from keepkv.options import Debug, Device, Dtype, Form, Limit, Name, Seed, understood
 from keepkv.progress import bar, err
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ def serve(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")] = "smollm2",
     budget: Limit = "10%",
     method: Name = "keepkv",
+    slots: Form = "float",
     period: Annotated[int, typer.Option(min=1, help="Compress again whenever so many tokens have come.")] = 512,
     conversations: Annotated[
         int, typer.Option(min=0, help="Prompts whose compressed caches are kept, so that a next turn need not be read whole.")
@@ -42,9 +43,9 @@ def serve(
         from keepkv import loading
         from keepkv.serving.transformers_serve import Limits, application
 
-        understood(method, budget)
+        understood(method, budget, slots)
         lm, tokenizer = loading.load(model, device, dtype)
-        app = application(lm, tokenizer, model, Limits(budget, method, period, seed, conversations), _told)
+        app = application(lm, tokenizer, model, Limits(budget, method, slots, period, seed, conversations), _told)
     import uvicorn
 
     err.print(f"serving {model} at http://{host}:{port}/v1, {method} {budget}; Ctrl-C ends")

@@ -28,10 +28,11 @@ Told = Callable[
 
 @dataclass(frozen=True)
 class Limits:
-    """budget, method, period, seed: as in KeepCache; conversations: how many prompts' caches are kept for their next turn."""
+    """conversations: how many prompts' caches are kept for their next turn; the others as in KeepCache."""
 
     budget: str = "10%"
     method: str = "keepkv"
+    slots: str = "float"
     period: int = 512
     seed: int = 0
     conversations: int = 8
@@ -54,7 +55,9 @@ class Shelf:
         else:
             chunk = CHUNK if len(told) > LONG else None
             limits = self.limits
-            cache = KeepCache(model, limits.budget, limits.method, period=limits.period, chunk=chunk, seed=limits.seed)
+            cache = KeepCache(
+                model, limits.budget, limits.method, period=limits.period, chunk=chunk, seed=limits.seed, slots=limits.slots
+            )
         if len(told) > len(known):
             cache.read(model, ids[:, len(known) : -1])
         if self.limits.conversations and told:
