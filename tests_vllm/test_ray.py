@@ -61,6 +61,10 @@ def _header(raw: bytes) -> str:
     return json.loads(raw[8 : 8 + size])["__metadata__"]["keepkv"]
 
 
+PATIENT = {  # seconds; a busy machine takes longer than Ray expects
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "60",
+}  # fmt: skip
 APP = """
 import json, sys
 import ray
@@ -68,7 +72,7 @@ from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 
 folder, port, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-ray.init(num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=200 * 2**20)
+ray.init(num_cpus=16, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=200 * 2**20)
 config = LLMConfig(
     model_loading_config=dict(model_id="tiny", model_source=folder), accelerator_type=None,
     placement_group_config={"bundles": [{"CPU": 1}]},
@@ -94,7 +98,7 @@ def test_ray_serve_llm_with_two_replicas(folder: str, tmp_path: Path) -> None:
     app = tmp_path / "app.py"
     app.write_text(APP)
     args = [sys.executable, str(app), folder, "8419", json.dumps({"keepkv": SETTINGS})]
-    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "0", **PATIENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(args, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
