@@ -20,15 +20,15 @@ SIZES = {
 }  # fmt: skip
 
 
-def build(folder: Path, family: str) -> str:
+def build(folder: Path, family: str, config: str = "", **changes: object) -> str:
     """A random model whose attention is sharp enough that what is dropped is felt, with a byte-level tokenizer."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    config_class = getattr(transformers, config or f"{family}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**{**SIZES, **changes})).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
@@ -48,3 +48,11 @@ def build(folder: Path, family: str) -> str:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build(tmp_path_factory.mktemp("models") / "tiny", "Llama")
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose first two layers have sliding windows."""
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 2
+    changes = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 64, "query_pre_attn_scalar": 32}
+    return build(tmp_path_factory.mktemp("models") / "hybrid", "Gemma3", "Gemma3TextConfig", **changes)

@@ -95,6 +95,16 @@ def test_greedy_output_is_the_librarys_own(folder: str, tmp_path: Path, method: 
     assert made["free_after"] == made["free_before"]
 
 
+def test_sliding_windows_are_left_as_they_are(hybrid: str, tmp_path: Path) -> None:
+    ids = prompt(900)
+    made = serve(hybrid, tmp_path, [{"ids": ids, "tokens": 100}], num_gpu_blocks_override=120)
+    assert isinstance(made, dict), made[-3000:]
+    tokens, chances = library(hybrid, ids, 100)
+    assert made["requests"][0]["tokens"] == tokens
+    assert max(abs(a - b) for a, b in zip(made["requests"][0]["logprobs"], chances, strict=True)) < 1e-4
+    assert made["free_after"] == made["free_before"]
+
+
 def test_a_pool_too_small_for_stock_vllm_serves_four_at_once(folder: str, tmp_path: Path) -> None:
     requests = [{"ids": prompt(1500, seed), "tokens": 100} for seed in range(4)]
     stock = serve(folder, tmp_path, requests, settings=None, num_gpu_blocks_override=48)
