@@ -3,8 +3,8 @@
     .venv-vllm-0.32.0/bin/python benchmarks/vllm_capacity.py --text book.txt --json capacity.json
 
 Each variant is a process of its own; variants are run in turn, `--rounds` times. Stock vLLM is given the longest model length
-that it accepts for the pool; keepkv is given the model's own. Prints requests running at once, seconds to the first token
-(median), tokens written per second in all, most pages of a request, preemptions.
+that it accepts for the pool, keepkv its own. Prints requests running at once, seconds to the first token and to the end
+(medians), tokens written per second in all, most pages of a request, preemptions.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--write", type=int, default=100, help="tokens that each request writes")
     parser.add_argument("--pages", type=int, default=64, help=f"of {BLOCK} tokens, in the pool")
     parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--step", type=int, default=512)
+    parser.add_argument("--methods", default="keepkv,snapkv")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -74,11 +76,11 @@ def main() -> None:
         "dtype": "float32", "max_num_batched_tokens": 256, "block_size": BLOCK, "num_gpu_blocks_override": args.pages,
         "enforce_eager": True, "skip_tokenizer_init": True, "enable_prefix_caching": False,
     }  # fmt: skip
-    settings = {"budget": args.budget, "window": 64, "step": 128, "references": 128}
-    variants = {
-        "stock": {**engine, "max_model_len": (args.pages - 1) * BLOCK},
-        "keepkv": {**engine, "max_model_len": 8192, "additional_config": {"keepkv": settings}},
-    }
+    settings = {"budget": args.budget, "window": 64, "step": args.step, "references": 128}
+    variants: dict[str, dict[str, Any]] = {"stock": {**engine, "max_model_len": (args.pages - 1) * BLOCK}}
+    for method in args.methods.split(","):
+        own = {"keepkv": {**settings, "method": method}}
+        variants[method] = {**engine, "max_model_len": 8192, "additional_config": own}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for _ in range(args.rounds):
         for name, own in variants.items():
@@ -90,10 +92,12 @@ def main() -> None:
         "tokens": args.tokens, "write": args.write, "found": found,
     }  # fmt: skip
     names = list(found["stock"][0])
+    print(f"{'':20}{''.join(f'{name:>12}' for name in found)}")
     for key in names:
-        row = {name: statistics.median(own[key] for own in rounds) for name, rounds in found.items()}
-        print(f"{key:20} stock {row['stock']:9.2f}   keepkv {row['keepkv']:9.2f}")
+        row = [statistics.median(own[key] for own in rounds) for rounds in found.values()]
+        print(f"{key:20}{''.join(f'{value:12.2f}' for value in row)}")
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
