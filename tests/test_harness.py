@@ -57,7 +57,7 @@ def test_the_full_cache_is_the_harness_own_model_and_a_budget_is_kept(folder: st
         return {name: [sample["resps"] for sample in samples] for name, samples in found["samples"].items()}
 
     plain = run(HFLM(pretrained=folder, batch_size=1, device="cpu", dtype="float32"))
-    full, small = KeepKV(folder, method="full", budget="100%"), KeepKV(folder, method="snapkv", budget="25%")
+    full, small = KeepKV(folder, method="full", budget="100%", device="cuda:0"), KeepKV(folder, method="snapkv", budget="25%")
     ours, less = run(full), run(small)
     assert ours["keepkv_write"] == plain["keepkv_write"]
     for one, other in zip(ours["keepkv_choice"], plain["keepkv_choice"], strict=True):

@@ -45,7 +45,8 @@ class KeepKV(TemplateLM):  # type: ignore[misc]
         if str(batch_size) not in ("1", "auto"):
             raise InputError(f"batch_size={batch_size}: keepkv answers one request at a time: 1")
         self.method, self.budget, self.least, self.seed = methods.get(method), Budget.parse(budget), int(least), int(seed)
-        self.model, self._tokenizer = loading.load(model, "auto" if device in (None, "auto") else str(device), dtype)
+        unset = device is None or (str(device).startswith("cuda") and not torch.cuda.is_available())  # its own default
+        self.model, self._tokenizer = loading.load(model, "auto" if unset else str(device), dtype)
         self.max_gen_toks, self._name = int(max_gen_toks), model
         self._last: tuple[tuple[int, ...], KeepCache, Tensor] | None = None
         self.kept: list[float] = []  # the share of the full cache's bytes, for every context that was read
