@@ -23,6 +23,12 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler in this proc
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
+    if "backend" in spec:  # another class in the place of the CPU's attention
+        from vllm.plugins import load_general_plugins
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        load_general_plugins()
+        register_backend(AttentionBackendEnum.CPU_ATTN, spec["backend"])
     llm = LLM(model=spec["model"], **spec["engine"])
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler

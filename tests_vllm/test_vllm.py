@@ -21,7 +21,9 @@ def prompt(length: int, seed: int = 1) -> list[int]:
     return torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def serve(folder: str, tmp_path: Path, requests: list[dict[str, Any]], settings: Any = SETTINGS, **changes: Any) -> Any:
+def serve(
+    folder: str, tmp_path: Path, requests: list[dict[str, Any]], settings: Any = SETTINGS, backend: str = "", **changes: Any
+) -> Any:  # fmt: skip
     """Runs an engine; returns what it reports, or what it said if it did not start."""
     engine = {
         "dtype": "float32", "max_model_len": 4096, "max_num_batched_tokens": 256, "block_size": BLOCK,
@@ -30,7 +32,8 @@ def serve(folder: str, tmp_path: Path, requests: list[dict[str, Any]], settings:
     if settings:
         engine["additional_config"] = {"keepkv": settings}
     out = tmp_path / "out.json"
-    spec = json.dumps({"model": folder, "engine": engine, "requests": requests})
+    own = {"backend": backend} if backend else {}
+    spec = json.dumps({"model": folder, "engine": engine, "requests": requests, **own})
     bind = "0|1" if changes.get("tensor_parallel_size") == 2 else "nobind"
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": bind}
     done = subprocess.run([sys.executable, str(ENGINE), str(out)], input=spec, capture_output=True, text=True, env=environment)
@@ -93,6 +96,18 @@ def test_greedy_output_is_the_librarys_own(folder: str, tmp_path: Path, method: 
     assert max(held) <= (128 + 64 + 128) // BLOCK + 1
     assert made["left"] == 0
     assert made["free_after"] == made["free_before"]
+
+
+def test_the_backend_for_other_devices_is_the_librarys_own_too(folder: str, hybrid: str, tmp_path: Path) -> None:
+    """On a CPU, in the place of the CPU's: all but the device itself is what runs on a GPU."""
+    ids, name = prompt(1000), "keepkv.serving.backend.KeepBackend"
+    made = serve(folder, tmp_path, [{"ids": ids, "tokens": 150}], backend=name)
+    assert isinstance(made, dict), made[-3000:]
+    tokens, chances = library(folder, ids, 150)
+    assert made["requests"][0]["tokens"] == tokens
+    assert max(abs(a - b) for a, b in zip(made["requests"][0]["logprobs"], chances, strict=True)) < 1e-4
+    assert "sliding windows" in serve(hybrid, tmp_path, [{"ids": ids, "tokens": 2}], backend=name)
+    assert "no settings" in serve(folder, tmp_path, [{"ids": ids, "tokens": 2}], settings=None, backend=name)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "keepkv-exact"])

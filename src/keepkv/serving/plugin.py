@@ -7,15 +7,17 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Puts keepkv's attention and page manager where vLLM looks for them. On its CPU platform only, so far."""
-    from vllm.logger import init_logger
+    """Puts keepkv's attention and page manager where vLLM looks for them.
+
+    On its CPU platform that is the place of CPU_ATTN, the only backend there; elsewhere CUSTOM, which has to be asked for.
+    """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if not current_platform.is_cpu():
-        init_logger(__name__).warning("keepkv serves on vLLM's CPU platform only, so far: its settings change nothing here")
-        return
     from keepkv.serving import blocks
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, "keepkv.serving.backend.KeepBackend")
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, "keepkv.serving.cpu.CpuBackend")
+    else:
+        register_backend(AttentionBackendEnum.CUSTOM, "keepkv.serving.backend.KeepBackend")
     blocks.register()
