@@ -98,6 +98,17 @@ def test_greedy_output_is_the_librarys_own(folder: str, tmp_path: Path, method: 
     assert made["free_after"] == made["free_before"]
 
 
+def test_bfloat16(folder: str, tmp_path: Path) -> None:
+    """The library's answers to that precision's rounding: the first token's likelihood, before greedy choices part."""
+    ids = prompt(1000)
+    made = serve(folder, tmp_path, [{"ids": ids, "tokens": 60}], dtype="bfloat16")
+    assert isinstance(made, dict), made[-3000:]
+    (request,), (_, chances) = made["requests"], library(folder, ids, 1)
+    assert len(request["tokens"]) == 60
+    assert abs(request["logprobs"][0] - chances[0]) < 0.1
+    assert made["free_after"] == made["free_before"]
+
+
 def test_the_backend_for_other_devices_is_the_librarys_own_too(folder: str, hybrid: str, tmp_path: Path) -> None:
     """On a CPU, in the place of the CPU's: all but the device itself is what runs on a GPU."""
     ids, name = prompt(1000), "keepkv.serving.backend.KeepBackend"

@@ -114,7 +114,7 @@ def step(pages: Pages, table: Tensor, query: Tensor, before: int, lot: Lot, watc
         causal = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(before)[None, None] if new > 1 else None
         output = attend_tail(grouped.flatten(2, 3), layer.keys, layer.values, causal, lot.scale)[0].to(query.dtype)
         output = output.reshape(*asked.shape[:-1], -1)
-    layer.watch = watch.see(grouped, layer.held, None)
+    layer.watch = watch.see(grouped.clone(), layer.held, None)  # the engine's buffers are used again
     then = settings.covered(seen)
     if then > covered:
         _compact(layer, pages, table, seen - then, lot)
