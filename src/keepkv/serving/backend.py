@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from keepkv import hosts
 from keepkv.errors import InputError
+from keepkv.method import Method
 from keepkv.observe import Watch
 from keepkv.serving.blocks import KeptSpec
 from keepkv.serving.paged import Lot, Pages, step, watcher
@@ -79,6 +80,7 @@ class Batch(NamedTuple):
 
     parts: list[Part]
     settings: Settings
+    row: Method
     inv_freq: Tensor
 
     @classmethod
@@ -90,7 +92,7 @@ class Batch(NamedTuple):
             for first, last, length, table in zip(bounds, bounds[1:], seen, told.block_table_tensor, strict=False)
             if last > first
         ]
-        return cls(parts, settings, inv_freq)
+        return cls(parts, settings, settings.row, inv_freq)
 
 
 class Pagewise:
@@ -128,7 +130,7 @@ class Keeping:
 
     def attend(self, name: str, query: Tensor, kv_cache: Tensor, batch: Batch, output: Tensor) -> Tensor:
         """A step of every request: query [n, H_q, d] of all of them together, the output written into `output`."""
-        lot = Lot(batch.settings, batch.settings.row, self.scale, batch.inv_freq)
+        lot = Lot(batch.settings, batch.row, self.scale, batch.inv_freq)
         pages, index = self._pages(kv_cache), extract_layer_index(name)
         for first, last, before, table in batch.parts:
             request = int(table[0])

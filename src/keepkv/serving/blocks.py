@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from keepkv.serving.paged import CELL
 from keepkv.serving.settings import Settings
-
-logger = init_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

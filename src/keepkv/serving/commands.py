@@ -48,8 +48,10 @@ def serve(
         app = application(lm, tokenizer, model, Limits(budget, method, slots, period, seed, conversations), _told)
     import uvicorn
 
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning")
+    bound = config.bind_socket()  # says why and ends if the port is taken
     err.print(f"serving {model} at http://{host}:{port}/v1, {method} {budget}; Ctrl-C ends")
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    uvicorn.Server(config).run(sockets=[bound])
 
 
 def _told(prompt: int, read: int, report: Report, seconds: float) -> None:
