@@ -231,6 +231,19 @@ def test_a_row_is_as_if_alone() -> None:
                 torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_are_those_of_float64() -> None:
+    slots, tail = slots_of([9, 300], value_size=16), [randn(1, 2, 5, 16, seed=seed) for seed in (1, 2, 3)]
+    visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    grads = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
+        asked = [x.detach().to(dtype).requires_grad_() for x in tail]
+        with torch.enable_grad():
+            output = attend(asked[0], slots_in(slots, dtype), *asked[1:], visible, 0.3, backend)
+            grads.append(torch.autograd.grad(output.square().sum(), asked))
+    for truth, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
 def test_strided_and_empty_inputs_are_kept_from_the_kernel() -> None:
     query = randn(1, 16, 2, 60, dtype=torch.float32).transpose(1, 2).transpose(2, 3)  # [1, 2, 60, 16]
     keys = randn(1, 2, 16, 30, dtype=torch.float32, seed=2).transpose(2, 3)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from keepkv import sdpa
 from keepkv.errors import BackendError, nearest
-from keepkv.parts import Part, block, join, nothing, wide
+from keepkv.parts import Part, block, join, stacked, wide
 from keepkv.types import Slots
 
 _TILE = 1 << 24  # logits held at once
@@ -38,7 +38,12 @@ def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size:
 def attend(
     query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
 ) -> Tensor:
-    """o = softmax(scale q·k + b) v over slots and tail together, [B, H, R, d_v] float32 or better; see the functions below."""
+    """o = softmax(scale q·k + b) v over slots and tail together, [B, H, R, d_v] float32 or better; see the functions below.
+
+    Kernels have no gradient of the log-sum-exp: where gradients are asked for, "auto" is the reference.
+    """
+    if backend == "auto" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values)):
+        backend = "reference"
     backend = _backend(backend, query, slots.values.shape[1])
     if backend == "sdpa" and query.shape[2] <= sdpa.FEW:
         return sdpa.attend_few(query, slots, keys, values, visible, scale)
@@ -67,13 +72,8 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
 
 
 def _by_heads(query: Tensor, slots: Slots, scale: float) -> Part:
-    output, log_mass = nothing(query, slots.values.shape[1])
-    of_heads = zip(query.flatten(0, 1), slots.per_head, output.flatten(0, 1), log_mass.flatten(0, 1), strict=True)
-    for own, (keys, values, bias), to_output, to_mass in of_heads:
-        part = block(own, keys, values, bias, scale)
-        to_output.copy_(part[0])
-        to_mass.copy_(part[1])
-    return output, log_mass
+    of_heads = zip(query.flatten(0, 1), slots.per_head, strict=True)
+    return stacked([block(own, keys, values, bias, scale) for own, (keys, values, bias) in of_heads], len(query))
 
 
 def attend_tail(

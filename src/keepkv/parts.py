@@ -6,6 +6,8 @@ portable path of every device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,15 +32,21 @@ def block(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scal
     log_mass = logits.logsumexp(-1)
     share = (logits - log_mass[..., None]).exp_()
     if bias is not None:
-        share = share.nan_to_num_()  # rows that see nothing
+        share = share.nan_to_num()  # rows that see nothing
     return share @ values.to(dtype), log_mass
 
 
 def join(first: Part, second: Part) -> Part:
     """Two parts as one, exactly: o = (M1 o1 + M2 o2) / (M1 + M2), M = exp(log-sum-exp). The algebra of flash-decoding."""
     log_mass = torch.logaddexp(first[1], second[1])
-    weight = (second[1] - log_mass).exp().nan_to_num_()[..., None]  # nan where neither part sees anything
+    weight = (second[1] - log_mass).exp().nan_to_num()[..., None]  # nan where neither part sees anything
     return torch.lerp(first[0], second[0], weight), log_mass
+
+
+def stacked(parts: Sequence[Part], batch: int) -> Part:
+    """Parts of every (row, head), rows outermost, as one of [B, H, R]."""
+    output, log_mass = (torch.stack(tensors).unflatten(0, (batch, -1)) for tensors in zip(*parts, strict=True))
+    return output, log_mass
 
 
 def nothing(query: Tensor, size: int) -> Part:

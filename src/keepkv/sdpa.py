@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from keepkv.parts import Part, exact, join, nothing, wide
+from keepkv.parts import Part, exact, join, nothing, stacked, wide
 from keepkv.types import Slots
 
 FEW = 48  # rows of a head up to which matrix products are faster than the kernel
@@ -50,9 +50,10 @@ _TRIAL = ((24, (1, 2, 3, 4)), (40, (1, 2, 5, 4)), (40, (1, 2, 5, 4)), (30, (1, 2
 def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Output of one softmax over slots and tail, for few rows; arguments as in `attention.attend`.
 
-    A head's logits over the tail and over its slots stand side by side, so that nothing is padded and nothing to be joined.
+    A head's logits over the tail and over its slots are written side by side, so that nothing is padded or joined; products
+    write where they belong, which autograd cannot follow.
     """
-    (batch, heads, rows, _), tail, dtype = query.shape, keys.shape[2], wide(query.dtype)
+    (batch, heads, rows, size), tail, dtype = query.shape, keys.shape[2], wide(query.dtype)
     flat = (query.to(dtype) * scale).flatten(0, 1)
     newer = torch.bmm(flat, keys.to(dtype).flatten(0, 1).transpose(1, 2))  # [B*H, R, n]
     if visible is not None:
@@ -60,31 +61,34 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
     (key_turn, value_turn), slots = slots.turns, slots.unturned()
     if slots.keys.dtype != dtype:
         slots = replace(slots, keys=slots.keys[:].to(dtype), values=slots.values[:].to(dtype))
-    turned = (flat if key_turn is None else flat @ key_turn.T).unbind()
-    of_heads = zip(turned, newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, strict=True)
-    outputs = []
-    for own, new, new_values, (old_keys, old_values, bias) in of_heads:
-        old = torch.mm(old_keys, own.T).T + bias
-        share = torch.cat([new, old], 1).softmax(-1)
+    turned = flat if key_turn is None else flat @ key_turn.T
+    output = flat.new_empty(batch * heads, rows, slots.values.shape[1])
+    of_heads = zip(turned.unbind(), newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, output.unbind(),
+                   strict=True)  # fmt: skip
+    for own, new, new_values, (old_keys, old_values, bias), to_output in of_heads:
+        logits = own.new_empty(rows, tail + len(bias))
+        logits[:, :tail] = new
+        if size <= 64:  # the faster way round depends on the size
+            torch.addmm(bias, own, old_keys.T, out=logits[:, tail:])
+        else:
+            torch.add(torch.mm(old_keys, own.T).T, bias, out=logits[:, tail:])
+        share = logits.softmax(-1)
         if visible is not None or not tail:
             share.nan_to_num_()  # rows that see nothing
-        old_part = torch.mm(share.narrow(1, tail, len(bias)), old_values)
+        torch.mm(share[:, tail:], old_values, out=to_output)
         if value_turn is not None:
-            old_part = old_part @ value_turn
-        outputs.append(old_part.addmm_(share.narrow(1, 0, tail), new_values))
-    return torch.stack(outputs).view(batch, heads, rows, -1)
+            to_output.copy_(to_output @ value_turn)
+        to_output.addmm_(share[:, :tail], new_values)
+    return output.view(batch, heads, rows, -1)
 
 
 def attend_slots(query: Tensor, slots: Slots, scale: float) -> Part:
     """See `attention.attend_slots`: head by head, as they are stored."""
-    output, log_mass = nothing(query, slots.values.shape[1])
-    of_heads = zip(query.flatten(0, 1), slots.per_head, output.flatten(0, 1), log_mass.flatten(0, 1), strict=True)
-    for own, (keys, values, bias), to_output, to_mass in of_heads:
-        mask = bias.expand(1, 1, len(own), -1)
-        part = flash(own[None, None], keys[None, None], values[None, None], mask, scale)
-        to_output.copy_(part[0][0, 0])
-        to_mass.copy_(part[1][0, 0])
-    return output, log_mass
+    parts = []
+    for own, (keys, values, bias) in zip(query.flatten(0, 1), slots.per_head, strict=True):
+        output, log_mass = flash(own[None, None], keys[None, None], values[None, None], bias.expand(1, 1, len(own), -1), scale)
+        parts.append((output[0, 0], log_mass[0, 0]))
+    return stacked(parts, len(query))
 
 
 def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Part:
