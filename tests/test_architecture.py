@@ -20,6 +20,7 @@ CORE = {
     "score",
     "allot",
     "solve",
+    "heads",
     "choose",
     "merge",
     "sets",

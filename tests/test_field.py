@@ -351,7 +351,7 @@ def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> No
     keys[20:, 0], keys[:20, 0] = -5.0, 0.0
     ref = reference.attend_all(queries[None], keys[None], values[None])
     observation = Observation(keys[None], values[None], queries[None, None], torch.arange(300), INV_FREQ, 1.0, reference=ref)
-    made = merge.match(values, kept, observation.rows(0))
+    made = merge.match(values[None], [kept], observation.rows(slice(1)))[0]
     assert made.bias.abs().max() < 0.05
     ours, _ = exact(queries, *made[:3], 1.0)
     torch.testing.assert_close(ours, ref.outputs[0], rtol=0, atol=0.02)
@@ -362,12 +362,12 @@ def test_attention_matching_is_closer_than_eviction_within_its_bounds() -> None:
     ref = reference.attend_all(queries[None], keys[None], values[None])
     observation = Observation(keys[None], values[None], queries[None, None], torch.arange(800), INV_FREQ, 1.0, reference=ref)
     kept = choose.best(score.answered_most(observation)[0], 40)
-    made, evicted = merge.match(values, kept, observation.rows(0)), merge.evict(keys, values, kept)
+    made, evicted = merge.match(values[None], [kept], observation.rows(slice(1)))[0], merge.evict(keys, values, kept)
     errors = [(exact(queries, *slots[:3], 1.0)[0] - ref.outputs[0]).square().mean() for slots in (made, evicted)]
     assert errors[0] < 0.7 * errors[1]
     assert made.bias.abs().max() <= 3
     assert torch.equal(made.keys, keys[kept])
-    whole = merge.match(values, torch.arange(200), observation.rows(0))
+    whole = merge.match(values[None], [torch.arange(200)], observation.rows(slice(1)))[0]
     assert torch.equal(whole.values, values)
 
 

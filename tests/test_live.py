@@ -124,7 +124,7 @@ def test_a_fit_over_entries_with_votes_answers_better_than_evicting_them() -> No
         places=torch.arange(160)[None], read=460,
     )  # fmt: skip
     seen = Observation(**{**vars(seen), "reference": context(seen)})
-    made = merge.fit(values[0], torch.arange(0, 160, 5), seen.rows(0))
+    made = merge.fit(values, [torch.arange(0, 160, 5)], seen.rows(slice(1)))[0]
     assert made.fallbacks == 0
     assert made.error < 0.6 * made.evict_error
 

@@ -99,14 +99,17 @@ def test_the_most_similar_kept_key_is_the_target_and_dissimilar_tokens_are_dropp
 
 def rows_of(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None) -> Rows:
     """Reference rows of one head, asked of all the entries."""
-    ref = attend_all(queries[None], keys[None], values[None], bias=None if bias is None else bias[None])
+    bias = None if bias is None else bias[None]
+    ref = attend_all(queries[None], keys[None], values[None], bias=bias)
     return Rows(
-        ref.queries[0], ref.visible, ref.log_z[0], ref.outputs[0], keys, bias, torch.arange(len(keys)), ref.recall[0]
+        ref.queries, ref.visible, ref.log_z, ref.outputs, keys[None], bias, torch.arange(len(keys))[None], ref.recall
     )  # fmt: skip
 
 
 def fitted(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, queries: torch.Tensor, verbatim=None, bias=None):
-    return merge.fit(values, kept, rows_of(keys, values, queries, bias), verbatim)
+    return merge.fit(values[None], [kept], rows_of(keys, values, queries, bias), None if verbatim is None else verbatim[None])[
+        0
+    ]
 
 
 def attention_error(merged: merge.Merged, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> float:
@@ -195,8 +198,8 @@ def test_what_dropped_tokens_were_asked_for_counts_as_lost() -> None:
     rows, kept = rows_of(keys, values, randn(600, 16, seed=7)), torch.arange(0, 300, 10)
     asked = torch.zeros(300, dtype=torch.float64)
     asked[[3, 10]] = torch.tensor([0.5, 0.7], dtype=torch.float64)
-    with_recall = merge.fit(values, kept, rows._replace(recall=asked))
-    assert with_recall.evict_error == pytest.approx(merge.fit(values, kept, rows).evict_error + 0.5**2)  # 10 is kept
+    with_recall = merge.fit(values[None], [kept], rows._replace(recall=asked[None]))[0]
+    assert with_recall.evict_error == pytest.approx(merge.fit(values[None], [kept], rows)[0].evict_error + 0.5**2)  # 10 is kept
     assert with_recall.error > 0.25
 
 

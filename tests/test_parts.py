@@ -255,7 +255,7 @@ def test_eliminating_answers_better_than_the_best_scores() -> None:
         seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
         distance = (values - values.mean(1, keepdim=True)).norm(dim=-1)
         chosen = [rule(seen, reference.rms_share * distance, [24])[0].kept for rule in (choose.eliminate, choose.top)]
-        fits = [merge.fit(values[0], kept, seen.rows(0)).error for kept in chosen]
+        fits = [merge.fit(values, [kept], seen.rows(slice(1)))[0].error for kept in chosen]
         ours, best = ours + fits[0], best + fits[1]
     assert ours < best
 
@@ -277,7 +277,8 @@ def test_elimination_is_greedy_least_squares() -> None:
     fixed[[2, 5]] = True
     for count in range(11, 4, -1):
         left.remove(min((c for c in left if not fixed[c]), key=lambda c: loss([x for x in left if x != c])))
-        assert solve.eliminate(gram, target, fixed, count, rounds=12 - count, strength=strength).tolist() == left
+        stay = solve.eliminate(gram[None], target[None], fixed[None], [12], [count], rounds=12 - count, strength=strength)
+        assert stay[0].nonzero().flatten().tolist() == left
 
 
 def test_elimination_keeps_the_count_the_order_and_what_must_stay() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from keepkv import sdpa
 from keepkv.errors import BackendError, nearest
+from keepkv.heads import groups
 from keepkv.parts import Part, block, join, stacked, wide
 from keepkv.types import Slots
 
@@ -108,22 +109,29 @@ def attend_watched(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
     (heads, rows, _), tokens = query.shape, keys.shape[1]
     output, log_mass = query.new_empty(heads, answered, values.shape[2]), query.new_empty(heads, rows)
     paid = query.new_zeros(heads, tokens)
-    step = min(rows, max(1, (1 << 21) // tokens))  # a tile that stays in a CPU's cache
-    tile = query.new_empty(step, tokens)
-    for head in range(heads):
+    for some in groups(heads, query.device, tokens):
+        own, own_keys, own_values = query[some], keys[some].mT, values[some]
+        step = min(rows, max(1, _tile(query.device) // (len(own) * tokens)))
+        tile = query.new_empty(len(own) * step * tokens)
         for lo in range(0, rows, step):
-            part = query[head, lo : lo + step]
-            share = torch.mm(part, keys[head].T, out=tile[: len(part)])
+            part = own[:, lo : lo + step]
+            share = tile[: part.shape[:2].numel() * tokens].view(*part.shape[:2], tokens)
+            torch.bmm(part, own_keys, out=share)
             if bias is not None:
-                share.add_(bias[head])
+                share.add_(bias[some, None])
             top = share.amax(-1)
-            total = share.sub_(top[:, None]).exp_().sum(-1)
-            share.mul_(total.reciprocal()[:, None])
-            log_mass[head, lo : lo + step] = top + total.log()
+            total = share.sub_(top[..., None]).exp_().sum(-1)
+            share.mul_(total.reciprocal()[..., None])
+            log_mass[some, lo : lo + step] = top + total.log()
             if lo < answered:
-                torch.mm(share[: answered - lo], values[head], out=output[head, lo : lo + step])
-            paid[head] += share.square_().sum(0)
+                output[some, lo : lo + step] = torch.bmm(share[:, : answered - lo], own_values)
+            paid[some] += share.square_().sum(1)
     return (output, log_mass[:, :answered]), (paid / rows).sqrt_()
+
+
+def _tile(device: torch.device) -> int:
+    """Shares held at once: what stays in a CPU's cache, or is worth a launch."""
+    return 1 << 21 if device.type == "cpu" else 1 << 27
 
 
 def _backend(name: str, query: Tensor, value_size: int) -> str:

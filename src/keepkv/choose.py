@@ -9,6 +9,7 @@ from torch import Tensor
 
 from keepkv import solve
 from keepkv.errors import ModelError
+from keepkv.heads import Ragged, groups
 from keepkv.types import Choice, Observation
 
 
@@ -70,16 +71,28 @@ def eliminate(
     Heads of more than 512 slots keep their best: hardly worse, and no matrix grows with the length of the text.
     Tokens with a score of +inf stay. scores [H, T].
     """
-    chosen = []
-    for head, (count, room) in enumerate(zip(counts, observation.counts, strict=True)):
-        tokens = best(scores[head], min(room, count + (spare if count <= MANY else 0)))
-        if len(tokens) > count:
-            rows = observation.rows(head)
-            loud = rows.outputs.square().sum(1).mean().sqrt()
-            wanted = torch.cat([rows.outputs, loud.expand(len(rows.outputs), 1)], 1)
-            gram, target = solve.normal(rows.share(tokens), rows.recall[tokens], wanted)
-            own = torch.cat([observation.values[head].float()[tokens], loud.expand(len(tokens), 1)], 1)
-            target += len(wanted) * rows.recall[tokens, None].square() * own
-            tokens = tokens[solve.eliminate(gram, target, scores[head, tokens].isposinf(), count, rounds, strength)]
-        chosen.append(Choice(tokens))
+    chosen: list[Choice] = []
+    room = observation.counts
+    many = [min(have, count + (spare if count <= MANY else 0)) for count, have in zip(counts, room, strict=True)]
+    tokens = [best(*head) for head in zip(scores, many, strict=True)]
+    asked = [have if have > count else 0 for have, count in zip(many, counts, strict=True)]  # of heads with a choice
+    for heads in groups(len(counts), scores.device, max(asked) * max(max(asked), observation.reference_rows)):
+        if not any(asked[heads]):
+            chosen += [Choice(kept) for kept in tokens[heads]]
+            continue
+        candidates = Ragged.of([own[:have] for own, have in zip(tokens[heads], asked[heads], strict=True)])
+        rows = observation.rows(heads)
+        recall, share = candidates.pick(rows.recall) * candidates.real, rows.on(candidates)
+        loud = rows.outputs.square().sum(-1).mean(-1).sqrt()[:, None, None]
+        wanted = torch.cat([rows.outputs, loud.expand(-1, share.shape[1], 1)], 2)
+        gram, target = solve.normal(share, recall, wanted)
+        values = candidates.pick(observation.values[heads]).float()
+        own = torch.cat([values, loud.expand(-1, values.shape[1], 1)], 2)
+        target += share.shape[1] * recall[..., None].square() * own
+        must = candidates.pick(scores[heads]).isposinf()
+        goal = [count if have else 0 for have, count in zip(asked[heads], counts[heads], strict=True)]
+        left = solve.eliminate(gram, target, must, asked[heads], goal, rounds, strength)
+        order = torch.where(left, candidates.entries, observation.entries).sort(1).values  # what goes comes last
+        of_heads = zip(order, tokens[heads], asked[heads], counts[heads], strict=True)
+        chosen += [Choice(stay[:count] if have else kept) for stay, kept, have, count in of_heads]
     return chosen

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keepkv import allot, choose, merge, sets
 from keepkv.draw import priority
+from keepkv.heads import groups
 from keepkv.merge import Merged
 from keepkv.pairs import Pairs
 from keepkv.recall import Repeat
@@ -53,12 +54,17 @@ class Method:
     bad: str = ""
 
 
-def fitted(rule: Callable[..., Merged]) -> Merge:
-    """A rule that fits votes and values to reference rows (merge.py), for all heads of a layer."""
+def fitted(rule: Callable[..., list[Merged]]) -> Merge:
+    """A rule that fits votes and values to reference rows (merge.py), for all heads of a layer, as many at once as pays."""
 
     @wraps(rule)
     def merge_layer(seen: Observation, choices: Sequence[Choice]) -> list[Merged]:
-        return [rule(seen.values[h].float(), c.kept, seen.rows(h), seen.head_keep(h)) for h, c in enumerate(choices)]
+        most = max(len(choice.kept) for choice in choices)
+        made: list[Merged] = []
+        for heads in groups(seen.heads, seen.keys.device, most * max(most, seen.reference_rows)):
+            kept = [choice.kept for choice in choices[heads]]
+            made += rule(seen.values[heads].float(), kept, seen.rows(heads), seen.head_keep(heads))
+        return made
 
     return merge_layer
 

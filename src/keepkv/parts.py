@@ -45,8 +45,8 @@ def join(first: Part, second: Part) -> Part:
 
 def stacked(parts: Sequence[Part], batch: int) -> Part:
     """Parts of every (row, head), rows outermost, as one of [B, H, R]."""
-    output, log_mass = (torch.stack(tensors).unflatten(0, (batch, -1)) for tensors in zip(*parts, strict=True))
-    return output, log_mass
+    output, log_mass = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    return output.view(batch, -1, *output.shape[1:]), log_mass.view(batch, -1, *log_mass.shape[1:])
 
 
 def nothing(query: Tensor, size: int) -> Part:

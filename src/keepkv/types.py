@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from keepkv import stored
+from keepkv.heads import Ragged
 from keepkv.stored import Stack
 
 
@@ -38,8 +39,9 @@ class Reference:
 
 
 class Rows(NamedTuple):
-    """Reference rows of one head, queries [R, d], visible [R], log_z [R], outputs [R, d_v], and the entries they are asked of:
-    keys [T, d] float32, bias [T] or None, positions [T], recall [T], as in `Observation`."""
+    """Reference rows of one head, or of several, [h, ...]: queries [R, d], log_z [R], outputs [R, d_v], visible [R], the same
+    for all; and the entries they are asked of: keys [T, d] float32, bias [T] or None, positions [T], recall [T]: `Observation`.
+    """
 
     queries: Tensor
     visible: Tensor
@@ -51,18 +53,24 @@ class Rows(NamedTuple):
     recall: Tensor
 
     def take(self, which: Tensor) -> Rows:
-        """The rows for which bool [R] is true."""
+        """The rows int64 [m] of R."""
         return self._replace(
-            queries=self.queries[which], visible=self.visible[which], log_z=self.log_z[which], outputs=self.outputs[which]
-        )
+            queries=self.queries.index_select(-2, which), visible=self.visible[which],
+            log_z=self.log_z.index_select(-1, which), outputs=self.outputs.index_select(-2, which),
+        )  # fmt: skip
 
     def share(self, entries: Tensor) -> Tensor:
-        """The exact softmax share that every row gives to the entries, votes counted, [R, n]."""
-        logits = self.queries @ self.keys[entries].T
+        """The exact softmax share that every row gives to the entries [n], of several heads [h, n], votes counted: [R, n]."""
+        logits = self.queries @ self.keys.take_along_dim(entries[..., None], -2).mT
         if self.bias is not None:
-            logits += self.bias[entries]
-        share = logits.sub_(self.log_z[:, None]).exp_()
-        return share.masked_fill_(self.positions[entries] >= self.visible[:, None], 0)
+            logits += self.bias.gather(-1, entries)[..., None, :]
+        share = logits.sub_(self.log_z[..., None]).exp_()
+        return share.masked_fill_(self.positions.gather(-1, entries)[..., None, :] >= self.visible[:, None], 0)
+
+    def on(self, slots: Ragged) -> Tensor:
+        """`share` of several heads' entries, [h, R, n]; 0 where there is none."""
+        share = self.share(slots.entries)
+        return share if len(share) == 1 else share.masked_fill_(~slots.real[:, None], 0)
 
 
 @dataclass(frozen=True)
@@ -130,20 +138,25 @@ class Observation:
             return torch.ones(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device)
         return self.bias > -torch.inf
 
-    def head_bias(self, head: int) -> Tensor | None:
+    def head_bias(self, head: int | slice) -> Tensor | None:
         return None if self.bias is None else self.bias[head]
 
-    def head_keep(self, head: int) -> Tensor | None:
+    def head_keep(self, head: int | slice) -> Tensor | None:
         return None if self.keep is None else self.keep[head]
 
-    def rows(self, head: int) -> Rows:
-        """One head's reference rows. The method must name a reference."""
+    def rows(self, head: int | slice) -> Rows:
+        """The reference rows of a head, or of several. The method must name a reference."""
         ref = self.reference
         assert ref is not None, "the method table names a reference"
         return Rows(
             ref.queries[head], ref.visible, ref.log_z[head], ref.outputs[head],
             self.keys[head].float(), self.head_bias(head), self.positions[head], ref.recall[head],
         )  # fmt: skip
+
+    @property
+    def reference_rows(self) -> int:
+        """R."""
+        return 0 if self.reference is None else len(self.reference.visible)
 
     @property
     def heads(self) -> int:
