@@ -4,11 +4,13 @@
     python benchmarks/gpu.py OUT --tiny     (the same code at toy sizes on a CPU, the kernel in Triton's interpreter)
 
 Writes OUT/tests.log and OUT/gpu.json, after every step; times are medians and quartiles in seconds. `kernel`: one layer's
-attention over slots at batch 1, 16 and 64, ragged heads of 3,200 slots on average, 8 KV heads of size 128, 32 query heads, with
-its votes and with votes of nought (the same loads), and the bytes it must read over the bandwidth of a large copy on the same
-GPU. `decode`: one step of a randomly initialised model of Llama-3.1-8B's shape in bfloat16, 32,768 tokens, batch 16 or the
-largest that fits: keepkv at 10%, DynamicCache as small, and whole. The caches' content is random: only speed is measured.
-Not run on a GPU yet when this was written: only with --tiny.
+attention over slots at batch 1, 16 and 64, ragged heads of 3,200 slots on average, 8 KV heads of size 128, 32 query heads: with
+its votes, with votes of nought (the same loads), with votes in spare dimensions of the keys and stock flash attention; and the
+bytes it must read over the bandwidth of a large copy on the same GPU. The rest is a randomly initialised model of
+Llama-3.1-8B's shape in bfloat16 at 32,768 tokens: `decode`, one step at batch 16 or the largest that fits: keepkv at 10%,
+DynamicCache as small, and whole; `fitting`, tokens per second with the largest batches that fit into what memory is free, at
+10% and whole; `compression`, reading a random prompt plainly, reading it observed, and compressing it to 10%. The caches'
+content is random: only speed is measured. Not run on a GPU yet when this was written: only with --tiny.
 """
 
 from __future__ import annotations
@@ -17,20 +19,19 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from keepkv import KeepCache
+from filled import compact, dense, ragged, timed
+from keepkv import KeepCache, spare
 from keepkv.attention import attend_slots, backend_for
-from keepkv.types import Slots
+from throughput import fitting
 from timing import interleaved, machine, ratio, summary, write
 
 FULL = {"batches": (1, 16, 64), "mean": 3200, "heads": 8, "group": 4, "size": 128, "copy": 1 << 30, "rounds": 30}
@@ -41,34 +42,6 @@ SHAPE = {
 }  # fmt: skip
 TOY = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip
-
-
-def ragged(batch: int, heads: int, mean: int, size: int, like: torch.Tensor) -> Slots:
-    """Random slots of `mean` per head on average, from a fifth to nine fifths of it."""
-    draw = torch.rand(batch * heads, generator=torch.Generator().manual_seed(0))
-    counts = ((0.2 + 1.6 * draw / draw.mean() / 2) * mean).int().tolist()
-    total = sum(counts)
-    keys, values = (torch.randn(total, size, device=like.device, dtype=like.dtype) for _ in range(2))
-    positions = torch.arange(total, device=like.device, dtype=torch.int32)
-    return Slots(keys, values, torch.rand(total, device=like.device), positions, (0, *accumulate(counts)))
-
-
-def timed(run: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """What returns the seconds of one run, by the device's clock where it has one."""
-
-    def clock() -> float:
-        if device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        run()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
-
-    return clock
 
 
 def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -84,6 +57,7 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
         variants: dict[str, Callable[[], float]] = {}
         for name, of in (("votes", slots), ("no votes", level)):
             variants[name] = timed(partial(attend_slots, query, of, 0.1, "triton"), device)
+        variants["spare dimensions"] = timed(partial(attend_slots, query, spare.widen(slots, 0.1), 0.1, "spare"), device)
         variants["reference"] = timed(partial(attend_slots, query, slots, 0.1, "reference"), device)
         times = interleaved(sizes["rounds"], variants, 3)
         read = slots.keys.nbytes + slots.values.nbytes + slots.bias.nbytes
@@ -92,14 +66,17 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
             "slots": len(slots.keys), "bytes": read, "seconds": {name: summary(of) for name, of in times.items()},
             "share_of_copy_bandwidth": read / median / bandwidth,
         }  # fmt: skip
-        print(f"  batch {batch:3d}: {1e6 * median:8.1f} us, {read / median / bandwidth:.2f} of the copy bandwidth", flush=True)
+        others = summary(times["spare dimensions"])["median"]
+        print(
+            f"  batch {batch:3d}: {1e6 * median:8.1f} us, {read / median / bandwidth:.2f} of the copy bandwidth; "
+            f"with spare dimensions {1e6 * others:8.1f} us",
+            flush=True,
+        )
     return record
 
 
-def decode(
-    shape: dict[str, int], tokens: int, batch: int, steps: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """One step with each kind of cache. Halves the batch until everything fits."""
+def made(shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:
+    """A randomly initialised model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -107,11 +84,14 @@ def decode(
             model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).eval()
     finally:
         torch.set_default_dtype(before)
-    heads, size = shape["num_key_value_heads"], shape["hidden_size"] // shape["num_attention_heads"]
-    slots = max(4, tokens // 10)
+    return model
+
+
+def decode(model: Any, tokens: int, batch: int, steps: int) -> dict[str, Any]:
+    """One step with each kind of cache. Halves the batch until everything fits."""
     while True:
         try:
-            return {"batch": batch, "tokens": tokens, "slots": slots, **_steps(model, batch, tokens, slots, heads, size, steps)}
+            return {"batch": batch, "tokens": tokens, "slots": tokens // 10, **_steps(model, batch, tokens, steps)}
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -119,38 +99,52 @@ def decode(
         torch.cuda.empty_cache()
 
 
-def _steps(model: Any, batch: int, tokens: int, slots: int, heads: int, size: int, steps: int) -> dict[str, Any]:
-    like = model.lm_head.weight
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
-
-    def dense(count: int) -> DynamicCache:
-        cache = DynamicCache()
-        for index in range(len(model.model.layers)):
-            state = torch.randn(batch, heads, count, size, device=like.device, dtype=like.dtype)
-            cache.update(state, state.clone(), index)
-        return cache
-
-    compact = KeepCache(model, "50%", "streaming")
-    model(token.expand(-1, 16), past_key_values=compact, logits_to_keep=1)
-    for layer in compact.keep_layers:
-        layer.slots, layer.seen = ragged(batch, heads, slots, size, like), tokens
-        layer.keys, layer.values = layer.keys[:, :, :0].clone(), layer.values[:, :, :0].clone()
+def _steps(model: Any, batch: int, tokens: int, steps: int) -> dict[str, Any]:
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
     record: dict[str, Any] = {}
     times: dict[str, list[float]] = {}
     # the two small caches in turn; the whole one by itself, as it leaves no room
-    small = dense(slots)
-    both = {"keepkv": compact, "small": small}
-    step = {name: timed(lambda cache=cache: model(token, past_key_values=cache), like.device) for name, cache in both.items()}
+    both = {"keepkv": compact(model, batch, tokens, tokens // 10), "small": dense(model, batch, tokens // 10)}
+    step = {name: timed(partial(model, token, past_key_values=cache), model.device) for name, cache in both.items()}
     times |= interleaved(steps, step, 3)
-    del compact, small, both, step
-    whole = dense(tokens)
-    times |= interleaved(steps, {"full": timed(lambda: model(token, past_key_values=whole), like.device)}, 3)
+    del both, step
+    whole = dense(model, batch, tokens)
+    times |= interleaved(steps, {"full": timed(lambda: model(token, past_key_values=whole), model.device)}, 3)
     record["seconds"] = {name: summary(values) for name, values in times.items()}
     record["keepkv / small"] = ratio(times["small"], times["keepkv"])
     record["keepkv / full"] = summary(times["full"])["median"] / summary(times["keepkv"])["median"]
     for name, of in record["seconds"].items():
         print(f"  {name:8s} {1e3 * of['median']:8.2f} ms a step", flush=True)
     return record
+
+
+def most(model: Any, tokens: int, steps: int, free: float) -> dict[str, Any]:
+    """Tokens per second with as many rows as fit into `free` bytes, of caches whole and at 10%."""
+    found = {name: fitting(model, tokens, share, free, steps) for name, share in (("full", 1.0), ("keepkv", 0.1))}
+    for name, of in found.items():
+        print(f"  {name:8s} batch {of['batch']:4d}  {of['tokens_per_second']:8.1f} tokens/s", flush=True)
+    return found
+
+
+def compression(model: Any, tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds of reading one prompt, of reading it observed, and of compressing it with context queries."""
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    held: list[KeepCache] = []
+
+    def observed() -> None:
+        held[:] = [KeepCache(model, auto=False)]
+        model(ids, past_key_values=held[0], logits_to_keep=1)
+
+    variants = {
+        "reading": lambda: model(ids, past_key_values=DynamicCache(), logits_to_keep=1),
+        "observed": observed,
+        "compressing": lambda: held[0].fork().compress("10%"),
+    }
+    times = interleaved(rounds, {name: timed(run, model.device) for name, run in variants.items()}, 1)
+    seconds = {name: summary(values) for name, values in times.items()}
+    for name, of in seconds.items():
+        print(f"  {name:12s} {of['median']:8.3f} s, {of['median'] / seconds['reading']['median']:.2f} of reading", flush=True)
+    return {"tokens": tokens, "seconds": seconds}
 
 
 @torch.inference_mode()
@@ -193,13 +187,20 @@ def main() -> None:
     except subprocess.TimeoutExpired:
         record["tests"] = "timed out"
     print(f"tests: {record['tests']}", flush=True)
-    for name, run in (
-        ("kernel", lambda: kernel(TINY if args.tiny else FULL, device, dtype)),
-        ("decode", lambda: decode(*((TOY, 40, 2, 2) if args.tiny else (SHAPE, 32768, 16, 20)), device, dtype)),
-    ):
+    tokens, free = (40, 1e5) if args.tiny else (32768, 0.6 * torch.cuda.mem_get_info()[0])
+    phases: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "kernel": lambda _: kernel(TINY if args.tiny else FULL, device, dtype),
+        "decode": lambda model: decode(model, tokens, *((2, 2) if args.tiny else (16, 20))),
+        "fitting": lambda model: most(model, tokens, 2 if args.tiny else 8, free),
+        "compression": lambda model: compression(model, 20 * tokens if args.tiny else tokens, 1 if args.tiny else 3),
+    }
+    model = made(TOY if args.tiny else SHAPE, device, dtype)
+    for name, run in phases.items():
         print(name, flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
-            record[name] = run()
+            record[name] = run(model)
         except Exception as error:  # what was measured before is worth keeping
             record[name] = {"error": f"{type(error).__name__}: {error}"}
             print(f"  {record[name]['error']}", flush=True)

@@ -27,6 +27,7 @@ CORE = {
     "stored",
     "shared",
     "quantised",
+    "spare",
     "pairs",
     "cluster",
     "method",

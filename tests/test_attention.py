@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from keepkv import sdpa
+from keepkv import sdpa, spare
 from keepkv.attention import attend, attend_slots, attend_tail, backend_for
 from keepkv.errors import BackendError
 from keepkv.parts import block, exact, join
@@ -218,6 +218,28 @@ def test_widened_attention_is_as_good_as_low_precision_allows(dtype: torch.dtype
     assert (ours.double() - truth).abs().max() <= (eager.double() - truth).abs().max() + 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.125, 128**-0.5, 1.0])
+def test_votes_in_spare_dimensions_are_votes(dtype: torch.dtype, scale: float) -> None:
+    """Also large ones in low precision, where one number of the keys' dtype would be off by a tenth."""
+    query, slots = randn(2, 3, 5, 16, dtype=dtype), slots_of(COUNTS, 16, 16, dtype)
+    slots.bias.mul_(2).sub_(3)
+    slots.bias[40:50] = -torch.inf
+    wide = spare.widen(slots, scale)
+    for ours, truth in zip(
+        attend_slots(query, wide, scale), attend_slots(query.double(), slots_in(slots, torch.float64), scale), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-5)
+    keys, values = randn(2, 3, 4, 16, dtype=dtype, seed=2), randn(2, 3, 4, 16, dtype=dtype, seed=3)
+    torch.testing.assert_close(
+        attend(query, wide, keys, values, None, scale), attend(query, slots, keys, values, None, scale), rtol=1e-5, atol=2e-5
+    )
+    assert torch.equal(wide.keys[:], slots.keys)
+    assert wide.keys.tensors[0].nbytes == slots.keys.nbytes * 24 // 16
+    both = Slots.cat([wide.rows([1], 3), wide.rows([0], 3)])
+    assert torch.equal(attend_slots(query, both, scale)[0][1], attend_slots(query.flip(0), wide, scale)[0][0])
+
+
 def test_a_row_is_as_if_alone() -> None:
     query, slots = randn(2, 3, 120, 16, dtype=torch.float32), slots_of(COUNTS, 16, 16, torch.float32)
     keys, values = randn(2, 3, 50, 16, dtype=torch.float32, seed=2), randn(2, 3, 50, 16, dtype=torch.float32, seed=3)
@@ -305,6 +327,8 @@ def test_backends_that_cannot_are_refused() -> None:
         attend_slots(query, slots_of([3]), 1.0, "sdpa")
     with pytest.raises(BackendError, match="one size, not 16 and 24"):
         attend_slots(query.float(), slots_of([3], dtype=torch.float32), 1.0, "sdpa")
+    with pytest.raises(BackendError, match=r"keepkv\.spare\.widen"):
+        attend_slots(query.float(), slots_of([3], 16, 16, torch.float32), 1.0, "spare")
 
 
 def test_rows_are_taken_whole() -> None:

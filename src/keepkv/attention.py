@@ -5,9 +5,10 @@
 | reference | everywhere, float64 too | plain softmax, float32 or better: `parts.block`, head by head |
 | sdpa | CPU, below float64, d = d_v | PyTorch's flash attention kernel, votes as its mask; matrix products for few rows |
 | triton | CUDA, below float64, sizes to 256 | `kernels`: split over the keys, a group's query heads together; slots only |
+| spare | CPU, CUDA in 16 bits | stock flash attention over slots that `spare.widen` made, votes in their keys; slots only |
 
-"auto" takes what `backend_for` names, whose kernel has been tried once against `parts.exact` where it runs; a backend that is
-asked for by name and cannot run raises BackendError.
+"auto" takes `spare` for such slots, and otherwise what `backend_for` names, whose kernel has been tried once against
+`parts.exact` where it runs; a backend that is asked for by name and cannot run raises BackendError.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from keepkv import sdpa
+from keepkv import sdpa, spare
 from keepkv.errors import BackendError, nearest
 from keepkv.heads import groups
 from keepkv.parts import Part, block, join, stacked, wide
@@ -45,6 +46,8 @@ def attend(
     """
     if backend == "auto" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values)):
         backend = "reference"
+    if backend == "auto" and isinstance(slots.keys, spare.Spare):
+        backend = "spare"
     backend = _backend(backend, query, slots.values.shape[1])
     if backend == "sdpa" and query.shape[2] <= sdpa.FEW:
         return sdpa.attend_few(query, slots, keys, values, visible, scale)
@@ -60,6 +63,10 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     without slots. Raises BackendError.
     """
     backend = _backend(backend, query, slots.values.shape[1])
+    if backend == "spare":
+        if not isinstance(slots.keys, spare.Spare):
+            raise BackendError("the attention backend 'spare' needs slots that were made by keepkv.spare.widen")
+        return spare.attend_slots(query, slots, scale)
     key_turn, value_turn = slots.turns
     asked = query if key_turn is None else query.to(key_turn.dtype) @ key_turn.T
     if backend == "triton":
@@ -83,11 +90,11 @@ def attend_tail(
     """Attention over the dense tail: o = softmax(scale q·k + mask) v and its log-sum-exp, as `attend_slots` gives them.
 
     query [B, H, G * new, d], keys [B, H, n, d], values [B, H, n, d_v]; visible [B or 1, 1, new, n], bool or additive, the same
-    for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. `triton` runs the
-    plain code here. Raises BackendError.
+    for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. `triton`, and
+    `spare` on CUDA, run the plain code here. Raises BackendError.
     """
     backend = _backend(backend, query, values.shape[-1])
-    if backend == "sdpa":
+    if backend == "sdpa" or (backend == "spare" and query.device.type == "cpu"):
         return sdpa.attend_tail(query, keys, values, visible, scale)
     batch, heads, rows, size = query.shape
     apart = query.reshape(batch, heads, -1, rows if visible is None else visible.shape[2], size)  # [B, H, G, new, d]
@@ -164,5 +171,6 @@ def _against_triton(device: torch.device, dtype: torch.dtype, size: int, value_s
 _BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], str]] = {
     "reference": lambda device, dtype, size, value_size: "",
     "sdpa": sdpa.reason_against,
+    "spare": spare.reason_against,
     "triton": _against_triton,
 }
