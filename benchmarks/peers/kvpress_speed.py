@@ -1,7 +1,8 @@
 """Speed and bytes of kvpress's presses: reading, compressing, and decoding beside the full cache in the same process.
 
 Runs in kvpress's environment (README.md). Reads --tokens of a text once with every press, then decodes one token with every
-cache in turn. `../decode.py` and `../compress.py` say the same of keepkv; what compares are the ratios to the full cache.
+cache in turn. What AdaKV drops it keeps, and masks: a list of the module, which is put back before every step. `../decode.py`
+and `../compress.py` say the same of keepkv; what compares are the ratios to the full cache.
 """
 
 import argparse
@@ -42,9 +43,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa").eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = tokenizer(args.text.read_text()[: 12 * args.tokens], return_tensors="pt")["input_ids"][:, : args.tokens]
-    caches, seconds = {}, {}
+    caches, seconds, masked = {}, {}, {}
     for name in ["full", *args.presses.split(",")]:
         caches[name] = DynamicCache()
+        for layer in model.model.layers:
+            layer.self_attn.masked_key_indices = None
         start = time.perf_counter()
         if name == "full":
             model(ids, past_key_values=caches[name], logits_to_keep=1)
@@ -58,9 +61,12 @@ def main() -> None:
                 model(ids, past_key_values=caches[name], logits_to_keep=1)
         seconds[name] = time.perf_counter() - start
         print(f"{name}: read in {seconds[name]:.1f} s, {nbytes(caches[name]) / 1e6:.1f} MB", flush=True)
+        masked[name] = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
     steps = {name: [] for name in caches}
     for i in range(args.steps + 4):
         for name, cache in caches.items():
+            for layer, indices in zip(model.model.layers, masked[name], strict=True):
+                layer.self_attn.masked_key_indices = indices
             where = torch.tensor([[args.tokens + i]])
             start = time.perf_counter()
             model(ids[:, -1:], past_key_values=cache, position_ids=where)
