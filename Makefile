@@ -5,7 +5,7 @@
 # make eval    the evaluation whose table is in the README, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
 # make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
-# make bench   speed on this machine
+# make bench   speed on this machine, into bench-results (about fifteen minutes; see docs/speed.md)
 # make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
 #
 # Each sets up what it needs in .venv the first time (a few minutes) and says nothing about it afterwards.
@@ -84,7 +84,10 @@ eval-quick: .venv/ready
 	@.venv/bin/keepkv report runs/eval-quick --against benchmarks/results/eval-quick
 
 bench: .venv/ready
-	@.venv/bin/python benchmarks/cpu.py
+	@.venv/bin/python benchmarks/attention.py --json bench-results/attention.json
+	@.venv/bin/python benchmarks/decode.py --tokens 8192 --budgets 10% --slots int8,int4 --json bench-results/decode.json
+	@.venv/bin/python benchmarks/compress.py --lengths 2048 --json bench-results/compress.json
+	@.venv/bin/python benchmarks/throughput.py --lengths 2048 --batches 1,4,16 --small --json bench-results/throughput.json
 
 bench-gpu:
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py gpu-results

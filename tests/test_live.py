@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from conftest import make_model, tokens
 from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, merge, score, sets
 from keepkv.methods import METHODS
+from keepkv.reading import read_in_chunks
 from keepkv.reference import context
 from keepkv.types import Observation
 
@@ -420,6 +421,11 @@ def test_a_prompt_read_in_chunks_with_a_backing_ends_as_a_refresh() -> None:
     assert all(map(torch.equal, kept["cpu"], kept["disk"]))
     again = caches["cpu"].fork().refresh()
     assert all(torch.equal(layer.slots.positions, old) for layer, old in zip(again.keep_layers, kept["cpu"], strict=True))
+    ours = read_in_chunks(model, ids, METHODS["keepkv"], "24", 40, reference="context", backing="cpu").cache
+    assert all(torch.equal(layer.slots.positions, old) for layer, old in zip(ours.keep_layers, kept["cpu"], strict=True))
+    assert ours.report().backing_bytes == 0  # it has served
+    with pytest.raises(InputError, match="expected one of none, cpu, disk"):
+        read_in_chunks(model, ids, METHODS["keepkv"], "24", 40, backing="tape")
     whole = KeepCache(model, 24, chunk=200, backing="cpu").read(model, ids)
     assert whole.report().compressions == 1
     assert whole.keep_layers[0].history.tokens == 150
