@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from filled import kv_bytes
 from keepkv import KeepCache, loading
 from keepkv.attention import backend_for
 from prose import prose
@@ -43,12 +44,6 @@ def stepper(model: PreTrainedModel, token: torch.Tensor, cache: Cache) -> Callab
         return time.perf_counter() - start
 
     return step
-
-
-def kv_bytes(cache: Cache) -> int:
-    return (
-        cache.report().kv_bytes if isinstance(cache, KeepCache) else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
-    )
 
 
 @torch.inference_mode()
