@@ -61,12 +61,12 @@ def test_ask_reads_in_chunks(monkeypatch, capsys, folder: str, text: str) -> Non
     """The same budget whatever the way of reading; every method reads for itself, and the full cache stays full."""
     args = ["ask", text, "Who jumps?", "--model", folder, "--compare", "full,snapkv", "--json", "--max-new-tokens", "3"]
     found = []
-    for more in ([], ["--chunk", "64"], ["--chunk", "64", "--reference", "recall"], ["--chunk", "64", "--backing", "disk"]):
+    for more in ([], ["--chunk", "64"], ["--chunk", "64", "--reference", "recall"]):
         status, out, err = run(monkeypatch, capsys, *args, "--budget", "20%", "--keep", "quick", *more)
         assert (status, err) == (0, "")
         found.append(json.loads(out))
-    once, chunked, recalled, backed = found
-    assert chunked["slots"] == recalled["slots"] == backed["slots"] == once["slots"]
+    once, chunked, recalled = found
+    assert chunked["slots"] == recalled["slots"] == once["slots"]
     assert recalled["reference"] == "recall"
     assert chunked["compare"][0]["kv_bytes"] == once["kv_bytes_full"]
     assert chunked["compare"][0]["answers"] == once["compare"][0]["answers"]
@@ -194,7 +194,6 @@ MISTAKES = [
     (["ask", "{text}"], "Missing argument"),
     (["ask", "{text}", "?", " "], "one of the questions is empty"),
     (["ask", "{text}", "?", "--chunk", "64", "--budget", "auto"], "--chunk 0"),
-    (["ask", "{text}", "?", "--backing", "tape"], "'tape' is not one of"),
     (["chat", "--budget", "lots"], "cannot be read: expected a fraction"),
     (["chat", "--load", "{folder}/nowhere.json"], "cannot be read (No such file"),
     (["inspect", "{text}", "--budget", "100%"], "there is nothing to inspect (left whole"),

@@ -12,7 +12,6 @@ from transformers import DynamicCache
 from conftest import make_model, tokens
 from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, merge, score, sets
 from keepkv.methods import METHODS
-from keepkv.reading import read_in_chunks
 from keepkv.reference import context
 from keepkv.types import Observation
 
@@ -406,30 +405,6 @@ def test_refreshing_brings_back_what_folds_lost() -> None:
     truth = log_probs(model, ids[:, 300:], full)
     loss = [float((truth.exp() * (truth - log_probs(model, ids[:, 300:], c))).sum(-1).mean()) for c in (drifted, fresh)]
     assert loss[1] < 0.5 * loss[0]
-
-
-def test_a_prompt_read_in_chunks_with_a_backing_ends_as_a_refresh() -> None:
-    """Tokens that folds dropped are there again; one piece is compressed as ever; so is what sums attention."""
-    model, ids = make_model(), tokens(1, 150)
-    caches = {backing: KeepCache(model, 24, chunk=40, backing=backing) for backing in (None, "cpu", "disk")}
-    for cache in caches.values():
-        cache.read(model, ids)
-        assert cache.report().compressions == 4
-        assert cache.report().slots == 24
-    kept = {name: [layer.slots.positions for layer in cache.keep_layers] for name, cache in caches.items()}
-    assert not all(map(torch.equal, kept["cpu"], kept[None]))
-    assert all(map(torch.equal, kept["cpu"], kept["disk"]))
-    again = caches["cpu"].fork().refresh()
-    assert all(torch.equal(layer.slots.positions, old) for layer, old in zip(again.keep_layers, kept["cpu"], strict=True))
-    ours = read_in_chunks(model, ids, METHODS["keepkv"], "24", 40, reference="context", backing="cpu").cache
-    assert all(torch.equal(layer.slots.positions, old) for layer, old in zip(ours.keep_layers, kept["cpu"], strict=True))
-    assert ours.report().backing_bytes == 0  # it has served
-    with pytest.raises(InputError, match="expected one of none, cpu, disk"):
-        read_in_chunks(model, ids, METHODS["keepkv"], "24", 40, backing="tape")
-    whole = KeepCache(model, 24, chunk=200, backing="cpu").read(model, ids)
-    assert whole.report().compressions == 1
-    assert whole.keep_layers[0].history.tokens == 150
-    assert KeepCache(model, 24, "h2o", chunk=40, backing="cpu").read(model, ids).report().slots == 24
 
 
 def test_refresh_comes_by_itself_and_only_with_a_backing() -> None:

@@ -93,7 +93,6 @@ def ask(
     chunk: int = 0,
     phase: Phase = silent,
     slots: str = "float",
-    backing: str = "none",
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
@@ -101,8 +100,7 @@ def ask(
     it (about one more reading, and details survive); "context" does not; "auto" does where the repetition still fits into
     the trained length. keep: regular expressions; what they match stays verbatim. budget "auto": the smallest at which the
     first method loses at most `tolerance` (see `smallest`). chunk: read so many tokens at a time and compress on the way,
-    once for each method; 0 reads all at once, for all methods together; backing: see `read_in_chunks`. slots: how they are
-    stored, see `KeepCache`.
+    once for each method; 0 reads all at once, for all methods together. slots: how they are stored, see `KeepCache`.
     phase(title) starts a phase and returns what to tell its progress to. A method named "full" is what the others' `alike`
     is measured against.
     Raises BudgetError, MethodError, InputError.
@@ -122,7 +120,7 @@ def ask(
     asked, caches = [], []
     for method in table:
         if chunk:
-            done = read_in_chunks(model, ids, method, budget, chunk, lead, seed, reference, spans, phase, slots, backing)
+            done = read_in_chunks(model, ids, method, budget, chunk, lead, seed, reference, spans, phase, slots)
             cache, compressing = done.cache, done.cache.report().compress_seconds
         else:
             tell = phase(f"compressing ({method.name})")

@@ -16,7 +16,6 @@ from keepkv.eval import commands
 from keepkv.files import commands as files
 from keepkv.files.names import split
 from keepkv.options import (
-    Backed,
     Chunk,
     Debug,
     Device,
@@ -77,7 +76,6 @@ def ask(
     keep: Keep = None,
     tolerance: Annotated[float, typer.Option(help="With --budget auto: the share of its outputs a head may lose.")] = TOLERANCE,
     chunk: Chunk = None,
-    backing: Backed = "none",
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
     repair: Repair = 0.0,
@@ -103,8 +101,8 @@ def ask(
     """
     compiled, asked = split([file, *questions])
     if compiled:
-        of_texts = ("budget", "method", "slots", "compare", "reference", "keep", "tolerance", "chunk", "backing", "seed")
-        recipe = [name for name in of_texts if was_typed(context, name)]
+        recipe = [name for name in ("budget", "method", "slots", "compare", "reference", "keep", "tolerance", "chunk", "seed")
+                  if was_typed(context, name)]  # fmt: skip
         if recipe:
             raise InputError(f"--{recipe[0]} is for texts: {compiled[0]} is compiled already, with its own")
         named = model if was_typed(context, "model") else None
@@ -125,7 +123,7 @@ def ask(
         warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
         results = run(
             lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), tolerance,
-            chunk_of(chunk, prompt.text.shape[1], budget), line.phase, slots, backing,
+            chunk_of(chunk, prompt.text.shape[1], budget), line.phase, slots,
         )  # fmt: skip
     if as_json:
         first, *others = [{"model": model, **result.to_dict()} for result in results]

@@ -52,13 +52,6 @@ Chunk = Annotated[
         "Default: 2048 for texts of more than 8,192 tokens, otherwise 0.",
     ),
 ]  # fmt: skip
-Backed = Annotated[
-    Literal["none", "cpu", "disk"],
-    typer.Option(
-        "--backing",
-        help="Of a text read in chunks: keep all exact keys and values there until its end, and compress them once more then.",
-    ),
-]
 Repair = Annotated[
     float,
     typer.Option(

@@ -37,8 +37,7 @@ def read(
     A fraction is that of the whole prompt, so that its first chunks stay whole as long as there is room. The first chunk
     is the shortest: so a row of a left-padded batch is cut as if alone. repeat [1, n]: an instruction to repeat
     the text; each chunk is then rehearsed (see `rehearse`) before it is compressed, also without it for a method that needs
-    it. keep: as in `compress`. With a backing, what took several chunks ends with a `refresh`: what the folds on the way lost
-    is back. Returns the cache itself.
+    it. keep: as in `compress`. Returns the cache itself.
     """
     batch, length = input_ids.shape
     size = self.chunk or max(1, length)
@@ -55,7 +54,6 @@ def read(
     padded = not bool(mask.all())
     if repeat is None and self.method.repeat is not None and self.method.repeat.needed:
         repeat = input_ids[:, :0]
-    exact = not self.method.column_mass and all(layer.history is not None for layer in self.keep_layers)
     auto, self.auto, kept = self.auto, False, self._keep
     self._keep = (*kept, *keep)
     try:
@@ -69,9 +67,7 @@ def read(
             )  # fmt: skip
             if repeat is not None:
                 self.rehearse(model, input_ids[:, lo:hi], repeat)
-            if hi == length > size and exact:
-                self.refresh()
-            elif self.live and (self._due or hi < length or (auto and before == 0)):
+            if self.live and (self._due or hi < length or (auto and before == 0)):
                 self.compress()
             lo = hi
             progress(lo, length)

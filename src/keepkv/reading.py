@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.errors import InputError
-from keepkv.history import Backing
 from keepkv.loading import trained_length
 from keepkv.method import Method
 from keepkv.recall import Repeat
@@ -158,14 +157,9 @@ def read_in_chunks(
     keep: Sequence[tuple[int, int]] = (),
     phase: Phase = silent,
     slots: str = "float",
-    backing: str = "none",
 ) -> Reading:
-    """Reads ids [1, T] `chunk` tokens at a time, compressing as it goes, so that memory does not grow with the text.
-
-    backing: "cpu" or "disk" has the exact keys and values there until the end, and everything compressed once more then.
-    """
-    where = known_backing(backing)
-    cache = KeepCache(model, budget, method, chunk=chunk, seed=seed, slots=slots, backing=where)
+    """Reads ids [1, T] `chunk` tokens at a time, compressing as it goes, so that memory does not grow with the text."""
+    cache = KeepCache(model, budget, method, chunk=chunk, seed=seed, slots=slots)
     how = method.repeat
     again = how is not None and repeats(reference, model, how, ids.shape[1])
     start = time.perf_counter()
@@ -174,18 +168,8 @@ def read_in_chunks(
         progress=phase(f"reading {ids.shape[1]:,} tokens in chunks ({method.name})"),
     )  # fmt: skip
     seconds, report = time.perf_counter() - start, cache.report()
-    for layer in cache.keep_layers:
-        layer.history = None  # it has served, and would be kept up for every answer
     repeated = {how: (cache, report.repeat_seconds)} if how is not None and again else {}
     return Reading(cache, seconds - report.compress_seconds - report.repeat_seconds, repeated)
-
-
-def known_backing(name: str) -> Backing | None:
-    """Raises InputError."""
-    kinds: dict[str, Backing | None] = {"none": None, "cpu": "cpu", "disk": "disk"}
-    if name not in kinds:
-        raise InputError(f"backing {name!r}: expected one of {', '.join(kinds)}")
-    return kinds[name]
 
 
 def repeats(reference: str, model: PreTrainedModel, how: Repeat, tokens: int) -> bool:

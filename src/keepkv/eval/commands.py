@@ -51,9 +51,6 @@ def evaluate(
     ] = None,
     reference: Annotated[str | None, _option("auto (default), context, recall: whether the text is repeated.")] = None,
     chunk: Annotated[int | None, _option("Tokens read at a time; default: all at once up to 8,192, else 2,048.")] = None,
-    backing: Annotated[
-        str | None, _option("Of texts read in chunks: none (default), cpu or disk keep what is exact until the end.")
-    ] = None,
     haystack: Annotated[
         str | None, _option("Prose to hide things in: a file or a folder (default: installed documentation).")
     ] = None,
@@ -96,7 +93,7 @@ def evaluate(
         given: dict[str, Any] = {
             "model": model, "tasks": _parts(tasks), "data": data, "methods": _parts(methods), "budgets": _parts(budgets),
             "lengths": _numbers(lengths), "samples": samples, "by": by, "question_aware": question_aware,
-            "reference": reference, "chunk": chunk, "backing": backing, "haystack": haystack, "max_new_tokens": max_new_tokens,
+            "reference": reference, "chunk": chunk, "haystack": haystack, "max_new_tokens": max_new_tokens,
             "written": written, "dtype": dtype, "seed": seed,
         }  # fmt: skip
         if given["tasks"] == ["all"]:

@@ -35,7 +35,6 @@ class Config:
     question_aware: bool = False  # the question stands in the text when it is compressed
     reference: str = "auto"  # see `keepkv.ask.ask`
     chunk: int = -1  # tokens read at a time; 0: all at once; -1: at once up to 8,192 tokens, 2,048 at a time beyond
-    backing: str = "none"  # of texts read in chunks: where exact keys and values are kept until the end; cpu, disk
     period: int = 256  # tokens between the folds of live caches (turns, drift)
     written: int = 2000  # tokens that drift writes
     max_new_tokens: int = 64  # of an answer
@@ -48,8 +47,7 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError, MethodError or BudgetError for what cannot be run."""
-        for name, kinds in (("by", ("choice", "answer")), ("reference", ("auto", "context", "recall")),
-                            ("backing", ("none", "cpu", "disk"))):  # fmt: skip
+        for name, kinds in (("by", ("choice", "answer")), ("reference", ("auto", "context", "recall"))):
             if getattr(self, name) not in kinds:
                 raise InputError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(kinds)}")
         for name in ("samples", "period", "written", "max_new_tokens"):

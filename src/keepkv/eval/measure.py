@@ -99,9 +99,7 @@ def _reading(host: Host, prompt: Prompt) -> Callable[[Method, str], Ready]:
     if chunk:
 
         def chunked(method: Method, budget: str) -> Ready:
-            done = read_in_chunks(
-                model, ids, method, budget, chunk, lead, config.seed, config.reference, backing=config.backing
-            )
+            done = read_in_chunks(model, ids, method, budget, chunk, lead, config.seed, config.reference)
             compress = done.cache.report().compress_seconds
             return Ready(done.cache, ids, {"read": done.seconds, "repeat": done.repeat_cost(method), "compress": compress})
 

@@ -38,7 +38,6 @@ class Order:
     device: str = "auto"
     dtype: str = "auto"
     slots: str = "float"
-    backing: str = "none"
 
 
 class Compiler:
@@ -55,7 +54,7 @@ class Compiler:
         order, text = self.order, loading.read_text(doc)
         recipe = documents.recipe_for(
             self.tokenizer, text, order.budget, order.method, order.reference, order.keep, order.chunk, order.seed, order.exact,
-            order.slots, order.backing,
+            order.slots,
         )  # fmt: skip
         if order.resume and (found := self._found(target, text, recipe)) is not None:
             return {**documents.facts(found), "file": str(target), "bytes": target.stat().st_size, "made": False}

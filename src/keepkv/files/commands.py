@@ -11,7 +11,6 @@ import typer
 
 from keepkv.errors import InputError
 from keepkv.options import (
-    Backed,
     Chunk,
     Debug,
     Device,
@@ -58,7 +57,6 @@ def compile(
     reference: Reference = "auto",
     keep: Keep = None,
     chunk: Chunk = None,
-    backing: Backed = "none",
     exact: Annotated[
         bool, typer.Option("--exact", help="Keep every key and value too: joined documents can then be repaired (--repair).")
     ] = False,
@@ -99,9 +97,8 @@ def compile(
 
         understood(method, budget, slots)
         order = Order(
-            budget, method, reference, tuple(keep or ()), chunk, seed, exact, ids, resume, model, device, dtype, slots,
-            backing,
-        )  # fmt: skip
+            budget, method, reference, tuple(keep or ()), chunk, seed, exact, ids, resume, model, device, dtype, slots
+        )
         if ray:
             progress = line.phase(f"compiling with {workers} workers")
             for number, (doc, facts) in enumerate(with_ray(docs, outputs, order, workers, 1.0 if "cuda" in device else 0.0)):
@@ -166,7 +163,6 @@ def add(
     reference: Reference = "auto",
     keep: Keep = None,
     chunk: Chunk = None,
-    backing: Backed = "none",
     exact: Annotated[bool, typer.Option("--exact", help="Keep every key and value too, for --repair.")] = False,
     model: Model = "smollm2",
     device: Device = "auto",
@@ -189,9 +185,7 @@ def add(
         lm, tokenizer = loading.load(model, device, dtype)
         shelf = Store.open(folder).for_model(lm, tokenizer, model)
         for doc, text in zip(docs, texts, strict=True):
-            recipe = documents.recipe_for(
-                tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact, slots, backing
-            )
+            recipe = documents.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact, slots)
             entry, new = shelf.add(text, recipe, doc, line.phase)
             _say([entry], as_json, "added" if new else "there already")
 

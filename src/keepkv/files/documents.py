@@ -37,7 +37,6 @@ class Recipe:
     seed: int = 0
     exact: bool = False  # every key and value is kept beside the slots, for repairs
     slots: str = "float"
-    backing: str = "none"
 
     def key(self, ids: Tensor, model: Mapping[str, Any]) -> str:
         """A digest of recipe, model identity and token ids: the same for the same cache, and only then."""
@@ -79,11 +78,11 @@ class Document:
 
 def recipe_for(
     tokenizer: PreTrainedTokenizerBase, text: str, budget: str, method: str, reference: str, keep: Sequence[str],
-    chunk: int | None, seed: int, exact: bool, slots: str, backing: str = "none",
+    chunk: int | None, seed: int, exact: bool, slots: str,
 ) -> Recipe:  # fmt: skip
     """The recipe of what was typed for one text: its length decides whether it is read in chunks, if nothing was said."""
     size = chunk_of(chunk, Prompt(tokenizer, text).text.shape[1], budget)
-    return Recipe(budget, method, reference, tuple(keep), size, seed, exact, slots, backing)
+    return Recipe(budget, method, reference, tuple(keep), size, seed, exact, slots)
 
 
 def shortened(document: Document, tokens: int) -> Document:
@@ -122,9 +121,8 @@ def compile_text(
     exact = None
     if recipe.chunk:
         done = read_in_chunks(
-            model, ids, method, recipe.budget, recipe.chunk, lead, recipe.seed, recipe.reference, spans, phase, recipe.slots,
-            recipe.backing,
-        )  # fmt: skip
+            model, ids, method, recipe.budget, recipe.chunk, lead, recipe.seed, recipe.reference, spans, phase, recipe.slots
+        )
         cache = done.cache
     else:
         done = read(model, ids, [method], lead, recipe.seed, recipe.reference, phase, recipe.slots)
