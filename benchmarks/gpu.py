@@ -5,12 +5,13 @@
 
 Writes OUT/tests.log and OUT/gpu.json, after every step; times are medians and quartiles in seconds. `kernel`: one layer's
 attention over slots at batch 1, 16 and 64, ragged heads of 3,200 slots on average, 8 KV heads of size 128, 32 query heads: with
-its votes, with votes of nought (the same loads), with votes in spare dimensions of the keys and stock flash attention; and the
-bytes it must read over the bandwidth of a large copy on the same GPU. The rest is a randomly initialised model of
-Llama-3.1-8B's shape in bfloat16 at 32,768 tokens: `decode`, one step at batch 16 or the largest that fits: keepkv at 10%,
-DynamicCache as small, and whole; `fitting`, tokens per second with the largest batches that fit into what memory is free, at
-10% and whole; `compression`, reading a random prompt plainly, reading it observed, and compressing it to 10%. The caches'
-content is random: only speed is measured. Not run on a GPU yet when this was written: only with --tiny.
+its votes, with votes of nought (the same loads), in 8 and 4 bits, with votes in spare dimensions of the keys and stock flash
+attention; and the bytes it must read over the bandwidth of a large copy on the same GPU. The rest is a randomly initialised
+model of Llama-3.1-8B's shape in bfloat16 at 32,768 tokens: `decode`, one step at batch 16 or the largest that fits: keepkv at
+10%, DynamicCache as small, and whole (at the end once more with Qwen3-8B's shape); `fitting`, tokens per second with the
+largest batches that fit into what memory is free, at 10% and whole; `compression`, reading a random prompt plainly, reading it
+observed, and compressing it to 10%; `sweep`, tokens per second at 2,048 to 131,072 tokens, batch 1, 16 and 64, budgets of 50 to
+5%. The caches' content is random: only speed is measured. Not run on a GPU yet when this was written: only with --tiny.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
 
 from filled import compact, dense, ragged, timed
 from keepkv import KeepCache, spare
 from keepkv.attention import attend_slots, backend_for
-from throughput import fitting
+from keepkv.quantised import FORMATS
+from throughput import fitting, measured
 from timing import interleaved, machine, ratio, summary, write
 
 FULL = {"batches": (1, 16, 64), "mean": 3200, "heads": 8, "group": 4, "size": 128, "copy": 1 << 30, "rounds": 30}
@@ -40,6 +42,7 @@ SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
 }  # fmt: skip
+QWEN = {**SHAPE, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936, "head_dim": 128}
 TOY = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip
 
@@ -55,7 +58,12 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
         slots = ragged(batch, sizes["heads"], sizes["mean"], sizes["size"], query)
         level = replace(slots, bias=torch.zeros_like(slots.bias))
         variants: dict[str, Callable[[], float]] = {}
-        for name, of in (("votes", slots), ("no votes", level)):
+        stored = {
+            name: replace(slots, keys=form.store(slots.keys[:]), values=form.store(slots.values[:]))
+            for name, form in FORMATS.items()
+            if form.bits
+        }
+        for name, of in {"votes": slots, "no votes": level, **stored}.items():
             variants[name] = timed(partial(attend_slots, query, of, 0.1, "triton"), device)
         try:  # it has never run on a GPU
             spared = partial(attend_slots, query, spare.widen(slots, 0.1), 0.1, "spare")
@@ -65,24 +73,27 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
             record["spare dimensions"] = f"{type(error).__name__}: {error}"
         variants["reference"] = timed(partial(attend_slots, query, slots, 0.1, "reference"), device)
         times = interleaved(sizes["rounds"], variants, 3)
-        read = slots.keys.nbytes + slots.values.nbytes + slots.bias.nbytes
-        median = summary(times["votes"])["median"]
+        read = {
+            name: sum(x.nbytes for x in of.tensors) - of.positions.nbytes for name, of in {"votes": slots, **stored}.items()
+        }
+        share = {name: size / summary(times[name])["median"] / bandwidth for name, size in read.items()}
         record["batches"][batch] = {
             "slots": len(slots.keys), "bytes": read, "seconds": {name: summary(of) for name, of in times.items()},
-            "share_of_copy_bandwidth": read / median / bandwidth,
+            "share_of_copy_bandwidth": share,
         }  # fmt: skip
-        print(f"  batch {batch:3d}: {read / median / bandwidth:.2f} of the copy bandwidth; microseconds:", end="")
+        shares = ", ".join(f"{name} {of:.2f}" for name, of in share.items())
+        print(f"  batch {batch:3d}: of the copy bandwidth: {shares}; microseconds:", end="")
         print("", *(f"{name} {1e6 * summary(of)['median']:.1f}" for name, of in times.items()), sep="  ", flush=True)
     return record
 
 
-def made(shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:
+def made(shape: dict[str, int], device: torch.device, dtype: torch.dtype, config: Any = LlamaConfig) -> Any:
     """A randomly initialised model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).eval()
+            model = AutoModelForCausalLM.from_config(config(**shape), attn_implementation="sdpa").eval()
     finally:
         torch.set_default_dtype(before)
     return model
@@ -124,6 +135,22 @@ def most(model: Any, tokens: int, steps: int, free: float) -> dict[str, Any]:
     found = {name: fitting(model, tokens, share, free, steps) for name, share in (("full", 1.0), ("keepkv", 0.1))}
     for name, of in found.items():
         print(f"  {name:8s} batch {of['batch']:4d}  {of['tokens_per_second']:8.1f} tokens/s", flush=True)
+    return found
+
+
+def sweep(model: Any, lengths: tuple[int, ...], batches: tuple[int, ...], free: float, steps: int) -> dict[str, Any]:
+    """Tokens per second by length, batch and budget, of caches up to half of `free`: all five must be there at once."""
+    found: dict[str, Any] = {}
+    for tokens in lengths:
+        for batch in batches:
+            name = f"{tokens} x {batch}"
+            try:
+                found[name] = measured(model, batch, tokens, [0.5, 0.25, 0.1, 0.05], False, free / 2, steps)
+            except torch.OutOfMemoryError as error:
+                found[name] = {}
+                print(f"  {name}: {error}", flush=True)
+            else:
+                print(f"  {name}:", *(f"{key} {of['tokens_per_second']:.1f}" for key, of in found[name].items()), sep="  ")
     return found
 
 
@@ -189,15 +216,21 @@ def main() -> None:
         record["tests"] = "timed out"
     print(f"tests: {record['tests']}", flush=True)
     tokens, free = (40, 1e5) if args.tiny else (32768, 0.6 * torch.cuda.mem_get_info()[0])
+    steps, lengths, batches = (2, (40,), (1, 2)) if args.tiny else (5, (2048, 8192, 32768, 131072), (1, 16, 64))
     phases: dict[str, Callable[[Any], dict[str, Any]]] = {
         "kernel": lambda _: kernel(TINY if args.tiny else FULL, device, dtype),
         "decode": lambda model: decode(model, tokens, *((2, 2) if args.tiny else (16, 20))),
-        "fitting": lambda model: most(model, tokens, 2 if args.tiny else 8, free),
+        "fitting": lambda model: most(model, tokens, steps, free),
         "compression": lambda model: compression(model, 20 * tokens if args.tiny else tokens, 1 if args.tiny else 3),
+        "sweep": lambda model: sweep(model, lengths, batches, free, steps),
+        "decode, Qwen3's shape": lambda model: decode(model, tokens, *((2, 2) if args.tiny else (16, 20))),
     }
-    model = made(TOY if args.tiny else SHAPE, device, dtype)
+    model: Any = made(TOY if args.tiny else SHAPE, device, dtype)
     for name, run in phases.items():
         print(name, flush=True)
+        if "Qwen3" in name:
+            model = None  # its memory, before the next one's
+            model = made({**TOY, "head_dim": 16} if args.tiny else QWEN, device, dtype, Qwen3Config)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         try:
