@@ -53,19 +53,16 @@ def fit(
     Slots of entries that are verbatim, bool [h, T], are not touched: the others are fitted around them.
     Every 8th row is held out: where the fit answers them worse than eviction does, the head is evicted instead.
     """
-    slots, count, device = Ragged.of(kept), rows.queries.shape[1], values.device
-    free = slots.real & _drops(slots, rows)
-    if verbatim is not None:
-        free &= ~slots.pick(verbatim)
-    keys, own = slots.pick(rows.keys), slots.pick(values)
-    before = torch.zeros_like(own[..., 0]) if rows.bias is None else slots.pick(rows.bias)
+    slots, free, before = _slots(kept, rows, verbatim)
+    keys, own, count, device = slots.pick(rows.keys), slots.pick(values), rows.queries.shape[1], values.device
     if count < HOLD_OUT or not free.any():
         return [Merged(k[:n], v[:n], b[:n]) for k, v, b, n in zip(keys, own, before, map(len, kept), strict=True)]
     train = torch.arange(count - count // HOLD_OUT, device=device)
     train, judge = train + train // (HOLD_OUT - 1), torch.arange(HOLD_OUT - 1, count, HOLD_OUT, device=device)
+    trained, judged = rows.take(train), rows.take(judge)
     recall = slots.pick(rows.recall) * slots.real
-    votes, fitted = _fitted(rows.take(train).on(slots), own, rows.outputs[:, train], recall, free, strength)
-    share, outputs = rows.take(judge).on(slots), rows.outputs[:, judge]
+    votes, fitted = _fitted(trained.on(slots), own, trained.outputs, recall, free, strength)
+    share, outputs = judged.on(slots), judged.outputs
     unasked = rows.recall.square().sum(1) - recall.square().sum(1)  # what dropped tokens were asked for
     error, mass_error = _lost(share, votes, fitted, outputs)
     evict_error, evict_mass_error = _lost(share, torch.ones_like(votes), own, outputs)
@@ -103,9 +100,8 @@ def _fitted(
     rest = mass[..., None] * outputs - share @ (votes[..., None] * values)
     for block, gram in zip(ranges, grams, strict=True):
         part, vote = share[:, :, block], votes[:, block, None]
-        target = (
-            part.mT @ rest + alone[:, block, None] * (1 - vote) * values[:, block]
-        )  # who asks for one slot wants its own value
+        own = alone[:, block, None] * (1 - vote) * values[:, block]  # who asks for one slot wants its own value
+        target = part.mT @ rest + own
         change = solve.ridge(vote * gram * vote.mT, vote * target, strength, free[:, block])
         fitted[:, block] += change
         rest -= part @ (vote * change)
@@ -135,12 +131,8 @@ def match(
     normalised, Y the exact outputs, λ = strength × mean diagonal. Unlike `fit` it does not pull towards the old values, weighs
     all rows alike, and is not checked on held-out rows. Slots of verbatim entries, bool [h, T], are not touched.
     """
-    slots = Ragged.of(kept)
-    free = slots.real & _drops(slots, rows)
-    if verbatim is not None:
-        free &= ~slots.pick(verbatim)
+    slots, free, before = _slots(kept, rows, verbatim)
     keys, own = slots.pick(rows.keys), slots.pick(values)
-    before = torch.zeros_like(own[..., 0]) if rows.bias is None else slots.pick(rows.bias)
     share = rows.on(slots)
     gram, target = share.mT @ share, share.sum(1)[..., None]
     w = solve.ridge(gram, target, 1e-6, slots.real).clamp(min=1e-12)
@@ -160,7 +152,14 @@ def match(
     return [Merged(k[:n], v[:n], b[:n]) for k, v, b, n in zip(keys, fitted, before + beta, map(len, kept), strict=True)]
 
 
-def _drops(slots: Ragged, rows: Rows) -> Tensor:
-    """Bool [h, 1]: heads that have more entries than slots. Those that keep all have nothing to fit."""
+def _slots(kept: Sequence[Tensor], rows: Rows, verbatim: Tensor | None) -> tuple[Ragged, Tensor, Tensor]:
+    """The slots, which of them are free to be fitted, bool [h, n], and the votes' logs that they have already [h, n].
+
+    A head that keeps all its entries has nothing to fit.
+    """
+    slots = Ragged.of(kept)
     have = rows.keys.shape[1] if rows.bias is None else (rows.bias > -torch.inf).sum(1, keepdim=True)
-    return slots.real.sum(1, keepdim=True) < have
+    free = slots.real & (slots.real.sum(1, keepdim=True) < have)
+    if verbatim is not None:
+        free &= ~slots.pick(verbatim)
+    return slots, free, slots.pick(torch.zeros_like(rows.recall) if rows.bias is None else rows.bias)
