@@ -211,6 +211,24 @@ def test_a_budget_that_holds_everything_is_bit_identical_as_long_as_it_does() ->
     assert ours.keep_layers[0].slots is None
 
 
+@pytest.mark.parametrize("method", ["keepkv", "attention-matching"])
+def test_what_is_fitted_is_fitted_when_the_prompt_has_been_read(method: str) -> None:
+    """In the middle of a prompt slots are tokens as they were; at its end, also that of a second one, they are fitted."""
+    model, ids = make_model("llama", torch.float32), tokens(1, 300)
+    cache = KeepCache(model, 40, method, chunk=64, period=200, references=64)
+    votes = []
+
+    def look(done: int, of: int) -> None:
+        votes.append(max(float(layer.slots.bias.abs().max()) for layer in cache.keep_layers))
+
+    cache.read(model, ids[:, :180], repeat=ids[:, :0], progress=look)
+    assert len(votes) == 3
+    assert votes[0] == votes[1] == 0 < votes[2]
+    before = cache.report().compressions
+    cache.read(model, ids[:, 180:], repeat=ids[:, :0])
+    assert (cache.report().compressions, cache.keep_layers[0].tail) == (before + 2, 0)
+
+
 # --- batches ---
 
 

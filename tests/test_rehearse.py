@@ -32,6 +32,27 @@ def test_peaks_are_the_largest_shares_of_a_repetition(family: str) -> None:
         torch.testing.assert_close(layer.watch.recall, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_the_middle_of_a_prompt_is_asked_from_its_end(family: str) -> None:
+    """Against eager attention over text + lead + text, as if 40 more tokens stood between, which no window reaches across."""
+    model, ids, lead = make_model(family, torch.float32), tokens(1, 60), tokens(1, 5, seed=4)
+    cache = read(model, ids)
+    cache._ahead = 40
+    cache.rehearse(model, ids, lead, Repeat(chunk=60))
+    model.set_attn_implementation("eager")
+    causal = torch.zeros(125, 125).masked_fill(torch.ones(125, 125, dtype=torch.bool).triu(1), -torch.inf)[None, None]
+    mask = causal
+    if family == "gemma3":
+        local = causal.masked_fill(torch.ones(125, 125, dtype=torch.bool).tril(-model.config.sliding_window), -torch.inf)
+        local[..., 60:, :60] = -torch.inf
+        mask = {"full_attention": causal, "sliding_attention": local}
+    places = torch.cat([torch.arange(60), 100 + torch.arange(65)])[None]
+    weights = model(torch.cat([ids, lead, ids], 1), attention_mask=mask, position_ids=places, output_attentions=True).attentions
+    for layer in cache.keep_layers:
+        wanted = weights[layer.watch.layer][0, :, 60:, :60].unflatten(0, (layer.heads, -1)).amax((1, 2))
+        torch.testing.assert_close(layer.watch.recall, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_a_piece_over_a_draft_of_all_tokens_is_exact_attention() -> None:
     """Whatever the piece: what it does not see exactly it sees through the draft; only its own tokens are noted."""
     generator = torch.Generator().manual_seed(1)

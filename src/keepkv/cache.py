@@ -102,6 +102,7 @@ class KeepCache(Cache):
         self._report: Report | None = None
         self._piece: Piece | None = None
         self._expected: tuple[int, ...] = ()  # tokens that every row will have when its prompt has been read
+        self._ahead = 0  # tokens of the prompt that `read` has not read yet
         self._keep: tuple[tuple[int, int], ...] = ()
         self._refreshed = 0  # columns at the last refresh
         self._repeat_seconds = 0.0
@@ -250,11 +251,11 @@ class KeepCache(Cache):
             return self
 
         self._bank()
-        done = []
+        method, done = self.method.unfitted if self._ahead else self.method, []
         for row, total in enumerate(totals):
             slots = min(total, held[row]) + tails[row] * self._heads
             tell = partial(in_row, progress, row, len(totals))
-            done.append(compress(self._observations(row, exact), self.method, slots, tell, self._form))
+            done.append(compress(self._observations(row, exact), method, slots, tell, self._form))
         self._settle(done, time.perf_counter() - start, exact=exact)
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 
 import torch
@@ -52,6 +52,15 @@ class Method:
     cost: str = ""
     good: str = ""
     bad: str = ""
+
+    @property
+    def unfitted(self) -> Method:
+        """The row for the middle of a prompt: what is fitted is fitted once, when all has been read. Until then, evicted.
+
+        What a fit gives to far tokens in place of near ones, as those who ask next see it, the end of the prompt would see as
+        too much; and the next fit would take it for the truth (docs/log.md, "Details in 28,000 tokens").
+        """
+        return self if self.reference is None else replace(self, merge=evict, trial=0)
 
 
 def fitted(rule: Callable[..., list[Merged]]) -> Merge:

@@ -35,7 +35,8 @@ def read(
     """Reads a prompt [B, T] of any length, `chunk` tokens at a time, and compresses whenever it outgrows the budget.
 
     A fraction is that of the whole prompt, so that its first chunks stay whole as long as there is room. The first chunk
-    is the shortest: so a row of a left-padded batch is cut as if alone. repeat [1, n]: an instruction to repeat
+    is the shortest: so a row of a left-padded batch is cut as if alone. Votes and values are fitted when all has been read;
+    until then, what loses its slot is dropped. repeat [1, n]: an instruction to repeat
     the text; each chunk is then rehearsed (see `rehearse`) before it is compressed, also without it for a method that needs
     it. keep: as in `compress`. Returns the cache itself.
     """
@@ -60,6 +61,7 @@ def read(
         lo = 0
         while lo < length:
             hi = lo + ((length - lo) % size or size)
+            self._ahead = length - hi
             model(
                 input_ids[:, lo:hi], past_key_values=self, logits_to_keep=1,
                 **({"attention_mask": mask[:, : before + hi], "position_ids": _positions(mask, before + lo, before + hi)}
@@ -67,7 +69,7 @@ def read(
             )  # fmt: skip
             if repeat is not None:
                 self.rehearse(model, input_ids[:, lo:hi], repeat)
-            if self.live and (self._due or hi < length or (auto and before == 0)):
+            if self.live and (self._due or hi < length or lo or (auto and before == 0)):
                 self.compress()
             lo = hi
             progress(lo, length)
@@ -77,7 +79,7 @@ def read(
         self._keep = kept
         raise
     finally:
-        self.auto = auto
+        self.auto, self._ahead = auto, 0
     return self
 
 
@@ -95,8 +97,9 @@ def rehearse(
     What a model needs to repeat a text word for word is what it needs to answer about its details. input_ids [1, n]:
     the newest n tokens, not compressed yet; lead [1, m]: an instruction to repeat them, in the model's chat format. how: as
     the method has it if not given; by default each piece of 256 tokens sees itself exactly and the rest as in a draft, an
-    eviction to 1/16: about one more reading, linear in n. After KVzip, arXiv 2505.23416. Raises KeepKVError for a batch, and
-    for another text than the newest.
+    eviction to 1/16: about one more reading, linear in n. In the middle of a prompt that `read` reads in chunks it is asked
+    from where that will end, as questions will be. After KVzip, arXiv 2505.23416. Raises KeepKVError for a batch, and for
+    another text than the newest.
     """
     tokens, tail = self.keep_layers[0].seen, self.keep_layers[0].tail
     wrong = input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= tail or (self.compressed and not self.live)
@@ -110,7 +113,7 @@ def rehearse(
     self._bank()
     how = how or self.method.repeat or Repeat()
     seen = Observations(self.keep_layers, 0, hosts.frequencies(self._rotary), self._projections)
-    begin = tokens - input_ids.shape[1]
+    begin, end = tokens - input_ids.shape[1], tokens + self._ahead
     room = self._entries(0) + self._tails()[0] * self._heads
     size = max(room // self._heads // how.draft, 2 * how.chunk)  # the draft has at least two pieces' worth
     drafts = compress(seen, methods.get("snapkv"), min(room, size * self._heads)).slots
@@ -119,12 +122,21 @@ def rehearse(
         fed = torch.cat([lead, input_ids[:, first - begin : last - begin]], dim=1)
         twin = self.fork()
         twin._piece = Piece(first, last, drafts, how)
-        model(fed, past_key_values=twin, logits_to_keep=1)
+        model(fed, past_key_values=twin, logits_to_keep=1, **(_far(tokens, end, fed) if end > tokens else {}))
         for ours, theirs in zip(self.keep_layers, twin.keep_layers, strict=True):
             ours.watch = theirs.watch
         progress(last - begin, tokens - begin)
     self._repeat_seconds += time.perf_counter() - start
     return self
+
+
+def _far(tokens: int, end: int, fed: Tensor) -> dict[str, Tensor]:
+    """Asks as after `end` tokens, of which `tokens` are read: sliding windows will have passed these by then."""
+    own = torch.ones_like(fed)
+    return {
+        "position_ids": torch.arange(end, end + fed.shape[1], device=fed.device)[None],
+        "attention_mask": torch.cat([own.new_zeros(1, tokens), own], dim=1),
+    }
 
 
 def _positions(mask: Tensor, lo: int, hi: int) -> Tensor:
