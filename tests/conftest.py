@@ -53,6 +53,8 @@ def make_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: 
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embed" not in parameter_name:
                 parameter.mul_(4)
+            elif "k_norm" in parameter_name:  # weights that are all alike would give every key the same norm
+                parameter.add_(torch.rand_like(parameter))
     model.generation_config.eos_token_id = None  # random models stop by chance otherwise
     return model
 
