@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from conftest import make_model, tokens
 from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, merge, score, sets
+from keepkv.method import evict
 from keepkv.methods import METHODS
 from keepkv.reference import context
 from keepkv.types import Observation
@@ -211,22 +212,38 @@ def test_a_budget_that_holds_everything_is_bit_identical_as_long_as_it_does() ->
     assert ours.keep_layers[0].slots is None
 
 
-@pytest.mark.parametrize("method", ["keepkv", "attention-matching"])
-def test_what_is_fitted_is_fitted_when_the_prompt_has_been_read(method: str) -> None:
-    """In the middle of a prompt slots are tokens as they were; at its end, also that of a second one, they are fitted."""
+@pytest.mark.parametrize("repeated", [True, False])
+def test_the_middle_of_a_prompt_that_is_repeated_has_a_merge_of_its_own(repeated: bool) -> None:
+    """Until its end, also until that of a second prompt; what is read without a repetition is fitted on the way."""
     model, ids = make_model("llama", torch.float32), tokens(1, 300)
+    method = replace(METHODS["keepkv"], midway=evict)
     cache = KeepCache(model, 40, method, chunk=64, period=200, references=64)
+    repeat = ids[:, :0] if repeated else None
     votes = []
 
     def look(done: int, of: int) -> None:
         votes.append(max(float(layer.slots.bias.abs().max()) for layer in cache.keep_layers))
 
-    cache.read(model, ids[:, :180], repeat=ids[:, :0], progress=look)
-    assert len(votes) == 3
-    assert votes[0] == votes[1] == 0 < votes[2]
+    cache.read(model, ids[:, :180], repeat=repeat, progress=look)
+    assert [vote == 0 for vote in votes] == [repeated, repeated, False]
     before = cache.report().compressions
-    cache.read(model, ids[:, 180:], repeat=ids[:, :0])
+    cache.read(model, ids[:, 180:], repeat=repeat)
     assert (cache.report().compressions, cache.keep_layers[0].tail) == (before + 2, 0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_where_fits_are_good_a_repeated_text_loses_nothing_in_chunks(seed: int) -> None:
+    """In a model whose heads look at everything a little; eviction, on the way or at all, would lose hundreds of times more."""
+    model, ids, after = make_model("llama", torch.float32, seed), tokens(1, 600, seed=seed), tokens(1, 20, seed=seed + 5)
+    full = DynamicCache(config=model.config)
+    model(ids, past_key_values=full)
+    wanted = model(after, past_key_values=full).logits[0].log_softmax(-1)
+    lost = []
+    for method in ("keepkv", "snapkv"):
+        cache = KeepCache(model, 0.2, method, chunk=64).read(model, ids, repeat=ids[:, :8])
+        ours = model(after, past_key_values=cache).logits[0].log_softmax(-1)
+        lost.append(float((wanted.exp() * (wanted - ours)).sum(-1).mean()))
+    assert lost[0] < 0.01 * lost[1]
 
 
 # --- batches ---

@@ -130,6 +130,23 @@ def test_a_fit_beats_eviction_on_queries_it_has_not_seen(seed: int) -> None:
     assert torch.equal(merged.keys, keys[kept])  # keys stay in place
 
 
+def test_a_fit_is_trusted_as_far_as_is_asked_for() -> None:
+    """The same fit, or eviction, on either side of what it loses of what eviction loses."""
+    keys, values = clustered(1, 300)
+    rows, kept = rows_of(keys, values, randn(600, 16, seed=6)), torch.arange(0, 300, 10)
+    (free,) = merge.fit(values[None], [kept], rows)
+    ratio = free.error / free.evict_error
+    (above,) = merge.fit(values[None], [kept], rows, trust=1.01 * ratio)
+    (below,) = merge.fit(values[None], [kept], rows, trust=0.99 * ratio)
+    assert 0 < ratio < 1
+    assert (above.fallbacks, below.fallbacks) == (0, 1)
+    assert (above.error, below.error) == (free.error, free.evict_error)
+    assert torch.equal(above.bias, free.bias)
+    assert not below.bias.any()
+    assert torch.equal(above.values, free.values)
+    assert torch.equal(below.values, values[kept])
+
+
 def test_a_fit_that_loses_is_not_used() -> None:
     """Property 10: held-out queries unlike the fitted ones make the fit lose; the head is evicted and counted."""
     keys, values = clustered(1, 200)

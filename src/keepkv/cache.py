@@ -102,7 +102,7 @@ class KeepCache(Cache):
         self._report: Report | None = None
         self._piece: Piece | None = None
         self._expected: tuple[int, ...] = ()  # tokens that every row will have when its prompt has been read
-        self._ahead = 0  # tokens of the prompt that `read` has not read yet
+        self._ahead = 0  # tokens that `read` has still to read of a prompt that it has repeated
         self._keep: tuple[tuple[int, int], ...] = ()
         self._refreshed = 0  # columns at the last refresh
         self._repeat_seconds = 0.0
@@ -251,7 +251,7 @@ class KeepCache(Cache):
             return self
 
         self._bank()
-        method, done = self.method.unfitted if self._ahead else self.method, []
+        method, done = self.method.in_the_middle if self._ahead else self.method, []
         for row, total in enumerate(totals):
             slots = min(total, held[row]) + tails[row] * self._heads
             tell = partial(in_row, progress, row, len(totals))

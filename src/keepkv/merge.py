@@ -39,8 +39,9 @@ BLOCK = 512  # slots fitted at once
 
 
 def fit(
-    values: Tensor, kept: Sequence[Tensor], rows: Rows, verbatim: Tensor | None = None, strength: float = 1e-3
-) -> list[Merged]:
+    values: Tensor, kept: Sequence[Tensor], rows: Rows, verbatim: Tensor | None = None, strength: float = 1e-3,
+    trust: float = 1.0,
+) -> list[Merged]:  # fmt: skip
     """Votes and values fitted together over reference rows, keys in place. DESIGN section 5; after arXiv 2602.16284.
 
     values [h, T, d_v] of h heads, kept their slots' entries, each int64 [n]. A_qj = exp(q·k_j + b_j - ln Z_q) on the kept keys.
@@ -51,7 +52,9 @@ def fit(
     coordinate descent), so that the cost grows with their number and not with its square.
     Recall rows, each asking for one slot alone, count by their rms share: they pull votes to 1 and values to their own.
     Slots of entries that are verbatim, bool [h, T], are not touched: the others are fitted around them.
-    Every 8th row is held out: where the fit answers them worse than eviction does, the head is evicted instead.
+    Every 8th row is held out: where the fit loses there not even less than `trust` times what eviction loses, the head is
+    evicted instead. A fit that the next one will take for the truth deserves less trust than one that is to stay: what it gives
+    to near tokens, details that were repeated lose.
     """
     slots, free, before = _slots(kept, rows, verbatim)
     keys, own, count, device = slots.pick(rows.keys), slots.pick(values), rows.queries.shape[1], values.device
@@ -67,7 +70,7 @@ def fit(
     error, mass_error = _lost(share, votes, fitted, outputs)
     evict_error, evict_mass_error = _lost(share, torch.ones_like(votes), own, outputs)
     some = free.any(1)
-    better = some & (error < evict_error)  # not if it is NaN
+    better = some & (error < trust * evict_error)  # not if it is NaN
     fitted = torch.where(better[:, None, None], fitted, own)
     bias = before + torch.where(better[:, None], votes.log(), 0)
     figures = torch.stack([

@@ -42,6 +42,7 @@ class Method:
     recent: int | float = 32  # newest tokens that are always kept; below 1, a share of the slots
     choose: Callable[[Observation, Tensor, Sequence[int]], list[Choice]] = choose.top
     merge: Merge = evict
+    midway: Merge | None = None  # how, in the middle of a prompt that is repeated, if otherwise
     reference: Callable[[Observation], Reference] | None = None
     column_mass: bool = False  # all queries' attention must be summed while reading
     repeat: Repeat | None = None  # how the text is repeated, for methods that use what that asks for
@@ -54,13 +55,9 @@ class Method:
     bad: str = ""
 
     @property
-    def unfitted(self) -> Method:
-        """The row for the middle of a prompt: what is fitted is fitted once, when all has been read. Until then, evicted.
-
-        What a fit gives to far tokens in place of near ones, as those who ask next see it, the end of the prompt would see as
-        too much; and the next fit would take it for the truth (docs/log.md, "Details in 28,000 tokens").
-        """
-        return self if self.reference is None else replace(self, merge=evict, trial=0)
+    def in_the_middle(self) -> Method:
+        """The row for the middle of a prompt that is repeated while it is read."""
+        return replace(self, merge=self.midway) if self.midway else self
 
 
 def fitted(rule: Callable[..., list[Merged]]) -> Merge:

@@ -159,7 +159,7 @@ METHODS = {
             "keepkv", "keys in place, votes and values fitted on future queries, global budgets (default)",
             "KeepKV, arXiv 2504.09936; Attention Matching, arXiv 2602.16284",
             score.output_change, allot.everywhere, recent=0, choose=choose.eliminate, merge=fitted(merge.fit),
-            reference=reference.context, repeat=Repeat(), judged=True, trial=32,
+            midway=fitted(partial(merge.fit, trust=0.1)), reference=reference.context, repeat=Repeat(), judged=True, trial=32,
             cost="about one reading at 10%, one more for the repetition",
             good="the closest to the full cache at any budget", bad="time on a CPU; random strings at very small budgets",
         ),

@@ -35,10 +35,10 @@ def read(
     """Reads a prompt [B, T] of any length, `chunk` tokens at a time, and compresses whenever it outgrows the budget.
 
     A fraction is that of the whole prompt, so that its first chunks stay whole as long as there is room. The first chunk
-    is the shortest: so a row of a left-padded batch is cut as if alone. Votes and values are fitted when all has been read;
-    until then, what loses its slot is dropped. repeat [1, n]: an instruction to repeat
+    is the shortest: so a row of a left-padded batch is cut as if alone. repeat [1, n]: an instruction to repeat
     the text; each chunk is then rehearsed (see `rehearse`) before it is compressed, also without it for a method that needs
-    it. keep: as in `compress`. Returns the cache itself.
+    it, and compressed with the method's `midway` merge until all has been read. keep: as in `compress`. Returns the cache
+    itself.
     """
     batch, length = input_ids.shape
     size = self.chunk or max(1, length)
@@ -61,7 +61,7 @@ def read(
         lo = 0
         while lo < length:
             hi = lo + ((length - lo) % size or size)
-            self._ahead = length - hi
+            self._ahead = 0 if repeat is None else length - hi
             model(
                 input_ids[:, lo:hi], past_key_values=self, logits_to_keep=1,
                 **({"attention_mask": mask[:, : before + hi], "position_ids": _positions(mask, before + lo, before + hi)}
