@@ -53,7 +53,7 @@ def fit(
     Recall rows, each asking for one slot alone, count by their rms share: they pull votes to 1 and values to their own.
     Slots of entries that are verbatim, bool [h, T], are not touched: the others are fitted around them.
     Every 8th row is held out: where the fit does not lose less there than `trust` times what eviction loses, the head is
-    evicted instead. Below 1 for a fit that the next one will take for the truth.
+    evicted instead; `trust` is below 1 for fits that a later one will take for the truth.
     """
     slots, free, before = _slots(kept, rows, verbatim)
     keys, own, count, device = slots.pick(rows.keys), slots.pick(values), rows.queries.shape[1], values.device
