@@ -88,7 +88,7 @@ def main() -> None:
         "what": "seconds of one decoding step", "model": args.model, "dtype": str(model.dtype), "tokens": args.tokens,
         "method": args.method, "layers": len(caches["full"].layers), "kv_heads": shape[1], "head_size": shape[3],
         "query_heads": model.config.num_attention_heads,
-        "backend": backend_for(token.device, model.dtype, shape[3]), "kv_bytes": held,
+        "backend": str(backend_for(token.device, model.dtype, shape[3])), "kv_bytes": held,
         "seconds": {name: summary(values) for name, values in steps.items()}, "ratios": {}, **machine(),
     }  # fmt: skip
     print(f"{args.model}, {args.tokens:,} tokens, {args.threads} threads, {args.steps} steps, load {record['load']:.1f}")

@@ -195,7 +195,7 @@ def main() -> None:
         interpreter._patch_lang_tensor = patched()
     device, dtype = torch.device("cpu" if args.tiny else "cuda"), torch.float32 if args.tiny else torch.bfloat16
     args.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {**machine(), "tiny": args.tiny, "backend": backend_for(device, dtype, 128)}
+    record: dict[str, Any] = {**machine(), "tiny": args.tiny, "backend": str(backend_for(device, dtype, 128))}
 
     command = [
         sys.executable,

@@ -294,10 +294,13 @@ def test_causality_is_recognised_and_nothing_else_is() -> None:
 
 
 def test_auto_names_what_it_takes() -> None:
-    assert backend_for(CPU, torch.float32, 64) == backend_for(CPU, torch.bfloat16, 64) == "sdpa"
-    assert backend_for(CPU, torch.float64, 64) == "reference"
-    assert backend_for(CPU, torch.float32, 64, 48) == "reference"
-    assert backend_for(torch.device("mps"), torch.float16, 64) == "reference"
+    backend_for.cache_clear()
+    assert backend_for(CPU, torch.float32, 64) == backend_for(CPU, torch.bfloat16, 64) == ("sdpa", "")
+    assert backend_for(CPU, torch.float64, 64).name == "reference"
+    with pytest.warns(UserWarning, match="needs keys and values of one size, not 64 and 48"):
+        assert backend_for(CPU, torch.float32, 64, 48).name == "reference"
+    with pytest.warns(UserWarning, match="runs on a CPU, not on mps"):
+        assert backend_for(torch.device("mps"), torch.float16, 64).name == "reference"
 
 
 def test_a_kernel_that_means_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +313,8 @@ def test_a_kernel_that_means_something_else_is_not_used(monkeypatch: pytest.Monk
         monkeypatch.setattr(sdpa, "_kernel", kernel)
         sdpa.available.cache_clear()
         backend_for.cache_clear()
-        assert backend_for(CPU, torch.float32, 64) == "reference"
+        with pytest.warns(UserWarning, match="needs a kernel that PyTorch"):
+            assert backend_for(CPU, torch.float32, 64).name == "reference"
         with pytest.raises(BackendError, match="needs a kernel"):
             attend_slots(randn(1, 1, 1, 16, dtype=torch.float32), slots_of([3], 16, 16, torch.float32), 1.0, "sdpa")
     monkeypatch.undo()

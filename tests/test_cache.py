@@ -432,3 +432,13 @@ def test_spans_that_do_not_fit_or_name_no_row_are_refused() -> None:
     model(tokens(2, 200), past_key_values=batch)
     with pytest.raises(KeepKVError, match="a batch"):
         batch.compress(keep=[(50, 60)])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.float32, "sdpa"), (torch.float64, "reference (sdpa computes in float32")]
+)
+def test_the_report_says_what_attends_to_the_slots(dtype: torch.dtype, backend: str) -> None:
+    model = make_model(dtype=dtype)
+    cache = KeepCache(model, budget=0.5)
+    model(torch.arange(3, 60)[None], past_key_values=cache)
+    assert cache.report().backend.startswith(backend)

@@ -8,15 +8,18 @@
 | spare | CPU, CUDA in 16 bits | stock flash attention over slots that `spare.widen` made, votes in their keys; slots only |
 
 "auto" takes `spare` for such slots, and otherwise what `backend_for` names, whose kernel has been tried once against
-`parts.exact` where it runs; a backend that is asked for by name and cannot run raises BackendError.
+`parts.exact` where it runs. If that one refuses, "auto" is the reference, and a warning says why; a backend that is asked
+for by name and cannot run raises BackendError.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +33,33 @@ from keepkv.types import Slots
 _TILE = 1 << 24  # logits held at once
 
 
+class Backend(NamedTuple):
+    """The backend that "auto" takes, and why not the fast one of the device; "" where it is that one."""
+
+    name: str
+    refusal: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.refusal})" if self.refusal else self.name
+
+
 @cache
-def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size: int | None = None) -> str:
-    """The backend that "auto" takes for queries and keys of `size` and values of `value_size` (as large, if not given)."""
-    fitting = "triton" if device.type == "cuda" else "sdpa"
-    return "reference" if _BACKENDS[fitting](device, dtype, size, size if value_size is None else value_size) else fitting
+def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size: int | None = None) -> Backend:
+    """The backend that "auto" takes for queries and keys of `size` and values of `value_size` (as large, if not given).
+
+    Where the device's fast backend refuses, that is said once, as a warning; in silence only for float64, where speed is not
+    what one is after.
+    """
+    fast = "triton" if device.type == "cuda" else "sdpa"
+    reason = _BACKENDS[fast](device, dtype, size, size if value_size is None else value_size)
+    if not reason:
+        return Backend(fast)
+    if dtype != torch.float64:
+        warnings.warn(
+            f"attention over compressed slots runs on the slow backend 'reference': the attention backend {fast!r} {reason}",
+            stacklevel=2,
+        )
+    return Backend("reference", f"{fast} {reason}")
 
 
 def attend(
@@ -145,7 +170,7 @@ def _backend(name: str, query: Tensor, value_size: int) -> str:
     """The backend to use: the one that was asked for, or what "auto" stands for. Raises BackendError."""
     sizes = (query.shape[-1], value_size)
     if name == "auto":
-        return backend_for(query.device, query.dtype, *sizes)
+        return backend_for(query.device, query.dtype, *sizes).name
     if name not in _BACKENDS:
         raise BackendError(f"unknown attention backend {name!r}: {nearest(name, ['auto', *_BACKENDS])}")
     if reason := _BACKENDS[name](query.device, query.dtype, *sizes):

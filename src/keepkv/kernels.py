@@ -174,18 +174,17 @@ def _tile(  # type: ignore[no-untyped-def]
     stack, steps, slot, column, real_slot, real_column, stride_n, stride_d, size, BITS: tl.constexpr
 ):
     """Vectors of some slots, as a tile that slot and column broadcast to; quantised ones as `Quantised.unturned` reads them."""
-    place = column
-    if BITS == 4:
-        half = (size + 1) // 2
-        place = tl.where(column < half, column, column - half)
-    held = tl.load(stack + slot * stride_n + place * stride_d, mask=real_slot & real_column, other=0)
     if BITS == 0:
-        return held
-    code = held.to(tl.int32)
-    if BITS == 4:
-        code = tl.where(column < half, code, code >> 4) & 15
-    step = tl.load(steps + slot, mask=real_slot, other=0.0).to(tl.float32)
-    return (code.to(tl.float32) - (2**BITS - 1) / 2) * step
+        tile = tl.load(stack + slot * stride_n + column * stride_d, mask=real_slot & real_column, other=0.0)
+    else:
+        half = (size + 1) // 2
+        place = tl.where(column < half, column, column - half) if BITS == 4 else column
+        code = tl.load(stack + slot * stride_n + place * stride_d, mask=real_slot & real_column, other=0).to(tl.int32)
+        if BITS == 4:
+            code = tl.where(column < half, code, code >> 4) & 15
+        step = tl.load(steps + slot, mask=real_slot, other=0.0).to(tl.float32)
+        tile = (code.to(tl.float32) - (2**BITS - 1) / 2) * step
+    return tile  # one return: Triton wants one type of a function, also where only one branch is compiled
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
-from keepkv.attention import attend
+from keepkv.attention import Backend, attend, backend_for
 from keepkv.errors import KeepKVError
 from keepkv.history import History
 from keepkv.observe import Held, Watch
@@ -45,6 +45,11 @@ class KeepLayer(CacheLayerMixin):
     @property
     def heads(self) -> int:
         return self.keys.shape[1] if self.is_initialized else 0
+
+    @property
+    def backend(self) -> Backend:
+        """What attends to the slots."""
+        return backend_for(self.keys.device, self.keys.dtype, self.keys.shape[3], self.values.shape[3])
 
     @property
     def held(self) -> Held:

@@ -53,7 +53,8 @@ class Report:
     repeat_seconds: of repeating the text.
     fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
     the mean over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
-    note: why nothing was compressed, if so. form: how the slots' keys and values are stored, "float", "int8" or "int4".
+    note: why nothing was compressed, if so. backend: what attends to the slots, and why not the device's fast backend, if so.
+    form: how the slots' keys and values are stored, "float", "int8" or "int4".
     """
 
     method: str
@@ -74,6 +75,7 @@ class Report:
     longest_pause: float = 0.0
     compressions: int = 0
     note: str = ""
+    backend: str = ""
     form: str = "float"
 
     def __post_init__(self) -> None:
@@ -111,6 +113,7 @@ def weighed(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor
     return replace(
         report,
         tail=layers[0].tail,
+        backend=", ".join(dict.fromkeys(str(layer.backend) for layer in layers if layer.slots)),
         kv_bytes=held_bytes([*ours, *others]),
         kv_bytes_full=layers[0].seen * width + held_bytes(others),
         watch_bytes=held_bytes(x for layer in layers if layer.watch for x in layer.watch.tensors),

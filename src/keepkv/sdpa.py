@@ -1,7 +1,7 @@
 """The `sdpa` backend: attention on a CPU in float32, by PyTorch's flash attention kernel or by a few matrix products.
 
 The kernel is a private operator of PyTorch that returns the log-sum-exp with the output. `available` tries it once, against
-`exact`; where it is missing or means something else, `attention.backend_for` picks the portable path instead.
+`exact`; where it is missing or means something else, `attention.backend_for` picks the portable path instead, and says so.
 Query heads that share a KV head are rows of one query: keys and values are never repeated. bfloat16 and float16 are widened
 first, a head or a tail at a time: as fast as the kernel's own low precision, and more exact.
 """
