@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from filled import ragged, timed
-from keepkv import sdpa, spare
-from keepkv.attention import attend_slots
+from keepkv.attend import bias_in_keys, sdpa
+from keepkv.attend.dispatch import attend_slots
 from timing import interleaved, machine, summary, write
 
 SHAPES = {  # KV heads, query heads of each, head size
@@ -43,7 +43,7 @@ def main() -> None:
             rows, scale = group * new, size**-0.5
             query, one = torch.randn(1, heads, rows, size), torch.randn(1, heads, 32, size)
             layers = [ragged(1, heads, args.slots, size, query) for _ in range(args.layers)]
-            wide = [spare.widen(slots, scale) for slots in layers]
+            wide = [bias_in_keys.widen(slots, scale) for slots in layers]
             dense = [torch.randn(2, 1, heads, args.slots, size) for _ in layers]
             asked = query.view(1, heads * group, new, size)
             variants = {

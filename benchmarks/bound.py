@@ -23,11 +23,15 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from keepkv import KeepCache, bound, loading, methods, score, sets
+from keepkv import KeepCache, methods
+from keepkv.attend.states import exact
 from keepkv.budget import Budget
 from keepkv.compress import compress
-from keepkv.merge import Merged
-from keepkv.parts import exact
+from keepkv.merge import error_bound, similarity
+from keepkv.merge.merged import Merged
+from keepkv.methods import keepkv_paper
+from keepkv.models import loading
+from keepkv.text import file
 from keepkv.types import Observation
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Merged]
@@ -36,17 +40,17 @@ PAPER = methods.get("keepkv-paper")
 
 def as_printed(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor) -> Merged:
     """ZIP without the guard of `sets.zip_merge`; its fallbacks count the sets of |λ| > 3, for which nothing is proved."""
-    made = sets.Scored(keys, values, kept, log_score, 0.8)
+    made = keepkv_paper.Scored(keys, values, kept, log_score, 0.8)
     scale, odd = made.log_mean / made.pi_level, made.groups.size > 1
     return made.result(scale[:, None] * made.groups.mean(keys, made.pi), int(((scale.abs() > 3) & odd).sum()))
 
 
 RULES: dict[str, Rule] = {
-    "zip": sets.zip_merge, "zip as printed": as_printed, "convex-exact": sets.convex_exact_merge,
+    "zip": keepkv_paper.zip_merge, "zip as printed": as_printed, "convex-exact": keepkv_paper.convex_exact_merge,
 }  # fmt: skip
 SCORES: dict[str, Callable[[Observation], Tensor]] = {
-    "average": score.moving_average,
-    "last query": lambda seen: score.moving_average(seen, window=1),
+    "average": keepkv_paper.moving_average,
+    "last query": lambda seen: keepkv_paper.moving_average(seen, window=1),
 }
 
 
@@ -79,12 +83,12 @@ def asked(queries: Tensor, keys: Tensor, values: Tensor, merged: Merged, predict
     """[6, R]: the three bounds, γ, the change, and the change when what was dropped counts too; as shares of ||o||."""
     stay = target >= 0
     shared = (torch.bincount(target[stay]) > 1)[target.clamp(min=0)] & stay
-    gamma = bound.reach(values[shared], values[stay]).expand(len(queries))
+    gamma = error_bound.reach(values[shared], values[stay]).expand(len(queries))
     output, _ = exact(queries, keys[stay], values[stay], keys.new_zeros(int(stay.sum())), 1.0)
     full, _ = exact(queries, keys, values, keys.new_zeros(len(keys)), 1.0)
     ours, _ = exact(queries, merged.keys, merged.values, merged.bias, 1.0)
-    limits = bound.bounds(queries, keys, values, merged, predicted, target)
-    change = bound.change(queries, keys, values, merged, target)
+    limits = error_bound.bounds(queries, keys, values, merged, predicted, target)
+    change = error_bound.change(queries, keys, values, merged, target)
     length: Tensor = vector_norm(output, dim=-1)
     return torch.stack([*limits, gamma, change, vector_norm(ours - full, dim=-1)]) / length
 
@@ -126,7 +130,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="the figures as JSON")
     args = parser.parse_args()
     model, tokenizer = loading.load(args.model)
-    ids = tokenizer(loading.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"]
+    ids = tokenizer(file.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"]
     observations, queries = observe(model, ids[:, : args.tokens + args.queries].to(model.device), args.tokens)
     select = replace(PAPER, merge=methods.get("snapkv").merge)  # nothing is merged yet
     table = []
@@ -134,16 +138,16 @@ def main() -> None:
         heads = sum(seen.heads for seen in observations)
         plan = compress(observations, select, Budget.parse(budget).total_slots(args.tokens, heads, 1)).plan
         found: dict[tuple[str, str, str], list[Tensor]] = defaultdict(list)
-        dropped, sets, odd = [], [], dict.fromkeys(RULES, 0)
+        dropped, sizes, odd = [], [], dict.fromkeys(RULES, 0)
         for layer in map(int, args.layers.split(",")):
             seen = observations[layer]
             predicted = {name: log_score(seen).double() for name, log_score in SCORES.items()}
             for head, kept in enumerate(plan.kept[layer]):
                 keys, values = seen.keys[head].double(), seen.values[head].double()
                 ask = queries[layer][head, :, :: args.stride].flatten(0, 1)
-                target = sets.nearest_kept(keys, kept, 0.8)
+                target = similarity.nearest_kept(keys, kept, 0.8)
                 dropped.append((ask @ keys.T).softmax(-1)[:, target < 0].sum(-1))
-                sets.append(float((torch.bincount(target[target >= 0]) > 1).sum()))
+                sizes.append(float((torch.bincount(target[target >= 0]) > 1).sum()))
                 for (kind, scores), (name, rule) in product(predicted.items(), RULES.items()):
                     merged = rule(keys, values, kept, scores[head])
                     found[name, kind, "step"].append(asked(ask, keys, values, merged, scores[head], target))
@@ -152,7 +156,7 @@ def main() -> None:
                         for single, place in one_by_one(keys, values, merged, target):
                             found[name, kind, "set"].append(asked(ask, keys, values, single, scores[head], place))
         print(
-            f"{budget}: {sum(sets):.0f} sets in {len(sets)} heads, {odd['zip']} guarded, {odd['zip as printed']} of |λ| > 3; "
+            f"{budget}: {sum(sizes):.0f} sets in {len(sizes)} heads, {odd['zip']} guarded, {odd['zip as printed']} of |λ| > 3; "
             f"dropped: median {float(torch.cat(dropped).median()):.3f} of the attention"
         )
         for (name, kind, scope), parts in found.items():

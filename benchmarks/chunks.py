@@ -25,13 +25,14 @@ from rich.progress import track
 from torch import Tensor
 
 import timing
-from keepkv import KeepCache, loading
-from keepkv.chunks import craft
-from keepkv.chunks.blend import Text
-from keepkv.chunks.documents import joined
-from keepkv.files.documents import Document, Recipe, compile_text
-from keepkv.reading import REPEAT
-from keepkv.reading import asked as asked_for
+from keepkv import KeepCache
+from keepkv.documents.document import Document, Recipe, compile_text
+from keepkv.documents.joining import cachecraft
+from keepkv.documents.joining.cacheblend import Text
+from keepkv.documents.joining.joined import joined
+from keepkv.models import loading
+from keepkv.text.prompt import asked as asked_for
+from keepkv.text.reading import REPEAT
 
 
 def passages(data: dict[str, Any], words: int) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -155,7 +156,8 @@ def asked(
         ways[f"CacheBlend {share:.0%}"] = lambda share=share: joined(model, exact, share).cache, share
     ways["CacheBlend, paper, 15%"] = lambda: joined(model, exact, 0.15, variant="paper").cache, 0.225
     chosen = [
-        len(craft.best(crafts[i], keys[: i + 1]).chosen(keys[: i + 1])) / exact[i + 1].tokens for i in range(len(exact) - 1)
+        len(cachecraft.best(crafts[i], keys[: i + 1]).chosen(keys[: i + 1])) / exact[i + 1].tokens
+        for i in range(len(exact) - 1)
     ]
     ways["Cache-Craft"] = lambda: joined(model, exact, 1.0, crafts=crafts, keys=keys).cache, statistics.fmean(chosen)
     for budget, made in compact.items():
@@ -194,7 +196,7 @@ def asked(
     ]  # fmt: skip
 
 
-def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random) -> list[list[craft.Variant]]:
+def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random) -> list[list[cachecraft.Variant]]:
     """One variant of every later document: as it stood behind two others of this prompt, in some other order."""
     made = []
     for place in range(1, len(exact)):
@@ -204,7 +206,7 @@ def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random
         document = exact[place]
         ids = document.ids[:, document.lead :]
         text = Text(ids, lambda i, d=document: tuple(x[:, :, d.lead :] for x in _layer(d, i)))  # type: ignore[arg-type, misc]
-        made.append([craft.observe(model, before.cache, ends, [keys[i] for i in others], text)])
+        made.append([cachecraft.observe(model, before.cache, ends, [keys[i] for i in others], text)])
     return made
 
 

@@ -18,7 +18,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
-from keepkv import KeepCache, loading
+from keepkv import KeepCache
+from keepkv.models import loading
 from prose import prose
 from timing import interleaved, machine, summary, write
 

@@ -21,8 +21,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from filled import kv_bytes
-from keepkv import KeepCache, loading
-from keepkv.attention import backend_for
+from keepkv import KeepCache
+from keepkv.attend.dispatch import backend_for
+from keepkv.models import loading
 from prose import prose
 from timing import interleaved, machine, ratio, summary, write
 

@@ -14,8 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from keepkv import KeepCache, loading
+from keepkv import KeepCache
 from keepkv.eval.drift import WINDOW, follow, write
+from keepkv.models import loading
+from keepkv.text import file
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     model, tokenizer = loading.load(args.model)
-    ids = tokenizer(loading.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"][:, :2000]
+    ids = tokenizer(file.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"][:, :2000]
     words, truth = write(model, ids, args.tokens)
     result: dict[str, Any] = {name: str(value) for name, value in vars(args).items()}
     for method in args.methods.split(","):

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from keepkv import KeepCache
-from keepkv.types import Slots
+from keepkv.slots.slots import Slots
 
 
 def ragged(batch: int, heads: int, mean: int, size: int, like: torch.Tensor) -> Slots:

@@ -30,9 +30,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
 
 from filled import compact, dense, ragged, timed
-from keepkv import KeepCache, spare
-from keepkv.attention import attend_slots, backend_for
-from keepkv.quantised import FORMATS
+from keepkv import KeepCache
+from keepkv.attend import bias_in_keys
+from keepkv.attend.dispatch import attend_slots, backend_for
+from keepkv.slots.quantized import FORMATS
 from throughput import fitting, measured
 from timing import interleaved, machine, ratio, summary, write
 
@@ -66,7 +67,7 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
         for name, of in {"votes": slots, "no votes": level, **stored}.items():
             variants[name] = timed(partial(attend_slots, query, of, 0.1, "triton"), device)
         try:  # it has never run on a GPU
-            spared = partial(attend_slots, query, spare.widen(slots, 0.1), 0.1, "spare")
+            spared = partial(attend_slots, query, bias_in_keys.widen(slots, 0.1), 0.1, "spare")
             torch.testing.assert_close(spared(), attend_slots(query, slots, 0.1, "reference"), rtol=0.02, atol=0.02)
             variants["spare dimensions"] = timed(spared, device)
         except Exception as error:

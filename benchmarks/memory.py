@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from keepkv import KeepCache, loading
+from keepkv import KeepCache
+from keepkv.models import loading
 from prose import prose
 
 

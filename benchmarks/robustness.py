@@ -26,12 +26,14 @@ from typing import Any
 
 import torch
 
-from keepkv import KeepCache, loading
+from keepkv import KeepCache
+from keepkv.documents import identity
+from keepkv.documents.document import Document, Recipe, compile_text, load, save
+from keepkv.documents.store import Store
 from keepkv.errors import InputError
-from keepkv.files import documents, identity
-from keepkv.files.documents import Document, Recipe
-from keepkv.files.store import Store
-from keepkv.reading import Prompt
+from keepkv.models import loading
+from keepkv.text.file import read_text
+from keepkv.text.prompt import Prompt
 
 RECIPE = Recipe("25%", "snapkv", exact=True)
 WORDS = "The whale of number {} was seen off the coast of Nantucket by the keeper of the light, who wrote it down. "
@@ -54,7 +56,7 @@ class Right:
 
     def _expected(self, number: int) -> list[int]:
         if number not in self._known:
-            self._known[number] = self._told(documents.compile_text(self.model, self.tokenizer, text(number), RECIPE))
+            self._known[number] = self._told(compile_text(self.model, self.tokenizer, text(number), RECIPE))
         return self._known[number]
 
     def _told(self, document: Document) -> list[int]:
@@ -97,7 +99,7 @@ def kill(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
         if plain.exists():
             files += 1
             try:
-                made = documents.load(plain, model, cut, known)
+                made = load(plain, model, cut, known)
                 broken["wrong file"] += right.wrong(int(made.source), made)
             except InputError:
                 broken["broken file"] += 1
@@ -123,14 +125,14 @@ def _work(folder: Path, model: Any, tokenizer: Any, turn: int, pipe: int) -> Non
     store = Store(folder / "store")
     shelf = store.for_model(model, tokenizer)
     known, cut = shelf.known, shelf.cut
-    ready = {n: documents.compile_text(model, tokenizer, text(n), RECIPE, str(n)) for n in range(turn % 3)}
+    ready = {n: compile_text(model, tokenizer, text(n), RECIPE, str(n)) for n in range(turn % 3)}
     tell("begin")
     while True:  # two turns of three find documents that are compiled already, so that more kills hit the writing
         number = rng.randrange(max(1, turn % 3) if ready else 6)
         tell("compiling")
-        document = ready.get(number) or documents.compile_text(model, tokenizer, text(number), RECIPE, str(number))
+        document = ready.get(number) or compile_text(model, tokenizer, text(number), RECIPE, str(number))
         tell("saving")
-        documents.save(document, folder / "plain.keep", known, cut)
+        save(document, folder / "plain.keep", known, cut)
         tell("adding")
         entry = shelf.put(document)
         tell(f"added {entry.key} {number}")
@@ -148,8 +150,8 @@ def mutate(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
     folder, rng = Path(tempfile.mkdtemp()), random.Random(0)
     known, cut = identity.of_model(model), identity.of_tokenizer(tokenizer)
     file, bad = folder / "good.keep", folder / "bad.keep"
-    documents.save(documents.compile_text(model, tokenizer, text(0), RECIPE, "0"), file, known, cut)
-    good, raw = documents.load(file, model, cut, known), file.read_bytes()
+    save(compile_text(model, tokenizer, text(0), RECIPE, "0"), file, known, cut)
+    good, raw = load(file, model, cut, known), file.read_bytes()
     header = int.from_bytes(raw[:8], "little")
     seen, before = Counter[str](), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
@@ -168,7 +170,7 @@ def mutate(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
             data[8 + rng.choice(digits)] = ord("9")
         bad.write_bytes(data)
         try:
-            made = documents.load(bad, model, cut, known)
+            made = load(bad, model, cut, known)
             same = all(
                 torch.equal(a, b)
                 for x, y in zip(made.cache.keep_layers, good.cache.keep_layers, strict=True)
@@ -231,10 +233,10 @@ def together(model: Any, tokenizer: Any, seconds: int) -> dict[str, Any]:
 
 def first_token(model: Any, tokenizer: Any, file: str) -> dict[str, Any]:
     """Seconds to a question's first token: from the text, and from its .keep file with all its checks; medians of three."""
-    body, folder = loading.read_text(file), Path(tempfile.mkdtemp())
+    body, folder = read_text(file), Path(tempfile.mkdtemp())
     target = folder / "text.keep"
-    document = documents.compile_text(model, tokenizer, body, Recipe("10%", reference="context"))
-    documents.save(document, target, model, tokenizer)
+    document = compile_text(model, tokenizer, body, Recipe("10%", reference="context"))
+    save(document, target, model, tokenizer)
     known, cut = identity.of_model(model), identity.of_tokenizer(tokenizer)
     reading, loaded, again = [], [], []
     for _ in range(3):
@@ -245,14 +247,14 @@ def first_token(model: Any, tokenizer: Any, file: str) -> dict[str, Any]:
         reading.append(time.perf_counter() - start)
         for times, identities in ((loaded, None), (again, known)):
             start = time.perf_counter()
-            made = documents.load(target, model, tokenizer if identities is None else cut, identities)
+            made = load(target, model, tokenizer if identities is None else cut, identities)
             model(made.question(tokenizer, "Who?"), past_key_values=made.cache, logits_to_keep=1)
             times.append(time.perf_counter() - start)
-    read, load, more = map(statistics.median, (reading, loaded, again))
-    told = {"tokens": document.tokens, "file_bytes": target.stat().st_size, "reading_s": read, "file_s": load,
-            "file_identity_known_s": more, "times": read / load, "times_identity_known": read / more}  # fmt: skip
+    whole, file_seconds, more = map(statistics.median, (reading, loaded, again))
+    told = {"tokens": document.tokens, "file_bytes": target.stat().st_size, "reading_s": whole, "file_s": file_seconds,
+            "file_identity_known_s": more, "times": whole / file_seconds, "times_identity_known": whole / more}  # fmt: skip
     shutil.rmtree(folder)
-    return {**told, "broken": {} if read / load >= 10 else {"slow": 1}}
+    return {**told, "broken": {} if whole / file_seconds >= 10 else {"slow": 1}}
 
 
 def main() -> None:

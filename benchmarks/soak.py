@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from keepkv import KeepCache, loading
+from keepkv import KeepCache
+from keepkv.models import loading
+from keepkv.text import file
 
 
 def resident() -> int:
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     model, tokenizer = loading.load(args.model)
-    ids = tokenizer(loading.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"]
+    ids = tokenizer(file.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"]
     log = Log(args.chunk * 5 if args.what == "read" else 1000)
     if args.what == "read":
         cache = reading(model, ids, args.tokens, args.budget, args.chunk, args.references, log)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from filled import compact, dense, kv_bytes, shape, timed
-from keepkv import loading
+from keepkv.models import loading
 from timing import interleaved, machine, summary, write
 
 

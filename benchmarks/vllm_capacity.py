@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keepkv import embedded
+from keepkv.models import smollm2
 
 BLOCK = 32
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    folder = args.model or str(embedded.path())
+    folder = args.model or str(smollm2.path())
     os.environ.update(
         HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="2", VLLM_HOST_IP="127.0.0.1", VLLM_NO_USAGE_STATS="1",
         VLLM_LOGGING_LEVEL="ERROR",

@@ -8,8 +8,10 @@ LOUD keeps what the newest queries attend to, weighed by the size of its value, 
 
 import sys
 
-from keepkv import KeepCache, Method, allot, loading, register
-from keepkv.reference import window_logits
+from keepkv import KeepCache, Method, allot, register
+from keepkv.models import loading
+from keepkv.observe.references import window_logits
+from keepkv.text import file
 from keepkv.types import Observation
 
 
@@ -23,9 +25,10 @@ LOUD = register(
     Method("loud", "what the newest queries attend to × value size", "yours", loud_share, allot.within_layers, recent=32)
 )
 
+
 if __name__ == "__main__":
     model, tokenizer = loading.load()
-    inputs = tokenizer(loading.read_text(sys.argv[1]), return_tensors="pt")
+    inputs = tokenizer(file.read_text(sys.argv[1]), return_tensors="pt")
     cache = KeepCache(model, budget="10%", method="loud")
     print(tokenizer.decode(model.generate(**inputs, past_key_values=cache, max_new_tokens=20)[0, -20:]))
     print(cache.report())

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from keepkv import kernels
+from keepkv.attend import triton_kernels
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -26,18 +26,18 @@ def signature(dtype: str, key_bits: int, value_bits: int) -> dict[str, str]:
     for name, bits in (("key", key_bits), ("value", value_bits)):
         kinds[f"{name}s"] = "*u8" if bits else POINTERS[dtype]
         kinds[f"{name}_steps"] = "*bf16" if bits else POINTERS[dtype]
-    return {name: "constexpr" if name.isupper() else kinds.get(name, "i32") for name in kernels._attend.arg_names}
+    return {name: "constexpr" if name.isupper() else kinds.get(name, "i32") for name in triton_kernels._attend.arg_names}
 
 
 def compiled(dtype: str, bits: int, size: int, target: str) -> Any:
     """The kernel as `attend_slots` launches it: what Triton's compiler makes of it, or its error."""
-    plan = kernels.schedule(8, 4, 3200, size, 132)
+    plan = triton_kernels.schedule(8, 4, 3200, size, 132)
     width = max(16, triton.next_power_of_2(size))
     constants = {
         "BLOCK_R": plan.block_rows, "BLOCK_N": plan.block_keys, "BLOCK_D": width, "BLOCK_V": width,
         "KEY_BITS": bits, "VALUE_BITS": bits, "WIDEN": False,
     }  # fmt: skip
-    source = ASTSource(kernels._attend, signature(dtype, bits, bits), constants)
+    source = ASTSource(triton_kernels._attend, signature(dtype, bits, bits), constants)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": plan.warps})
 
 

@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from keepkv import cli
+from keepkv.cli import app
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -95,6 +95,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
     """A command line: its status, and what it wrote to standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["keepkv", *args])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     shown = capsys.readouterr()
     return int(stop.value.code or 0), shown.out, shown.err

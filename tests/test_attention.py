@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from keepkv import sdpa, spare
-from keepkv.attention import attend, attend_slots, attend_tail, backend_for
+from keepkv.attend import bias_in_keys, sdpa
+from keepkv.attend.dispatch import attend, attend_slots, attend_tail, backend_for
+from keepkv.attend.states import block, exact, join
 from keepkv.errors import BackendError
-from keepkv.parts import block, exact, join
-from keepkv.types import Slots
+from keepkv.slots.slots import Slots
 
 COUNTS = [1, 15, 63, 255, 0, 1000]  # very different lengths in one layer
 
@@ -65,7 +65,7 @@ def test_tail_in_tiles_is_the_tail_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     query, keys, values = randn(2, 3, 50, 16), randn(2, 3, 40, 16, seed=2), randn(2, 3, 40, 8, seed=3)
     visible = torch.ones(50, 40, dtype=torch.bool).tril()[None, None]
     whole = attend_tail(query, keys, values, visible, 0.5)
-    monkeypatch.setattr("keepkv.attention._TILE", 7 * 240)
+    monkeypatch.setattr("keepkv.attend.dispatch._TILE", 7 * 240)
     for tiled, at_once in zip(attend_tail(query, keys, values, visible, 0.5), whole, strict=True):
         torch.testing.assert_close(tiled, at_once, rtol=1e-13, atol=1e-13)
 
@@ -225,7 +225,7 @@ def test_votes_in_spare_dimensions_are_votes(dtype: torch.dtype, scale: float) -
     query, slots = randn(2, 3, 5, 16, dtype=dtype), slots_of(COUNTS, 16, 16, dtype)
     slots.bias.mul_(2).sub_(3)
     slots.bias[40:50] = -torch.inf
-    wide = spare.widen(slots, scale)
+    wide = bias_in_keys.widen(slots, scale)
     for ours, truth in zip(
         attend_slots(query, wide, scale), attend_slots(query.double(), slots_in(slots, torch.float64), scale), strict=True
     ):

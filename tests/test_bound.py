@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from keepkv import bound, merge, sets
-from keepkv.merge import Merged
+from keepkv.merge import error_bound, similarity
+from keepkv.merge.merged import Merged, evict
+from keepkv.methods import keepkv_paper
 
 Rule = Callable[..., Merged]
 
@@ -20,12 +21,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def unguarded_zip(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor, threshold: float = 0.8) -> Merged:
     """ZIP as it is printed: the pole of λ is open."""
-    made = sets.Scored(keys, values, kept, log_score, threshold)
+    made = keepkv_paper.Scored(keys, values, kept, log_score, threshold)
     return made.result((made.log_mean / made.pi_level)[:, None] * made.groups.mean(keys, made.pi), 0)
 
 
-SAFE = [sets.zip_merge, sets.convex_exact_merge]
-ALL = [*SAFE, unguarded_zip, sets.mean_merge]
+SAFE = [keepkv_paper.zip_merge, keepkv_paper.convex_exact_merge]
+ALL = [*SAFE, unguarded_zip, keepkv_paper.mean_merge]
 
 
 def scene(seed: int, level: float = 0.0, slots: int = 4, copies: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -35,16 +36,16 @@ def scene(seed: int, level: float = 0.0, slots: int = 4, copies: int = 3) -> tup
     keys = torch.cat([groups, 4 * randn(2, 8, seed=seed + 300)])
     keys = keys + (level - (keys @ query[0]).mean()) * query / query.square().sum()
     kept = torch.cat([torch.arange(slots), torch.tensor([slots * copies, slots * copies + 1])])
-    return query, keys, randn(len(keys), 5, seed=seed + 400), kept, sets.nearest_kept(keys, kept, -1.0)
+    return query, keys, randn(len(keys), 5, seed=seed + 400), kept, similarity.nearest_kept(keys, kept, -1.0)
 
 
-def measured(rule: Rule, seed: int, level: float, wrong: float) -> tuple[float, bound.Bounds, Merged]:
+def measured(rule: Rule, seed: int, level: float, wrong: float) -> tuple[float, error_bound.Bounds, Merged]:
     """The change of a scene whose scores are predicted wrongly by up to e^±wrong, and the bounds."""
     query, keys, values, kept, target = scene(seed, level)
     predicted = keys @ query[0] + wrong * (2 * torch.rand(len(keys), generator=torch.Generator().manual_seed(seed)) - 1)
     merged = rule(keys, values, kept, predicted, -1.0)
-    limits = bound.bounds(query, keys, values, merged, predicted, target)
-    return float(bound.change(query, keys, values, merged, target)), limits, merged
+    limits = error_bound.bounds(query, keys, values, merged, predicted, target)
+    return float(error_bound.change(query, keys, values, merged, target)), limits, merged
 
 
 @pytest.mark.parametrize("rule", [*SAFE, unguarded_zip])
@@ -54,11 +55,11 @@ def test_a_merge_is_a_reweighting(rule: Rule) -> None:
         query, keys, values, kept, target = scene(seed, level=2.0)
         predicted = keys @ query[0] + randn(len(keys), seed=seed)
         merged = rule(keys, values, kept, predicted, -1.0)
-        own = bound.deviation(query, merged, predicted, target)[0, target]
+        own = error_bound.deviation(query, merged, predicted, target)[0, target]
         logits = keys @ query[0]
         before, after = (x.softmax(-1) @ values for x in (logits, logits + (predicted - logits) - own))
         norm = torch.linalg.vector_norm(after - before)[None]
-        torch.testing.assert_close(bound.change(query, keys, values, merged, target), norm, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(error_bound.change(query, keys, values, merged, target), norm, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("rule", SAFE)
@@ -88,11 +89,11 @@ def test_a_single_pair_stays_below_the_corrected_bound(rule: Rule) -> None:
         keys = randn(1, 6, seed=seed + 2000) + torch.tensor([0.3, 0.3, 3, 3])[:, None] * randn(4, 6, seed=seed + 3000)
         predicted = keys @ query[0] + 0.05 * randn(4, seed=seed + 4000)
         target = torch.tensor([0, 0, 1, 2])
-        if not torch.equal(sets.nearest_kept(keys, kept, -1.0), target):
+        if not torch.equal(similarity.nearest_kept(keys, kept, -1.0), target):
             continue
         merged = rule(keys, values, kept, predicted, -1.0)
-        limits = bound.bounds(query, keys, values, merged, predicted, target)
-        assert float(bound.change(query, keys, values, merged, target)) < float(limits.corrected)
+        limits = error_bound.bounds(query, keys, values, merged, predicted, target)
+        assert float(error_bound.change(query, keys, values, merged, target)) < float(limits.corrected)
 
 
 @pytest.mark.parametrize("rule", SAFE)
@@ -109,11 +110,13 @@ def test_the_convex_exact_key_is_bounded_by_epsilon_gamma(wrong: float) -> None:
     for seed in range(40):
         query, keys, values, kept, target = scene(seed)
         error = wrong * (2 * torch.rand(len(keys), generator=torch.Generator().manual_seed(seed)) - 1)
-        merged = sets.convex_exact_merge(keys, values, kept, keys @ query[0] + error, -1.0)
+        merged = keepkv_paper.convex_exact_merge(keys, values, kept, keys @ query[0] + error, -1.0)
         shared = torch.bincount(target)[target] > 1
-        limit = error[shared].expm1().abs().max() * bound.reach(values[shared], values)
-        limits = bound.bounds(query, keys, values, merged, keys @ query[0] + error, target)
-        assert float(bound.change(query, keys, values, merged, target)) <= float(limits.reweighted) <= float(limit) + 1e-12
+        limit = error[shared].expm1().abs().max() * error_bound.reach(values[shared], values)
+        limits = error_bound.bounds(query, keys, values, merged, keys @ query[0] + error, target)
+        assert (
+            float(error_bound.change(query, keys, values, merged, target)) <= float(limits.reweighted) <= float(limit) + 1e-12
+        )
 
 
 @pytest.mark.parametrize("wrong", [0.01, 0.1, 0.6])
@@ -123,13 +126,13 @@ def test_a_lambda_of_at_most_three_is_harmless(wrong: float) -> None:
     for seed in range(80):
         query, keys, values, kept, target = scene(seed, [-0.7, -0.3, 0.3, 3.0][seed % 4])
         error = wrong * (2 * torch.rand(len(keys), generator=torch.Generator().manual_seed(seed)) - 1)
-        made = sets.Scored(keys, values, kept, keys @ query[0] + error, -1.0)
+        made = keepkv_paper.Scored(keys, values, kept, keys @ query[0] + error, -1.0)
         shared = torch.bincount(target)[target] > 1
         if (made.log_mean / made.pi_level).abs().amax() <= 3:
             merged = unguarded_zip(keys, values, kept, keys @ query[0] + error, -1.0)
             epsilon = error[shared].expm1().abs().max()
-            limit = 2 * epsilon / (1 + epsilon**2) * bound.reach(values[shared], values)
-            limits = bound.bounds(query, keys, values, merged, keys @ query[0] + error, target)
+            limit = 2 * epsilon / (1 + epsilon**2) * error_bound.reach(values[shared], values)
+            limits = error_bound.bounds(query, keys, values, merged, keys @ query[0] + error, target)
             assert float(limits.reweighted) <= float(limit) + 1e-12 < float(limits.paper)
             tried += 1
     assert tried > 20
@@ -149,15 +152,15 @@ def test_the_papers_bound_as_stated_can_be_violated() -> None:
     query, keys, values, kept, target = near_the_pole()
     predicted = keys @ query[0] - 0.01
     merged = unguarded_zip(keys, values, kept, predicted)
-    own = float(bound.deviation(query, merged, predicted, target)[0, 0])
-    change = float(bound.change(query, keys, values, merged, target))
-    limits = bound.bounds(query, keys, values, merged, predicted, target)
+    own = float(error_bound.deviation(query, merged, predicted, target)[0, 0])
+    change = float(error_bound.change(query, keys, values, merged, target))
+    limits = error_bound.bounds(query, keys, values, merged, predicted, target)
     assert own > 0.3
     assert change > 3 * float(limits.paper)
     assert change < float(limits.reweighted) < float(limits.corrected)
     for rule in SAFE:
         safe = rule(keys, values, kept, predicted)
-        assert bound.change(query, keys, values, safe, target) < 0.1 * limits.paper
+        assert error_bound.change(query, keys, values, safe, target) < 0.1 * limits.paper
 
 
 def test_the_deviation_is_lambda_times_the_mean_error() -> None:
@@ -166,13 +169,13 @@ def test_the_deviation_is_lambda_times_the_mean_error() -> None:
         query, keys, values, kept, target = scene(seed, level=3.0)
         error = 0.2 * randn(len(keys), seed=seed)
         predicted = keys @ query[0] + error
-        made = sets.Scored(keys, values, kept, predicted, -1.0)
+        made = keepkv_paper.Scored(keys, values, kept, predicted, -1.0)
         expected = made.log_mean / made.pi_level * made.groups.mean(error[:, None], made.pi)[:, 0]
         merged = unguarded_zip(keys, values, kept, predicted, -1.0)
-        found = bound.deviation(query, merged, predicted, target)[0]
+        found = error_bound.deviation(query, merged, predicted, target)[0]
         torch.testing.assert_close(found[made.groups.size > 1], expected[made.groups.size > 1], rtol=1e-9, atol=1e-9)
-        convex = sets.convex_exact_merge(keys, values, kept, predicted, -1.0)
-        found = bound.deviation(query, convex, predicted, target)[0]
+        convex = keepkv_paper.convex_exact_merge(keys, values, kept, predicted, -1.0)
+        found = error_bound.deviation(query, convex, predicted, target)[0]
         for slot, own in enumerate(found):
             assert error[target == slot].min() - 1e-9 <= own <= error[target == slot].max() + 1e-9
 
@@ -186,8 +189,8 @@ def test_identical_pairs_change_nothing_whatever_is_predicted(rule: Rule) -> Non
     predicted = keys @ randn(8, seed=3)
     merged = rule(keys, values, kept, predicted, 0.999)
     queries = 2 * randn(20, 8, seed=4)
-    assert bound.change(queries, keys, values, merged, target).max() < 1e-12
-    limits = bound.bounds(queries, keys, values, merged, predicted, target)
+    assert error_bound.change(queries, keys, values, merged, target).max() < 1e-12
+    limits = error_bound.bounds(queries, keys, values, merged, predicted, target)
     assert limits.reweighted.max() < 1e-6  # ρ = 1: this one sees it
     assert limits.paper.min() > 0.1
 
@@ -197,7 +200,7 @@ def test_a_common_factor_of_the_scores_is_no_error_but_for_epsilon() -> None:
     query, keys, values, kept, target = scene(7)
     predicted = keys @ query[0] + 0.05 * randn(len(keys), seed=8)
     near, far = (
-        bound.bounds(query, keys, values, sets.convex_exact_merge(keys, values, kept, p, -1.0), p, target)
+        error_bound.bounds(query, keys, values, keepkv_paper.convex_exact_merge(keys, values, kept, p, -1.0), p, target)
         for p in (predicted, predicted + 1)
     )
     torch.testing.assert_close(far.reweighted, near.reweighted, rtol=1e-9, atol=1e-12)
@@ -215,8 +218,8 @@ def test_the_reweighting_bound_is_reached(spread: float) -> None:
     target, predicted = torch.tensor([0, 0, 1]), keys[:, 0]
     bias = torch.tensor([torch.tensor(2.0).log() + spread, 0], dtype=torch.float64)
     merged = Merged(keys[[0, 2]], values[[0, 2]], bias)
-    limit = bound.bounds(query, keys, values, merged, predicted, target).reweighted
-    torch.testing.assert_close(limit, bound.change(query, keys, values, merged, target), rtol=1e-6, atol=0)
+    limit = error_bound.bounds(query, keys, values, merged, predicted, target).reweighted
+    torch.testing.assert_close(limit, error_bound.change(query, keys, values, merged, target), rtol=1e-6, atol=0)
 
 
 def test_what_is_not_merged_has_no_error() -> None:
@@ -224,6 +227,6 @@ def test_what_is_not_merged_has_no_error() -> None:
     query, keys, values, kept, _ = scene(3)
     target = torch.full((len(keys),), -1)
     target[kept] = torch.arange(len(kept))
-    evicted = merge.evict(keys, values, kept)
-    assert max(map(float, bound.bounds(query, keys, values, evicted, keys @ query[0] + 1, target))) == 0
-    assert float(bound.change(query, keys, values, evicted, target)) == 0
+    evicted = evict(keys, values, kept)
+    assert max(map(float, error_bound.bounds(query, keys, values, evicted, keys @ query[0] + 1, target))) == 0
+    assert float(error_bound.change(query, keys, values, evicted, target)) == 0

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from conftest import make_model, tokens
 from keepkv import BudgetError, KeepCache, KeepKVError, Method, ModelError, methods, score
-from keepkv.layer import KeepLayer
+from keepkv.cache.layer import KeepLayer
+from keepkv.cache.report import held_bytes
 from keepkv.methods import METHODS
-from keepkv.report import held_bytes
 
 LENGTH = 120
 

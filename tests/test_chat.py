@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepkv import InputError, cli, loading
-from keepkv.chat import Chat
-from keepkv.conversation import Conversation
+from keepkv import InputError
+from keepkv.cli import app
+from keepkv.cli.chat import Chat
+from keepkv.models import loading
+from keepkv.text.conversation import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,7 @@ def test_chat_talks_through_a_pipe(monkeypatch, capsys, folder: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/report\n"))
     monkeypatch.setattr(sys, "argv", ["keepkv", "chat", "--model", folder, "--max-new-tokens", "5", "--budget", "30"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code in (0, None)
     assert "tokens said and heard in 1 turns" in capsys.readouterr().out
 

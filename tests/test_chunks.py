@@ -11,16 +11,16 @@ from transformers import DynamicCache
 
 from conftest import make_model, tokens
 from keepkv import KeepCache
-from keepkv.chunks import craft
-from keepkv.chunks.blend import Text, deviation, fresh, renew
-from keepkv.chunks.documents import joined
-from keepkv.chunks.join import join, with_lead
+from keepkv.cache.report import held_bytes
+from keepkv.documents import identity
+from keepkv.documents.document import Document
+from keepkv.documents.joining import cachecraft
+from keepkv.documents.joining.cacheblend import Text, deviation, fresh, renew
+from keepkv.documents.joining.join import join, with_lead
+from keepkv.documents.joining.joined import joined
 from keepkv.errors import InputError
-from keepkv.files import identity
-from keepkv.files.documents import Document
-from keepkv.quantised import FORMATS
-from keepkv.report import held_bytes
-from keepkv.types import Slots
+from keepkv.slots.quantized import FORMATS
+from keepkv.slots.slots import Slots
 
 LEAD = 5
 LENGTHS = (40, 33, 37)
@@ -309,7 +309,7 @@ def test_a_variant_counts_the_attention_it_paid_and_needs_no_repair_where_it_sto
     whole = joined(model, parts[:2], 1.0).cache
     ids = third.ids[:, LEAD:]
     start = whole.get_seq_length()
-    stood = craft.observe(model, whole, [LENGTHS[0], start], ["a", "b"], Text(ids, lambda i: (
+    stood = cachecraft.observe(model, whole, [LENGTHS[0], start], ["a", "b"], Text(ids, lambda i: (
         third.exact(i)[0][:, :, LEAD:], third.exact(i)[1][:, :, LEAD:])))  # fmt: skip
     assert stood.sizes == (LENGTHS[0], LENGTHS[1] - LEAD)
     assert stood.inter.shape == (3, ids.shape[1], 2)
@@ -334,11 +334,11 @@ def test_a_variant_counts_the_attention_it_paid_and_needs_no_repair_where_it_sto
     assert len(stood.chosen(["x"])) == -int(-stood.impact * ids.shape[1] // 1)
     paid = stood.inter.sum((0, 2))
     assert paid[stood.chosen(["x"])].min() >= paid.sort().values[ids.shape[1] - len(stood.chosen(["x"]))]
-    other = craft.observe(
+    other = cachecraft.observe(
         model, first.cache, [LENGTHS[0]], ["a"], Text(ids, lambda i: tuple(x[:, :, LEAD:] for x in third.exact(i)))
     )
-    assert craft.best([stood, other], ["a", "b"]) is stood
-    assert craft.best([stood, other], ["a"]) is other
+    assert cachecraft.best([stood, other], ["a", "b"]) is stood
+    assert cachecraft.best([stood, other], ["a"]) is other
 
     again = joined(model, parts, 1.0, crafts=[[_behind(model, first, second)], [stood]], keys=["a", "b", "c"]).cache
     later = tokens(1, 4, seed=6)
@@ -350,8 +350,8 @@ def test_a_variant_comes_back_from_its_file(tmp_path) -> None:
     model = make_model(dtype=torch.float32)
     first, second, _ = documents(model)
     made, known = _behind(model, first, second), identity.of_model(model)
-    craft.save(made, tmp_path / "a.variant", known)
-    again = craft.load(tmp_path / "a.variant", known)
+    cachecraft.save(made, tmp_path / "a.variant", known)
+    again = cachecraft.load(tmp_path / "a.variant", known)
     assert (again.before, again.sizes, again.start, again.impact) == (made.before, made.sizes, made.start, made.impact)
     assert again.chosen(["x"]).tolist() == made.chosen(["x"]).tolist()
     for part in ("keys", "values", "taken"):
@@ -360,12 +360,12 @@ def test_a_variant_comes_back_from_its_file(tmp_path) -> None:
     later = tokens(1, 4, seed=6)
     assert torch.equal(model(later, past_key_values=ours).logits, model(later, past_key_values=theirs).logits)
     with pytest.raises(InputError, match="other weights"):
-        craft.load(tmp_path / "a.variant", identity.of_model(make_model(dtype=torch.float32, seed=4)))
+        cachecraft.load(tmp_path / "a.variant", identity.of_model(make_model(dtype=torch.float32, seed=4)))
     (tmp_path / "b.variant").write_bytes((tmp_path / "a.variant").read_bytes()[:-1])
     with pytest.raises(InputError, match="not a whole"):
-        craft.load(tmp_path / "b.variant", known)
+        cachecraft.load(tmp_path / "b.variant", known)
 
 
-def _behind(model, first: Document, second: Document) -> craft.Variant:
-    return craft.observe(model, first.cache, [LENGTHS[0]], ["a"], Text(second.ids[:, LEAD:], lambda i: (
+def _behind(model, first: Document, second: Document) -> cachecraft.Variant:
+    return cachecraft.observe(model, first.cache, [LENGTHS[0]], ["a"], Text(second.ids[:, LEAD:], lambda i: (
         second.exact(i)[0][:, :, LEAD:], second.exact(i)[1][:, :, LEAD:])))  # fmt: skip

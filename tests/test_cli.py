@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from conftest import run
-from keepkv import cli, methods
-from keepkv.methods import METHODS
+from keepkv import methods
+from keepkv.cli import app
+from keepkv.methods import METHODS, registry
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 12
 
@@ -82,8 +83,8 @@ def test_ask_keeps_what_a_pattern_matches(monkeypatch, capsys, folder: str, text
 
 
 def test_spans_cover_what_is_matched(folder: str) -> None:
-    from keepkv import loading
-    from keepkv.reading import Prompt
+    from keepkv.models import loading
+    from keepkv.text.prompt import Prompt
 
     _, tokenizer = loading.load(folder, "cpu", "auto")
     prompt = Prompt(tokenizer, TEXT)
@@ -230,7 +231,7 @@ def test_debug_shows_the_trace(monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(sys, "argv", ["keepkv", "ask", "nowhere.txt", "?", "--debug"])
     with pytest.raises(InputError):
-        cli.main()
+        app.main()
 
 
 def test_a_text_beyond_the_trained_length_is_warned_about(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_methods_have_pages_and_the_committed_ones_are_up_to_date(monkeypatch, c
 def test_a_method_from_a_file_is_measured_beside_the_table(monkeypatch, capsys, folder: str, text: str) -> None:
     own = Path(__file__).parent.parent / "examples" / "own_method.py"
     args = ["fidelity", text, "--model", folder, "--methods", f"{own}:LOUD,snapkv", "--budgets", "25%", "--segments", "1"]
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # the file registers its row
+    monkeypatch.setattr(registry, "METHODS", dict(methods.METHODS))  # the file registers its row
     status, out, _ = run(monkeypatch, capsys, *args, "--context-tokens", "120", "--continuation-tokens", "16", "--json")
     assert status == 0
     assert [row["method"] for row in json.loads(out)] == ["loud", "snapkv"]

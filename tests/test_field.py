@@ -11,26 +11,32 @@ import torch
 from torch.nn.functional import normalize
 
 from conftest import make_model, tokens
-from keepkv import (
-    KeepCache,
-    KeepKVError,
-    MethodError,
-    allot,
-    choose,
-    cluster,
-    merge,
-    method,
-    methods,
-    pairs,
-    reference,
-    score,
-    sets,
+from keepkv import KeepCache, KeepKVError, MethodError, allot, choose, methods, score
+from keepkv.attend.states import exact
+from keepkv.cache.report import held_bytes
+from keepkv.merge import merged
+from keepkv.methods import (
+    attention_matching,
+    cam,
+    chelsea,
+    criticalkv,
+    d2o,
+    keydiff,
+    knorm,
+    kvmerger,
+    pyramidinfer,
+    pyramidkv,
+    registry,
+    rkv,
+    streaming,
+    tova,
 )
-from keepkv.parts import exact
-from keepkv.recall import Repeat, attend_piece
-from keepkv.report import held_bytes
-from keepkv.rope import rotate
-from keepkv.types import Choice, Observation, Slots
+from keepkv.observe import references
+from keepkv.observe.repetition import Repeat, attend_piece
+from keepkv.ops.rope import rotate
+from keepkv.slots import layer_pairs
+from keepkv.slots.slots import Slots
+from keepkv.types import Choice, Observation
 
 INF = torch.inf
 INV_FREQ = 1 / 100 ** (torch.arange(8) / 8)
@@ -61,7 +67,7 @@ def shares(observation: Observation, window: int) -> torch.Tensor:
 
 def test_tova_scores_by_the_last_query_over_all_heads_and_keeps_the_same_tokens_in_all() -> None:
     observation = seen()
-    got, wanted = score.last_query(observation), shares(observation, 1).mean((0, 1, 2))
+    got, wanted = tova.last_query(observation), shares(observation, 1).mean((0, 1, 2))
     for head in got:
         torch.testing.assert_close(head.double(), wanted, rtol=1e-4, atol=1e-7)
     cache = KeepCache(make_model("llama", torch.float32), 0.3, "tova")
@@ -86,23 +92,23 @@ def test_snapkv_pools_the_windows_mean_share_and_keeps_the_window() -> None:
 def test_knorm_and_keydiff_need_no_query() -> None:
     observation = seen(queries=torch.full((2, 3, 60, 16), torch.nan))
     keys = observation.keys.double()
-    torch.testing.assert_close(score.small_keys(observation).double(), -keys.norm(dim=-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(knorm.small_keys(observation).double(), -keys.norm(dim=-1), rtol=1e-5, atol=1e-6)
     mean = normalize(keys, dim=-1).mean(1, keepdim=True)
     wanted = -torch.cosine_similarity(keys, mean, dim=-1)
-    torch.testing.assert_close(score.distinct_keys(observation).double(), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(keydiff.distinct_keys(observation).double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_pyramidinfer_weighs_the_newest_fifth_of_queries() -> None:
     observation = seen()
     share = shares(observation, 12)  # a fifth of 60
     wanted = (share * torch.linspace(1, 1.2, 12).double()[:, None]).sum(2).mean((0, 1))
-    for head in score.newest_fifth(observation):
+    for head in pyramidinfer.newest_fifth(observation):
         torch.testing.assert_close(head.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_r_kv_is_importance_less_redundancy() -> None:
     observation = seen()
-    got, keys = score.joint(observation), observation.keys.double()
+    got, keys = rkv.joint(observation), observation.keys.double()
     for head in range(2):
         logits = 0.25 * (observation.queries.double()[head, :, -8:] @ keys[head].T).amax(0)[:, :52]
         important = logits.softmax(-1).mean(0)
@@ -120,7 +126,7 @@ def test_r_kv_is_importance_less_redundancy() -> None:
 def test_r_kv_keeps_the_last_of_equal_tokens() -> None:
     keys = randn(1, 60, 16, seed=5).float()
     keys[0, [10, 20, 30]] = keys[0, 10].clone()
-    got = score.joint(replace(seen(heads=1), keys=keys), weight=0.0)[0]
+    got = rkv.joint(replace(seen(heads=1), keys=keys), weight=0.0)[0]
     assert got[30] > got[20]
     assert got[30] > got[10]
 
@@ -131,13 +137,13 @@ def test_r_kv_keeps_the_last_of_equal_tokens() -> None:
 def test_pyramid_budgets_fall_on_a_line_to_a_twentieth() -> None:
     scores = torch.rand(7, 2, 400)
     scores[..., -20:] = INF
-    counts = [layer[0] for layer in allot.pyramid(scores, 7 * 2 * 100)]
+    counts = [layer[0] for layer in pyramidkv.pyramid(scores, 7 * 2 * 100)]
     assert sum(counts) == 700
     assert counts[-1] == pytest.approx(20 + 80 / 20, abs=1)
     steps = torch.tensor(counts).diff()
     assert steps.max() <= 0
     assert steps.max() - steps.min() <= 2
-    crowded = [layer[0] for layer in allot.pyramid(scores, 7 * 2 * 300)]  # the first layer cannot have twice the average
+    crowded = [layer[0] for layer in pyramidkv.pyramid(scores, 7 * 2 * 300)]  # the first layer cannot have twice the average
     assert crowded[0] == 400
     assert sum(crowded) == 2100
 
@@ -166,12 +172,12 @@ def test_d2o_gives_more_to_layers_of_even_attention_and_spares_three_if_it_can()
     scores[2, 0, 7] = 50.0
     scores[2, 1, :2] = 50.0  # both heads of layer 2 vary as much as one head can against the other
     scores[3] = torch.rand(2, 100) * torch.tensor([[1.0], [0.0]])  # one head of layer 3 varies, one does not
-    small = [sum(layer) for layer in allot.steady_layers(scores, 240)]
+    small = [sum(layer) for layer in d2o.steady_layers(scores, 240)]
     assert sum(small) == 240
-    crowded = allot.steady_layers(scores, 1110)  # three whole layers would be more than half of it
+    crowded = d2o.steady_layers(scores, 1110)  # three whole layers would be more than half of it
     assert sum(map(sum, crowded)) == 1110
     assert crowded[0] != [100, 100]
-    whole = allot.steady_layers(torch.rand(9, 2, 100), 1250)
+    whole = d2o.steady_layers(torch.rand(9, 2, 100), 1250)
     assert whole[0] == whole[1] == whole[8] == [100, 100]
     assert sum(map(sum, whole)) == 1250
     variance = scores.var(-1, unbiased=False)
@@ -189,7 +195,7 @@ def test_criticalkv_fills_its_second_half_by_what_leaving_out_may_change() -> No
     projection = randn(2, 3, 16, 20, seed=3).float()
     observation, scores = seen(projection=projection), torch.rand(2, 60)
     scores[:, 59] = INF
-    chosen = choose.two_stages(observation, scores, [20, 21])
+    chosen = criticalkv.two_stages(observation, scores, [20, 21])
     for head, (choice, count) in enumerate(zip(chosen, (20, 21), strict=True)):
         loud = torch.stack([(observation.values[head] @ weight).abs().sum(1) for weight in projection[head]]).mean(0)
         first = scores[head].argsort(descending=True)[: count // 2]
@@ -203,7 +209,7 @@ def test_kvmerger_parts_the_least_similar_neighbours_and_keeps_the_best_of_each_
     keys = randn(1, 60, 16, seed=4).float()
     observation, scores = replace(seen(heads=1), keys=keys), torch.rand(1, 60)
     scores[0, [0, 59]] = INF
-    (choice,) = cluster.consecutive(observation, scores, [20], heavy=0.0)
+    (choice,) = kvmerger.consecutive(observation, scores, [20], heavy=0.0)
     assert len(choice.kept) == 20
     run = choice.target
     assert run.tolist() == sorted(run.tolist())  # consecutive
@@ -220,23 +226,25 @@ def test_kvmerger_parts_the_least_similar_neighbours_and_keeps_the_best_of_each_
 def test_kvmergers_weights_are_gaussian_around_the_pivot() -> None:
     keys, values = randn(6, 16), randn(6, 8, seed=1)
     choice = Choice(torch.tensor([1, 5]), torch.tensor([0, 0, 0, 0, 0, 1]))
-    made = sets.gaussian(keys, values, choice, torch.zeros(6))
+    made = kvmerger.gaussian(keys, values, choice, torch.zeros(6))
     g = (-(keys[:5] - keys[1]).square().sum(1) / 50).exp()
     torch.testing.assert_close(made.keys[0], (g[:, None] * keys[:5]).sum(0) / g.sum())
     torch.testing.assert_close(made.values[0], (g[:, None] * values[:5]).sum(0) / g.sum())
     assert torch.equal(made.keys[1], keys[5])
     assert made.bias.tolist() == [0, 0]
-    torch.testing.assert_close(sets.gaussian(keys, values, choice, torch.zeros(6), sized=True).values[0], 5 * made.values[0])
+    torch.testing.assert_close(
+        kvmerger.gaussian(keys, values, choice, torch.zeros(6), sized=True).values[0], 5 * made.values[0]
+    )
 
 
 @pytest.mark.parametrize("count", [5, 17, 30, 44, 59, 60])
 def test_chelsea_meets_its_count_and_counts_every_token_once(count: int) -> None:
     observation, scores = seen(), torch.rand(2, 60)
     scores[:, [0, 30, 58, 59]] = INF
-    chosen = cluster.bipartite(observation, scores, [count, count], chunk=16)
+    chosen = chelsea.bipartite(observation, scores, [count, count], chunk=16)
     for head, choice in enumerate(chosen):
         assert len(choice.kept) == count
-        made = sets.centroid(observation.keys[head].double(), observation.values[head].double(), choice)
+        made = chelsea.centroid(observation.keys[head].double(), observation.values[head].double(), choice)
         assert made.bias.exp().sum() == pytest.approx(60)
         for fixed in (0, 30, 58, 59):
             place = choice.kept.tolist().index(fixed)
@@ -249,8 +257,8 @@ def test_chelsea_meets_its_count_and_counts_every_token_once(count: int) -> None
 def test_chelsea_merges_equal_neighbours_without_loss_for_every_query() -> None:
     keys, values = randn(1, 30, 16).repeat_interleave(2, 1), randn(1, 30, 8, seed=1).repeat_interleave(2, 1)
     observation = replace(seen(heads=1), keys=keys.float(), values=values.float())
-    (choice,) = cluster.bipartite(observation, torch.rand(1, 60), [30], chunk=16)
-    made = sets.centroid(keys[0], values[0], choice)
+    (choice,) = chelsea.bipartite(observation, torch.rand(1, 60), [30], chunk=16)
+    made = chelsea.centroid(keys[0], values[0], choice)
     queries = randn(40, 16, seed=7)
     before = exact(queries, keys[0], values[0], torch.zeros(60), 1.0)
     for ours, theirs in zip(exact(queries, *made[:3], 1.0), before, strict=True):
@@ -260,8 +268,8 @@ def test_chelsea_merges_equal_neighbours_without_loss_for_every_query() -> None:
 def test_chelsea_in_two_steps_weighs_by_degree() -> None:
     """Merging what was merged gives the mean over all tokens, not the mean of means."""
     keys, values = randn(7, 16), randn(7, 8, seed=1)
-    first = sets.centroid(keys, values, Choice(torch.tensor([0, 5, 6]), torch.tensor([0, 0, 0, 0, 0, 1, 2])))
-    second = sets.centroid(*first[:2], Choice(torch.tensor([0]), torch.tensor([0, 0, 0])), first.bias)
+    first = chelsea.centroid(keys, values, Choice(torch.tensor([0, 5, 6]), torch.tensor([0, 0, 0, 0, 0, 1, 2])))
+    second = chelsea.centroid(*first[:2], Choice(torch.tensor([0]), torch.tensor([0, 0, 0])), first.bias)
     torch.testing.assert_close(second.keys[0], keys.mean(0))
     torch.testing.assert_close(second.bias.exp(), torch.tensor([7.0]))
 
@@ -272,7 +280,7 @@ def test_chelsea_in_two_steps_weighs_by_degree() -> None:
 def test_d2o_merges_what_is_more_similar_than_the_mean_and_drops_the_rest() -> None:
     keys, values = randn(40, 16, seed=8), randn(40, 8, seed=9)
     kept = torch.arange(0, 40, 5)
-    made = sets.by_cosine(keys, values, Choice(kept), torch.zeros(40))
+    made = d2o.merge_by_cosine(keys, values, Choice(kept), torch.zeros(40))
     near = normalize(keys, dim=1) @ normalize(keys[kept], dim=1).T
     gone = torch.ones(40, dtype=torch.bool).index_fill(0, kept, False)
     best, into = near.max(1)
@@ -290,7 +298,7 @@ def test_d2o_merges_what_is_more_similar_than_the_mean_and_drops_the_rest() -> N
 def test_cam_passes_values_on_one_by_one() -> None:
     values, mass = randn(30, 4), torch.rand(30, dtype=torch.float64)
     kept, chance, present = torch.tensor([0, 1, 25, 26, 27, 28, 29]), torch.rand(30).double(), torch.ones(30, dtype=torch.bool)
-    got = sets.followers(values, kept, mass, chance, present, spread=4)
+    got = cam.spread_values(values, kept, mass, chance, present, spread=4)
     naive = values.clone()
     for token in range(2, 25):
         if chance[token] < min(1.0, float(mass[token] / mass[token + 1 : token + 5].mean())):
@@ -298,14 +306,14 @@ def test_cam_passes_values_on_one_by_one() -> None:
                 naive[later] += naive[token] / 4
     torch.testing.assert_close(got, naive)
     assert torch.equal(got[29], values[29])  # four from the last dropped one reach 28
-    assert torch.equal(sets.followers(values, kept, mass * 0, chance, present), values)  # no attention, no chance
+    assert torch.equal(cam.spread_values(values, kept, mass * 0, chance, present), values)  # no attention, no chance
 
 
 def test_cam_keeps_keys_and_is_repeatable() -> None:
     observation = seen(column_mass=torch.rand(2, 60))
     choices = [Choice(torch.cat([torch.arange(2), torch.arange(40, 60)]))] * 2
-    first, again = method.followers(observation, choices), method.followers(observation, choices)
-    other = method.followers(replace(observation, seed=1), choices)
+    first, again = cam.followers(observation, choices), cam.followers(observation, choices)
+    other = cam.followers(replace(observation, seed=1), choices)
     for head in range(2):
         assert torch.equal(first[head].keys, observation.keys[head, choices[head].kept])
         assert torch.equal(first[head].values, again[head].values)
@@ -316,7 +324,7 @@ def test_streaming_closes_the_gap_between_sinks_and_window() -> None:
     """A query p after the text sees the sinks at their distance within the cache, and the window where it was."""
     observation = seen()
     kept = torch.tensor([0, 1, 2, 3, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59])
-    (made, _) = method.closed_up(observation, [Choice(kept), Choice(kept)])
+    (made, _) = streaming.closed_up(observation, [Choice(kept), Choice(kept)])
     torch.testing.assert_close(made.keys[4:], observation.keys[0, 50:])
     query = randn(1, 16, seed=3).float()
     near = rotate(query, torch.tensor([60]), INV_FREQ) @ made.keys[:4].T
@@ -349,9 +357,9 @@ def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> No
     kept = torch.arange(20)
     keys[20:], queries[:, 0] = 0, 10.0
     keys[20:, 0], keys[:20, 0] = -5.0, 0.0
-    ref = reference.attend_all(queries[None], keys[None], values[None])
+    ref = references.attend_all(queries[None], keys[None], values[None])
     observation = Observation(keys[None], values[None], queries[None, None], torch.arange(300), INV_FREQ, 1.0, reference=ref)
-    made = merge.match(values[None], [kept], observation.rows(slice(1)))[0]
+    made = attention_matching.match(values[None], [kept], observation.rows(slice(1)))[0]
     assert made.bias.abs().max() < 0.05
     ours, _ = exact(queries, *made[:3], 1.0)
     torch.testing.assert_close(ours, ref.outputs[0], rtol=0, atol=0.02)
@@ -359,15 +367,18 @@ def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> No
 
 def test_attention_matching_is_closer_than_eviction_within_its_bounds() -> None:
     keys, values, queries = randn(200, 16).float(), randn(200, 8, seed=1).float(), randn(800, 16, seed=2).float()
-    ref = reference.attend_all(queries[None], keys[None], values[None])
+    ref = references.attend_all(queries[None], keys[None], values[None])
     observation = Observation(keys[None], values[None], queries[None, None], torch.arange(800), INV_FREQ, 1.0, reference=ref)
-    kept = choose.best(score.answered_most(observation)[0], 40)
-    made, evicted = merge.match(values[None], [kept], observation.rows(slice(1)))[0], merge.evict(keys, values, kept)
+    kept = choose.best(attention_matching.answered_most(observation)[0], 40)
+    made, evicted = (
+        attention_matching.match(values[None], [kept], observation.rows(slice(1)))[0],
+        merged.evict(keys, values, kept),
+    )
     errors = [(exact(queries, *slots[:3], 1.0)[0] - ref.outputs[0]).square().mean() for slots in (made, evicted)]
     assert errors[0] < 0.7 * errors[1]
     assert made.bias.abs().max() <= 3
     assert torch.equal(made.keys, keys[kept])
-    whole = merge.match(values[None], [torch.arange(200)], observation.rows(slice(1)))[0]
+    whole = attention_matching.match(values[None], [torch.arange(200)], observation.rows(slice(1)))[0]
     assert torch.equal(whole.values, values)
 
 
@@ -433,7 +444,7 @@ def test_minicache_restores_equal_directions_exactly_and_what_it_retains_bit_for
     x = randn(60, 64).float()
     y = 3 * x
     y[[7, 50]] = randn(2, 64, seed=3).float()
-    lower, upper = pairs.Pairs(start=0.5).pack([slots_of(x), slots_of(y)])
+    lower, upper = layer_pairs.Pairs(start=0.5).pack([slots_of(x), slots_of(y)])
     alike = torch.ones(60, dtype=torch.bool)
     alike[[7, 50]] = False
     torch.testing.assert_close(lower.keys[:][alike], x[alike], rtol=1e-5, atol=1e-5)
@@ -444,20 +455,20 @@ def test_minicache_restores_equal_directions_exactly_and_what_it_retains_bit_for
 
 def test_minicache_mixes_along_the_sphere_and_keeps_every_norm() -> None:
     x, y = randn(60, 64, seed=1).float(), randn(60, 64, seed=2).float()
-    lower, upper = pairs.Pairs().pack([slots_of(x), slots_of(y)])
+    lower, upper = layer_pairs.Pairs().pack([slots_of(x), slots_of(y)])
     torch.testing.assert_close(lower.keys[:].norm(dim=1), x.norm(dim=1))
     torch.testing.assert_close(upper.keys[:].norm(dim=1), y.norm(dim=1))
     one, other = normalize(x.double(), dim=1), normalize(y.double(), dim=1)
-    direction, angle = pairs.slerp(one, other, 0.6)
+    direction, angle = layer_pairs.slerp(one, other, 0.6)
     torch.testing.assert_close((direction * one).sum(1).clamp(-1, 1).acos(), 0.6 * angle)
     torch.testing.assert_close((direction * other).sum(1).clamp(-1, 1).acos(), 0.4 * angle)
     for edge in (one, -one):  # no angle, and no one way
-        assert pairs.slerp(one, edge, 0.6)[0].isfinite().all()
+        assert layer_pairs.slerp(one, edge, 0.6)[0].isfinite().all()
 
 
 def test_minicache_holds_directions_once_and_is_cut_without_being_read() -> None:
     x, y = randn(60, 64, seed=1).float(), randn(60, 64, seed=2).float()
-    packed = pairs.Pairs().pack([slots_of(x), slots_of(y)])
+    packed = layer_pairs.Pairs().pack([slots_of(x), slots_of(y)])
     together, apart = (
         held_bytes(t for part in packed for t in part.tensors),
         held_bytes(t for s in (slots_of(x), slots_of(y)) for t in s.tensors),
@@ -489,7 +500,7 @@ def test_a_row_is_registered_once_and_found_in_a_file(tmp_path, monkeypatch) -> 
     file.write_text(
         "from keepkv import Method\nMINE = Method('mine', 'newest', 'nobody', lambda seen: seen.positions.float())\n"
     )
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    monkeypatch.setattr(registry, "METHODS", dict(methods.METHODS))
     mine = methods.get(f"{file}:MINE")
     assert methods.get(f"{file}:MINE") is mine  # read once
     assert methods.register(mine) is methods.get("mine")

@@ -12,17 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model, run, tokens
-from keepkv import KeepCache, loading
+from keepkv import KeepCache
+from keepkv.documents import format, identity
+from keepkv.documents.document import Document, Recipe, answer, compile_text, load, save
+from keepkv.documents.packing import pack, unpack
 from keepkv.errors import InputError
-from keepkv.files import documents, identity, keepfile
-from keepkv.files.pack import pack, unpack
+from keepkv.models import loading
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 4
 
 
 def written(cache: KeepCache, file: Path) -> None:
     header, tensors = pack(cache)
-    keepfile.write(file, header, tensors)
+    format.write(file, header, tensors)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_what_is_loaded_answers_bit_for_bit_the_same(family: str, method: str, s
     model(tokens(1, 60), past_key_values=cache)
     model(tokens(1, 5, seed=1), past_key_values=cache)  # an exact tail
     written(cache, tmp_path / "a.keep")
-    again = unpack(keepfile.Contents(tmp_path / "a.keep"), model, model.device)
+    again = unpack(format.Contents(tmp_path / "a.keep"), model, model.device)
     later = tokens(1, 4, seed=2)
     assert again.get_seq_length() == cache.get_seq_length()
     ours, theirs = (model(later, past_key_values=each.fork()).logits for each in (cache, again))
@@ -55,17 +57,17 @@ def model_and_tokenizer(folder: str):
 
 
 @pytest.fixture(scope="module")
-def compiled(model_and_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[documents.Document, Path]:
+def compiled(model_and_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Document, Path]:
     file = tmp_path_factory.mktemp("compiled") / "fox.keep"
-    recipe = documents.Recipe("20%", "snapkv", exact=True)
-    document = documents.compile_text(*model_and_tokenizer, TEXT, recipe, "fox.txt", "tiny")
-    documents.save(document, file, *model_and_tokenizer)
+    recipe = Recipe("20%", "snapkv", exact=True)
+    document = compile_text(*model_and_tokenizer, TEXT, recipe, "fox.txt", "tiny")
+    save(document, file, *model_and_tokenizer)
     return document, file
 
 
 def test_a_document_comes_back_whole(compiled, model_and_tokenizer) -> None:
     document, file = compiled
-    again = documents.load(file, *model_and_tokenizer)
+    again = load(file, *model_and_tokenizer)
     assert torch.equal(again.ids, document.ids)
     assert (again.lead, again.before, again.after, again.recipe, again.source) == (
         document.lead, document.before, document.after, document.recipe, document.source,
@@ -73,17 +75,17 @@ def test_a_document_comes_back_whole(compiled, model_and_tokenizer) -> None:
     assert again.lead == len("<|user|>")
     for index in range(3):
         assert all(map(torch.equal, again.exact(index), document.exact(index)))
-    told = [documents.answer(*model_and_tokenizer, each, ["Who?"], 6).answers[0].tokens for each in (document, again)]
+    told = [answer(*model_and_tokenizer, each, ["Who?"], 6).answers[0].tokens for each in (document, again)]
     assert told[0] == told[1]
 
 
 def test_a_file_without_ids_answers_the_same_and_does_not_hold_the_text(compiled, model_and_tokenizer, tmp_path: Path) -> None:
     document, _ = compiled
     file = tmp_path / "private.keep"
-    documents.save(document, file, *model_and_tokenizer, with_ids=False)
-    again = documents.load(file, *model_and_tokenizer)
+    save(document, file, *model_and_tokenizer, with_ids=False)
+    again = load(file, *model_and_tokenizer)
     assert again.ids is None
-    told = [documents.answer(*model_and_tokenizer, each, ["Who?"], 6).answers[0].tokens for each in (document, again)]
+    told = [answer(*model_and_tokenizer, each, ["Who?"], 6).answers[0].tokens for each in (document, again)]
     assert told[0] == told[1]
 
 
@@ -93,14 +95,14 @@ def test_another_model_precision_or_tokenizer_is_refused(compiled, model_and_tok
     for changes in ({"seed": 1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}, {"num_hidden_layers": 2}):
         other = make_model("llama", torch.float32, vocab_size=256, max_position_embeddings=4096, **changes)
         with pytest.raises(InputError, match="compiled with a model with other"):
-            documents.load(file, other, tokenizer)
+            load(file, other, tokenizer)
     with pytest.raises(InputError, match="another family"):
-        documents.load(file, make_model("qwen3", torch.float32, vocab_size=256), tokenizer)
+        load(file, make_model("qwen3", torch.float32, vocab_size=256), tokenizer)
     half = make_model("llama", torch.bfloat16, vocab_size=256, max_position_embeddings=4096)
     with pytest.raises(InputError, match="--dtype float32"):
-        documents.load(file, half, tokenizer)
+        load(file, half, tokenizer)
     with pytest.raises(InputError, match="another tokenizer"):
-        documents.load(file, model, "another")
+        load(file, model, "another")
 
 
 def test_one_changed_weight_is_another_model(model_and_tokenizer) -> None:
@@ -117,7 +119,7 @@ def test_one_changed_weight_is_another_model(model_and_tokenizer) -> None:
 def same(file: Path, model, tokenizer, expected: dict[str, torch.Tensor]) -> bool:
     """Whether a file is loaded at all; if so, it must be what was saved."""
     try:
-        document = documents.load(file, model, tokenizer, KNOWN)
+        document = load(file, model, tokenizer, KNOWN)
         _, tensors = pack(document.cache)
         for index in range(3):
             tensors[f"exact.{index}.keys"], tensors[f"exact.{index}.values"] = document.exact(index)
@@ -164,14 +166,14 @@ def test_forged_files_are_refused(compiled, model_and_tokenizer, tmp_path: Path)
     """Files whose digests are right and whose content is not: nothing is trusted because it is signed with itself."""
     _, file = compiled
     bad = tmp_path / "bad.keep"
-    whole = keepfile.Contents(file)
+    whole = format.Contents(file)
     tensors = load_file(file)
 
     def forged(**changes: object) -> None:
         header = {k: v for k, v in whole.header.items() if k not in ("tensors", "format")}
-        keepfile.write(bad, {**header, **changes.pop("header", {})}, {**tensors, **changes})
+        format.write(bad, {**header, **changes.pop("header", {})}, {**tensors, **changes})
         with pytest.raises(InputError, match="is not a whole"):
-            documents.load(bad, *model_and_tokenizer)
+            load(bad, *model_and_tokenizer)
 
     name = "layer.0.slots"
     offsets = tensors[f"{name}.offsets"]
@@ -189,12 +191,12 @@ def test_forged_files_are_refused(compiled, model_and_tokenizer, tmp_path: Path)
     for data in (b"", b"PK\x03\x04", (2**60).to_bytes(8, "little") + b"{}", (30).to_bytes(8, "little") + b"[" * 30):
         bad.write_bytes(data)
         with pytest.raises(InputError, match="is not a whole"):
-            keepfile.Contents(bad)
+            format.Contents(bad)
     save_file({"x": torch.zeros(1)}, bad, {"keepkv": json.dumps({"format": 99})})
     with pytest.raises(InputError, match="newer keepkv"):
-        keepfile.Contents(bad)
+        format.Contents(bad)
     with pytest.raises(InputError, match="cannot be read"):
-        keepfile.Contents(tmp_path / "none.keep")
+        format.Contents(tmp_path / "none.keep")
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'keepkv[lm-eval]'")
 pytest.importorskip("accelerate", reason="the harness's own model needs accelerate")
 pytestmark = pytest.mark.filterwarnings("default")
-
 QUESTION = "The harbor is quiet. The baker likes the color {}. The sea is wide and the boats come home late. " * 3
 CHOICE = """
 task: keepkv_choice
@@ -41,7 +40,7 @@ def test_the_full_cache_is_the_harness_own_model_and_a_budget_is_kept(folder: st
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from keepkv.eval.harness import KeepKV
+    from keepkv.eval.lm_eval_model import KeepKV
 
     file = tmp_path / "rows.jsonl"
     rows = [{"text": QUESTION.replace("{}", color), "answer": color} for color in ("red", "blue", "green")]

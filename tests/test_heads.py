@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keepkv import attention, choose, method, methods
+from keepkv import choose, methods
+from keepkv.attend import dispatch
 from keepkv.compress import compress
-from keepkv.heads import Ragged, groups
-from keepkv.reference import context
+from keepkv.merge import per_head
+from keepkv.observe.references import context
+from keepkv.ops.ragged import Ragged, groups
 from keepkv.types import Choice, Observation
 
 
@@ -40,7 +42,7 @@ def together(monkeypatch: pytest.MonkeyPatch):
     """All heads of a layer in one group, as on a GPU."""
 
     def patch() -> None:
-        for module in (attention, choose, method):
+        for module in (dispatch, choose, per_head):
             monkeypatch.setattr(module, "groups", lambda heads, device, size: [slice(0, heads)])
 
     return patch

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import make_model, run, tokens
-from keepkv import InputError, KeepCache, KeepKVError, anatomy, figure, svg
-from keepkv.anatomy import Anatomy
-from keepkv.page import page
+from keepkv import InputError, KeepCache, KeepKVError, render
+from keepkv.inspection import anatomy, png, svg
+from keepkv.inspection.anatomy import Anatomy
+from keepkv.inspection.html import page
 
 LENGTH = 200
 NASTY = "<script>alert('&amp;')</script> \"quoted\" http://example.org/x "
@@ -164,14 +165,14 @@ def test_figures_hold_at_their_edges() -> None:
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for method in ("keepkv", "snapkv"):
-        figure.save(dissect("gemma3", method)[1], tmp_path / "figure.png")
+        png.save(dissect("gemma3", method)[1], tmp_path / "figure.png")
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(figure, "find_spec", lambda name: None)
+    monkeypatch.setattr(render, "find_spec", lambda name: None)
     with pytest.raises(KeepKVError, match=r"pip install 'keepkv\[plot\]'"):
-        figure.save(dissect()[1], tmp_path / "figure.png")
+        png.save(dissect()[1], tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -201,7 +202,7 @@ def test_the_command_prints_and_writes(monkeypatch, capsys, folder: str, tmp_pat
 
 
 def test_the_command_needs_no_matplotlib_but_for_a_picture(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
-    monkeypatch.setattr(figure, "find_spec", lambda name: None)
+    monkeypatch.setattr(render, "find_spec", lambda name: None)
     text = tmp_path / "text.txt"
     text.write_text(NASTY * 12)
     args = ["inspect", str(text), "--model", folder, "--png", str(tmp_path / "figure.png")]

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import interpreter
-from keepkv.attention import attend_slots, backend_for
+from keepkv.attend.dispatch import attend_slots, backend_for
+from keepkv.attend.states import exact
 from keepkv.errors import BackendError
-from keepkv.parts import exact
-from keepkv.quantised import FORMATS, Quantised
-from keepkv.types import Slots
+from keepkv.slots.quantized import FORMATS, Quantised
+from keepkv.slots.slots import Slots
 
 pytest.importorskip("triton")
-from keepkv import kernels
+from keepkv.attend import triton_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COUNTS = [0, 1, 15, 63, 255, 1000]  # in one launch
@@ -103,10 +103,10 @@ def test_quantised_slots_are_read_as_they_are_stored(
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stretches_do_not_change_the_answer_and_repeat_bit_for_bit(splits: int, batch: int) -> None:
     query, slots = case(64, 64, 3, torch.float32, batch)
-    plan = kernels.Schedule(16, 32, splits, 4)
-    got = kernels.attend_slots(query, slots, 0.2, plan)
+    plan = triton_kernels.Schedule(16, 32, splits, 4)
+    got = triton_kernels.attend_slots(query, slots, 0.2, plan)
     assert max(errors(query, slots, got)[::2]) <= 1e-5
-    again = kernels.attend_slots(query, slots, 0.2, plan)
+    again = triton_kernels.attend_slots(query, slots, 0.2, plan)
     assert torch.equal(got[0], again[0])
     assert torch.equal(got[1], again[1])
 
@@ -121,35 +121,35 @@ def test_a_row_is_as_if_alone() -> None:
 
 def test_schedules_fill_the_machine_and_no_more() -> None:
     for heads, rows, longest, size, processors in ((8, 4, 3200, 128, 132), (512, 4, 3200, 128, 132), (3, 6000, 100, 256, 1)):
-        block_rows, block_keys, splits, _ = kernels.schedule(heads, rows, longest, size, processors)
+        block_rows, block_keys, splits, _ = triton_kernels.schedule(heads, rows, longest, size, processors)
         assert block_rows >= 16
         assert block_rows & (block_rows - 1) == block_keys & (block_keys - 1) == 0
         programs = heads * -(-rows // block_rows)
         assert splits == 1 or (splits - 1) * programs < 2 * processors
         assert (splits - 1) * 4 * block_keys < longest
-    assert kernels.schedule(8, 4, 3200, 128, 132).splits > 8
-    assert kernels.schedule(512, 4, 3200, 128, 132).splits == 1
+    assert triton_kernels.schedule(8, 4, 3200, 128, 132).splits > 8
+    assert triton_kernels.schedule(512, 4, 3200, 128, 132).splits == 1
 
 
 def test_the_kernel_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.trial(DEVICE, torch.float32, 64, 64) == ""
-    kernels.trial.cache_clear()
-    monkeypatch.setattr(kernels, "attend_slots", lambda query, slots, scale: (query * 2, query[..., 0] * 2))
-    assert "something else" in kernels.trial(DEVICE, torch.float32, 64, 64)
-    kernels.trial.cache_clear()
-    monkeypatch.setattr(kernels, "attend_slots", None)
-    assert "TypeError" in kernels.trial(DEVICE, torch.float32, 64, 64)
-    kernels.trial.cache_clear()
+    assert triton_kernels.trial(DEVICE, torch.float32, 64, 64) == ""
+    triton_kernels.trial.cache_clear()
+    monkeypatch.setattr(triton_kernels, "attend_slots", lambda query, slots, scale: (query * 2, query[..., 0] * 2))
+    assert "something else" in triton_kernels.trial(DEVICE, torch.float32, 64, 64)
+    triton_kernels.trial.cache_clear()
+    monkeypatch.setattr(triton_kernels, "attend_slots", None)
+    assert "TypeError" in triton_kernels.trial(DEVICE, torch.float32, 64, 64)
+    triton_kernels.trial.cache_clear()
 
 
 def test_auto_is_by_device_and_the_kernel_refuses_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in silence: why the fast backend is not taken is said once, but for float64, which nobody takes for speed."""
     cuda = torch.device("cuda")
     backend_for.cache_clear()
-    monkeypatch.setattr(kernels, "trial", lambda *what: "")
+    monkeypatch.setattr(triton_kernels, "trial", lambda *what: "")
     assert backend_for(cuda, torch.bfloat16, 128) == ("triton", "")
     backend_for.cache_clear()
-    monkeypatch.setattr(kernels, "trial", lambda *what: "is broken here")
+    monkeypatch.setattr(triton_kernels, "trial", lambda *what: "is broken here")
     with pytest.warns(UserWarning, match="slow backend 'reference': the attention backend 'triton' is broken here"):
         assert backend_for(cuda, torch.bfloat16, 128) == ("reference", "triton is broken here")
     backend_for(cuda, torch.bfloat16, 128)  # no second warning
@@ -174,7 +174,8 @@ def test_it_compiles_for_gpus_that_are_not_there() -> None:
 
 def test_without_cuda_or_interpreter_it_says_so() -> None:
     code = (
-        "import torch; from keepkv.attention import attend_slots; from keepkv.types import Slots; e = torch.zeros(0, 8)\n"
+        "import torch\nfrom keepkv.attend.dispatch import attend_slots\nfrom keepkv.slots.slots import Slots\n"
+        "e = torch.zeros(0, 8)\n"
         "try: attend_slots(torch.zeros(1, 1, 1, 8), Slots(e, e, e[:, 0], e[:, 0].int(), (0, 0)), 1.0, 'triton')\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         "import sys; print('triton' in sys.modules)"

@@ -10,10 +10,11 @@ import torch
 from transformers import DynamicCache
 
 from conftest import make_model, tokens
-from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, merge, score, sets
-from keepkv.method import evict
-from keepkv.methods import METHODS
-from keepkv.reference import context
+from keepkv import BudgetError, InputError, KeepCache, KeepKVError, Method, score
+from keepkv.merge import fit
+from keepkv.merge.per_head import evict
+from keepkv.methods import METHODS, expected_attention, keepkv_paper
+from keepkv.observe.references import context
 from keepkv.types import Observation
 
 # keeps every entry, so that any number of folds must be lossless
@@ -53,7 +54,7 @@ def test_folds_that_keep_everything_change_nothing(family: str, tail: int) -> No
     assert tail <= ours.report().tail < 7 + tail
 
 
-@pytest.mark.parametrize("rule", [sets.zip_merge, sets.convex_exact_merge, sets.mean_merge])
+@pytest.mark.parametrize("rule", [keepkv_paper.zip_merge, keepkv_paper.convex_exact_merge, keepkv_paper.mean_merge])
 def test_merging_alike_entries_in_two_steps_is_merging_them_at_once(rule) -> None:
     """Votes add up: 12 copies of 3 entries, merged six by six and then together, are 3 slots of 4 votes each."""
     generator = torch.Generator().manual_seed(3)
@@ -73,7 +74,7 @@ def test_merging_alike_entries_in_two_steps_is_merging_them_at_once(rule) -> Non
     torch.testing.assert_close(again.values, values[:3])
 
 
-@pytest.mark.parametrize("rule", [sets.zip_merge, sets.convex_exact_merge])
+@pytest.mark.parametrize("rule", [keepkv_paper.zip_merge, keepkv_paper.convex_exact_merge])
 @pytest.mark.parametrize("seed", range(3))
 def test_zip_is_lossless_for_its_query_with_votes_too(rule, seed: int) -> None:
     """Entries that stand for several tokens already: mass and output of each set stay what they were for that query."""
@@ -109,7 +110,7 @@ def test_an_entry_of_p_votes_is_p_copies_to_references_and_scores() -> None:
         score.output_change(Observation(**{**vars(one), "reference": ours})),
         votes * score.output_change(Observation(**{**vars(other), "reference": theirs}))[:, first], rtol=1e-4, atol=1e-5,
     )  # fmt: skip
-    for rule in (score.expected_attention, score.weighted_window):
+    for rule in (expected_attention.expected_attention, keepkv_paper.weighted_window):
         torch.testing.assert_close(rule(one), votes * rule(other)[:, first], rtol=1e-4, atol=1e-6)
 
 
@@ -125,7 +126,7 @@ def test_a_fit_over_entries_with_votes_answers_better_than_evicting_them() -> No
         places=torch.arange(160)[None], read=460,
     )  # fmt: skip
     seen = Observation(**{**vars(seen), "reference": context(seen)})
-    made = merge.fit(values, [torch.arange(0, 160, 5)], seen.rows(slice(1)))[0]
+    made = fit.fit(values, [torch.arange(0, 160, 5)], seen.rows(slice(1)))[0]
     assert made.fallbacks == 0
     assert made.error < 0.6 * made.evict_error
 

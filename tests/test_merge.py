@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keepkv import merge, sets
-from keepkv.parts import exact
-from keepkv.reference import attend_all, window
+from keepkv.attend.states import exact
+from keepkv.merge import fit, similarity
+from keepkv.merge.merged import Merged, evict
+from keepkv.methods import keepkv_paper
+from keepkv.observe.references import attend_all, window
 from keepkv.types import Observation, Rows
 
-ZIP_RULES = [sets.zip_merge, sets.convex_exact_merge]
-ALL_RULES = [*ZIP_RULES, sets.mean_merge]
+ZIP_RULES = [keepkv_paper.zip_merge, keepkv_paper.convex_exact_merge]
+ALL_RULES = [*ZIP_RULES, keepkv_paper.mean_merge]
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +55,7 @@ def test_the_pole_is_guarded() -> None:
     query = torch.zeros(4, dtype=torch.float64)
     query[0] = 1
     keys = torch.tensor([[0.2784, 5, 0, 0], [-1, 5, 0, 0]], dtype=torch.float64)
-    merged = sets.zip_merge(keys, randn(2, 3), torch.tensor([0]), keys @ query, threshold=0.5)
+    merged = keepkv_paper.zip_merge(keys, randn(2, 3), torch.tensor([0]), keys @ query, threshold=0.5)
     assert merged.fallbacks == 1
     assert merged.keys.abs().max() <= keys.abs().max() + 1e-9  # in the hull of its sources
 
@@ -85,13 +87,13 @@ def test_the_code_over_attends_and_zip_does_not() -> None:
     query = 3 * randn(16, seed=12)
     kept, score = torch.arange(6), keys @ query
     truth = score.logsumexp(0)
-    loud = exact(query, *sets.mean_merge(keys, values, kept, score, -1.0)[:3], 1.0)[1]
+    loud = exact(query, *keepkv_paper.mean_merge(keys, values, kept, score, -1.0)[:3], 1.0)[1]
     assert loud > truth + 0.01
 
 
 def test_the_most_similar_kept_key_is_the_target_and_dissimilar_tokens_are_dropped() -> None:
     keys = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9], [-1, 0]])
-    assert sets.nearest_kept(keys, torch.tensor([0, 1]), 0.8).tolist() == [0, 1, 0, 1, -1]
+    assert similarity.nearest_kept(keys, torch.tensor([0, 1]), 0.8).tolist() == [0, 1, 0, 1, -1]
 
 
 # --- fitting ---
@@ -107,12 +109,10 @@ def rows_of(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, bia
 
 
 def fitted(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, queries: torch.Tensor, verbatim=None, bias=None):
-    return merge.fit(values[None], [kept], rows_of(keys, values, queries, bias), None if verbatim is None else verbatim[None])[
-        0
-    ]
+    return fit.fit(values[None], [kept], rows_of(keys, values, queries, bias), None if verbatim is None else verbatim[None])[0]
 
 
-def attention_error(merged: merge.Merged, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> float:
+def attention_error(merged: Merged, keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> float:
     before, _ = exact(queries, keys, values, torch.zeros(len(keys), dtype=torch.float64), 1.0)
     return float((exact(queries, *merged[:3], 1.0)[0] - before).square().mean())
 
@@ -122,7 +122,7 @@ def test_a_fit_beats_eviction_on_queries_it_has_not_seen(seed: int) -> None:
     keys, values = clustered(seed, 300)
     queries = randn(600, 16, seed=seed + 5)
     kept = torch.arange(0, 300, 10)
-    merged, evicted = fitted(keys, values, kept, queries), merge.evict(keys, values, kept)
+    merged, evicted = fitted(keys, values, kept, queries), evict(keys, values, kept)
     fresh = randn(200, 16, seed=seed + 77)
     assert merged.fallbacks == 0
     assert attention_error(merged, keys, values, fresh) < 0.5 * attention_error(evicted, keys, values, fresh)
@@ -134,10 +134,10 @@ def test_a_fit_is_trusted_as_far_as_is_asked_for() -> None:
     """The same fit, or eviction, on either side of what it loses of what eviction loses."""
     keys, values = clustered(1, 300)
     rows, kept = rows_of(keys, values, randn(600, 16, seed=6)), torch.arange(0, 300, 10)
-    (free,) = merge.fit(values[None], [kept], rows)
+    (free,) = fit.fit(values[None], [kept], rows)
     ratio = free.error / free.evict_error
-    (above,) = merge.fit(values[None], [kept], rows, trust=1.01 * ratio)
-    (below,) = merge.fit(values[None], [kept], rows, trust=0.99 * ratio)
+    (above,) = fit.fit(values[None], [kept], rows, trust=1.01 * ratio)
+    (below,) = fit.fit(values[None], [kept], rows, trust=0.99 * ratio)
     assert 0 < ratio < 1
     assert (above.fallbacks, below.fallbacks) == (0, 1)
     assert (above.error, below.error) == (free.error, free.evict_error)
@@ -151,7 +151,7 @@ def test_a_fit_that_loses_is_not_used() -> None:
     """Property 10: held-out queries unlike the fitted ones make the fit lose; the head is evicted and counted."""
     keys, values = clustered(1, 200)
     queries = randn(400, 16, seed=6)
-    held = torch.arange(400) % merge.HOLD_OUT == merge.HOLD_OUT - 1
+    held = torch.arange(400) % fit.HOLD_OUT == fit.HOLD_OUT - 1
     kept = torch.arange(40)
     keys[kept[:20]] = 5 * queries[held][:20]  # held-out queries ask for kept tokens alone: eviction is all but exact
     queries[~held] = -queries[held][torch.arange(350) % 50]
@@ -174,7 +174,7 @@ def test_verbatim_slots_are_not_touched_and_the_others_make_up_for_it() -> None:
     queries, kept = randn(600, 16, seed=8), torch.arange(0, 300, 10)
     verbatim = torch.zeros(300, dtype=torch.bool)
     verbatim[[0, 50, 55, 290]] = True
-    merged, evicted = fitted(keys, values, kept, queries, verbatim), merge.evict(keys, values, kept)
+    merged, evicted = fitted(keys, values, kept, queries, verbatim), evict(keys, values, kept)
     exactly = verbatim[kept]
     assert torch.equal(merged.values[exactly], values[kept][exactly])
     assert merged.bias[exactly].eq(0).all()
@@ -215,8 +215,8 @@ def test_what_dropped_tokens_were_asked_for_counts_as_lost() -> None:
     rows, kept = rows_of(keys, values, randn(600, 16, seed=7)), torch.arange(0, 300, 10)
     asked = torch.zeros(300, dtype=torch.float64)
     asked[[3, 10]] = torch.tensor([0.5, 0.7], dtype=torch.float64)
-    with_recall = merge.fit(values[None], [kept], rows._replace(recall=asked[None]))[0]
-    assert with_recall.evict_error == pytest.approx(merge.fit(values[None], [kept], rows)[0].evict_error + 0.5**2)  # 10 is kept
+    with_recall = fit.fit(values[None], [kept], rows._replace(recall=asked[None]))[0]
+    assert with_recall.evict_error == pytest.approx(fit.fit(values[None], [kept], rows)[0].evict_error + 0.5**2)  # 10 is kept
     assert with_recall.error > 0.25
 
 
@@ -225,15 +225,15 @@ def test_a_fit_in_blocks_is_nearly_the_fit_at_once(monkeypatch: pytest.MonkeyPat
     keys, values = clustered(4, 400)
     kept, queries, fresh = torch.arange(0, 400, 4), randn(900, 16, seed=9), randn(200, 16, seed=79)
     whole = attention_error(fitted(keys, values, kept, queries), keys, values, fresh)
-    evicted = attention_error(merge.evict(keys, values, kept), keys, values, fresh)
-    monkeypatch.setattr(merge, "BLOCK", 25)
+    evicted = attention_error(evict(keys, values, kept), keys, values, fresh)
+    monkeypatch.setattr(fit, "BLOCK", 25)
     assert attention_error(fitted(keys, values, kept, queries), keys, values, fresh) < whole + 0.2 * (evicted - whole)
 
     side = torch.arange(400) >= 200  # two halves of the text that no query asks for together
     keys[:, 0], queries[:, 0] = torch.where(side, -60.0, 60.0), torch.where(torch.arange(900) % 2 == 0, -1.0, 1.0)
-    monkeypatch.setattr(merge, "BLOCK", 50)
+    monkeypatch.setattr(fit, "BLOCK", 50)
     apart = fitted(keys, values, kept, queries)
-    monkeypatch.setattr(merge, "BLOCK", 100)
+    monkeypatch.setattr(fit, "BLOCK", 100)
     together = fitted(keys, values, kept, queries)
     torch.testing.assert_close(apart.bias, together.bias)
     assert attention_error(apart, keys, values, fresh) == pytest.approx(attention_error(together, keys, values, fresh), rel=0.1)

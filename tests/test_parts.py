@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from conftest import make_model, tokens
-from keepkv import allot, choose, hosts, merge, score, solve
+from keepkv import allot, choose, score
 from keepkv.budget import Budget
 from keepkv.errors import BudgetError, InputError, MethodError
-from keepkv.methods import METHODS, get
-from keepkv.observe import WINDOW, Bank, Held, Watch
-from keepkv.reference import attend_all, context
-from keepkv.rope import rotate
+from keepkv.merge import fit
+from keepkv.methods import METHODS, baselines, expected_attention, get, keepkv_paper
+from keepkv.models import families
+from keepkv.observe.bank import WINDOW, Bank
+from keepkv.observe.references import attend_all, context
+from keepkv.observe.watch import Held, Watch
+from keepkv.ops import least_squares
+from keepkv.ops.rope import rotate
 from keepkv.types import Observation
 
 
@@ -61,7 +65,7 @@ def test_unknown_methods_name_the_nearest() -> None:
 def test_rotation_is_the_models_own(family: str, shift: int) -> None:
     """Rotating a query asked at p by `shift` gives what the model itself computes at p + shift."""
     model = make_model(family, torch.float32)
-    rotary = hosts.rotary(model)
+    rotary = families.rotary(model)
     kind = {"layer_type": "full_attention"} if family == "gemma3" else {}
     query, position = randn(1, 4, 9, 16), torch.arange(300, 309)[None]
 
@@ -72,7 +76,7 @@ def test_rotation_is_the_models_own(family: str, shift: int) -> None:
         half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
         return torch.cat((turned * cos[:, None] + half * sin[:, None], query[..., size:]), -1)
 
-    got = rotate(at(position), torch.full((9,), shift), hosts.frequencies(rotary))
+    got = rotate(at(position), torch.full((9,), shift), families.frequencies(rotary))
     torch.testing.assert_close(got, at(position + shift), rtol=1e-3, atol=1e-3)
 
 
@@ -151,20 +155,22 @@ def test_the_moving_average_is_that_of_the_paper_rightly_normalised() -> None:
             if 49 - age >= token:
                 weights += 0.9**age
                 total += 0.9**age * logits[:, :, 31 - age, token].exp().mean(1)
-        torch.testing.assert_close(score.moving_average(seen)[:, token].double(), (total / weights).log(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            keepkv_paper.moving_average(seen)[:, token].double(), (total / weights).log(), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_large_logits_do_not_overflow_the_scores() -> None:
     seen = observation()
     loud = Observation(100 * seen.keys, seen.values, seen.queries, seen.query_positions, seen.inv_freq, seen.scale)
-    for rule in (score.moving_average, score.window_mean, score.pooled_window, score.weighted_window):
+    for rule in (keepkv_paper.moving_average, keepkv_paper.window_mean, score.pooled_window, keepkv_paper.weighted_window):
         assert not rule(loud).isnan().any()
 
 
 def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
     """Against sampling: queries drawn from the fitted Gaussian, rotated by the mean rotation, attention averaged."""
     seen = observation(tokens_read=40)
-    got = score.expected_attention(seen) / seen.values.norm(dim=-1)
+    got = expected_attention.expected_attention(seen) / seen.values.norm(dim=-1)
     plain = rotate(seen.queries, -seen.query_positions, seen.inv_freq)[:, :, 4:] * seen.scale
     ahead = torch.arange(40, 40 + 512).double()[:, None] * seen.inv_freq.double()
     cos, sin = ahead.cos().mean(0).float(), ahead.sin().mean(0).float()
@@ -183,10 +189,10 @@ def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
 
 
 def test_chance_is_repeatable_and_differs_by_layer_and_seed() -> None:
-    first, again = score.chance(observation(seed=3)), score.chance(observation(seed=3))
+    first, again = baselines.chance(observation(seed=3)), baselines.chance(observation(seed=3))
     assert torch.equal(first, again)
-    assert not torch.equal(first, score.chance(observation(seed=4)))
-    assert not torch.equal(first, score.chance(observation(seed=3, layer=1)))
+    assert not torch.equal(first, baselines.chance(observation(seed=4)))
+    assert not torch.equal(first, baselines.chance(observation(seed=3, layer=1)))
 
 
 def test_every_row_of_the_table_explains_itself() -> None:
@@ -255,7 +261,7 @@ def test_eliminating_answers_better_than_the_best_scores() -> None:
         seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
         distance = (values - values.mean(1, keepdim=True)).norm(dim=-1)
         chosen = [rule(seen, reference.rms_share * distance, [24])[0].kept for rule in (choose.eliminate, choose.top)]
-        fits = [merge.fit(values, [kept], seen.rows(slice(1)))[0].error for kept in chosen]
+        fits = [fit.fit(values, [kept], seen.rows(slice(1)))[0].error for kept in chosen]
         ours, best = ours + fits[0], best + fits[1]
     assert ours < best
 
@@ -263,7 +269,7 @@ def test_eliminating_answers_better_than_the_best_scores() -> None:
 def test_elimination_is_greedy_least_squares() -> None:
     """One column a round: always the one without which ridge regression on the others loses least (brute force)."""
     share, wanted = torch.rand(60, 12, dtype=torch.float64), randn(60, 3).double()
-    gram, target = solve.normal(share, torch.zeros(12, dtype=torch.float64), wanted)
+    gram, target = least_squares.normal(share, torch.zeros(12, dtype=torch.float64), wanted)
     strength = 1e-2
     penalty = strength * gram.diagonal().mean() + 1e-12
 
@@ -277,7 +283,9 @@ def test_elimination_is_greedy_least_squares() -> None:
     fixed[[2, 5]] = True
     for count in range(11, 4, -1):
         left.remove(min((c for c in left if not fixed[c]), key=lambda c: loss([x for x in left if x != c])))
-        stay = solve.eliminate(gram[None], target[None], fixed[None], [12], [count], rounds=12 - count, strength=strength)
+        stay = least_squares.eliminate(
+            gram[None], target[None], fixed[None], [12], [count], rounds=12 - count, strength=strength
+        )
         assert stay[0].nonzero().flatten().tolist() == left
 
 

@@ -10,15 +10,16 @@ import torch
 
 from conftest import make_model, tokens
 from keepkv import InputError, KeepCache, KeepKVError, Method, score
-from keepkv.attention import attend, attend_slots
+from keepkv.attend.dispatch import attend, attend_slots
+from keepkv.cache.report import held_bytes
 from keepkv.methods import METHODS
-from keepkv.quantised import FORMATS, Quantised, hadamard
-from keepkv.report import held_bytes
-from keepkv.types import Slots
+from keepkv.slots.quantized import FORMATS, Quantised, hadamard
+from keepkv.slots.slots import Slots
 from test_attention import COUNTS, expected, randn, slots_of
 
 QUANTISED = ["int8", "int4"]
 SIZES = [64, 96, 24, 7, 1]
+
 
 # keeps every entry, so that rounding is all that changes
 EVERYTHING = Method("everything", "", "", score.recency, lambda s, n: (~s.isneginf()).sum(-1).tolist())
@@ -109,6 +110,7 @@ def test_rows_and_newest_off_are_those_of_what_is_read(name: str) -> None:
 # --- attention ---
 
 
+@pytest.mark.filterwarnings("ignore:attention over compressed slots runs on the slow backend")
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("rows", [1, 200])
 @pytest.mark.parametrize(("size", "value_size"), [(16, 24), (64, 64)])

@@ -9,8 +9,8 @@ import torch
 
 from conftest import make_model, tokens
 from keepkv import KeepCache, KeepKVError
-from keepkv.recall import Repeat, attend_piece
-from keepkv.types import Slots
+from keepkv.observe.repetition import Repeat, attend_piece
+from keepkv.slots.slots import Slots
 
 
 def read(model, ids) -> KeepCache:

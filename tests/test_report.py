@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from conftest import run
-from keepkv.eval import chart, figures, markdown, page, records, summary
+from keepkv.eval import records, summary
 from keepkv.eval.config import Config, written
-from keepkv.eval.figures import Bars, Curves, Heat
 from keepkv.eval.records import Record
+from keepkv.eval.report import figures, html, markdown, svg
+from keepkv.eval.report.figures import Bars, Curves, Heat
 from test_inspect import Page
 
 NASTY = "<script>alert('&')</script> \"q\" "
@@ -60,14 +61,14 @@ def test_figures_show_the_numbers_of_the_records() -> None:
     spent = next(figure for figure in drawn if figure.key == "time")
     assert [(p.x, p.y) for p in spent.series["keepkv, 10%"]] == [(512, 2.0), (2048, 5.0)]
     for figure in drawn:
-        assert all(float(x) < 10_000 for x in re.findall(r'(?:x|y|x1|width|height)="(-?[\d.]+)"', chart.draw(figure)))
-    assert chart.order(["snapkv", "keepkv"])["keepkv"] == chart.order(["full", "keepkv", "h2o"])["keepkv"]
+        assert all(float(x) < 10_000 for x in re.findall(r'(?:x|y|x1|width|height)="(-?[\d.]+)"', svg.draw(figure)))
+    assert svg.order(["snapkv", "keepkv"])["keepkv"] == svg.order(["full", "keepkv", "h2o"])["keepkv"]
 
 
 def test_the_page_is_whole_and_asks_for_nothing(tmp_path: Path) -> None:
     found = made()
     result = summary.summarise(found)
-    shown = page.page(found, result, figures.all_of(found, result), {NASTY: NASTY}, lambda record: f"Text. {NASTY} end")
+    shown = html.page(found, result, figures.all_of(found, result), {NASTY: NASTY}, lambda record: f"Text. {NASTY} end")
     read = Page(shown)
     assert "script" not in read.tags
     assert not [value for name, value in read.attributes if name in ("src", "href", "action") or "http" in (value or "")]

@@ -16,8 +16,9 @@ import httpx2 as httpx
 import uvicorn
 from openai import BadRequestError, OpenAI
 
-from keepkv import KeepCache, loading
-from keepkv.serving.transformers_serve import Compressing, Limits, Shelf, application
+from keepkv import KeepCache
+from keepkv.models import loading
+from keepkv.serving.transformers_server import Compressing, Limits, Shelf, application
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 4

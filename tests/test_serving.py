@@ -10,12 +10,13 @@ import torch
 from transformers.cache_utils import Cache
 
 from conftest import make_model, tokens
-from keepkv import InputError, KeepCache, KeepKVError, hosts
-from keepkv.layer import KeepLayer
+from keepkv import InputError, KeepCache, KeepKVError
+from keepkv.cache.layer import KeepLayer
+from keepkv.cache.sdpa_proxy import StandIn
+from keepkv.models import families
 from keepkv.serving.paged import CELL, Lot, Pages, step, watcher
 from keepkv.serving.settings import Settings
-from keepkv.standin import StandIn
-from keepkv.types import Slots
+from keepkv.slots.slots import Slots
 
 SETTINGS = Settings(budget=32, window=16, step=32, references=64)
 BLOCK = 16
@@ -27,7 +28,7 @@ class PagedCache(Cache):
     def __init__(self, model, settings: Settings, pages: list[Pages], table: torch.Tensor) -> None:
         super().__init__(layers=[KeepLayer() for _ in pages])
         self.settings, self.pages, self.table, self.read = settings, pages, table, 0
-        self.inv_freq, self.watches = hosts.frequencies(hosts.rotary(model)), {}
+        self.inv_freq, self.watches = families.frequencies(families.rotary(model)), {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.read
@@ -57,7 +58,7 @@ class PagedCache(Cache):
 
 def new_pages(model, pages: int) -> list[Pages]:
     """Pages full of NaN, as an engine's memory may be."""
-    heads, size = hosts.key_shape(model)
+    heads, size = families.key_shape(model)
     width = 2 * size + CELL // model.dtype.itemsize
     cells = [
         torch.full((pages, heads, BLOCK, width), torch.nan, dtype=model.dtype) for _ in range(model.config.num_hidden_layers)

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import make_model, run
-from keepkv import loading
+from keepkv.documents.document import Recipe, answer
+from keepkv.documents.store import Shelf, Store
+from keepkv.documents.tiers import Tiers
 from keepkv.errors import InputError
-from keepkv.files.documents import Recipe, answer
-from keepkv.files.store import Shelf, Store
-from keepkv.files.tiers import Tiers
+from keepkv.models import loading
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. "
 RECIPE = Recipe("20%", "snapkv")
@@ -157,9 +157,9 @@ def test_a_document_that_was_read_on_is_another_entry(shelf: Shelf) -> None:
 
 CHILD = """
 import sys
-from keepkv import loading
-from keepkv.files.documents import Recipe
-from keepkv.files.store import Store
+from keepkv.models import loading
+from keepkv.documents.document import Recipe
+from keepkv.documents.store import Store
 model, tokenizer = loading.load(sys.argv[1])
 shelf = Store(__import__("pathlib").Path(sys.argv[2])).for_model(model, tokenizer, "tiny")
 print("ready", flush=True)

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from keepkv.files.batch import Compiler, Order, with_ray
+from keepkv.documents.batch import Compiler, Order, with_ray
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 6
 

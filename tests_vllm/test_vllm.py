@@ -111,7 +111,7 @@ def test_bfloat16(folder: str, tmp_path: Path) -> None:
 
 def test_the_backend_for_other_devices_is_the_librarys_own_too(folder: str, hybrid: str, tmp_path: Path) -> None:
     """On a CPU, in the place of the CPU's: all but the device itself is what runs on a GPU."""
-    ids, name = prompt(1000), "keepkv.serving.backend.KeepBackend"
+    ids, name = prompt(1000), "keepkv.serving.vllm.backend.KeepBackend"
     made = serve(folder, tmp_path, [{"ids": ids, "tokens": 150}], backend=name)
     assert isinstance(made, dict), made[-3000:]
     tokens, chances = library(folder, ids, 150)

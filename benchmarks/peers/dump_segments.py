@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from keepkv.fidelity import cut
+from keepkv.eval.fidelity import cut
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from keepkv import METHODS, KeepCache, Method, allot, loading
+from keepkv import METHODS, KeepCache, Method, allot
 from keepkv.budget import Budget
+from keepkv.models import loading
 
 SINKS = {"expected": 4, "streaming": 4}
 RECENT = {"tova": 1, "snapkv": 32}

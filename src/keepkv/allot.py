@@ -16,7 +16,7 @@ from torch import Tensor
 def uniform(scores: Tensor, total: int) -> list[list[int]]:
     """The same for every head; what does not divide goes to the first ones."""
     layers, heads, _ = scores.shape
-    return _split(_shares([1.0] * (layers * heads), total, room(scores)), heads)
+    return split(shares([1.0] * (layers * heads), total, room(scores)), heads)
 
 
 def alike(scores: Tensor, total: int) -> list[list[int]]:
@@ -29,7 +29,7 @@ def cosine_layers(scores: Tensor, total: int, last: float = 0.8) -> list[list[in
     """Layer shares falling on a cosine from 1 to `last`, heads alike. PyramidInfer, arXiv 2405.12532, as KeepKV uses it."""
     layers, heads, _ = scores.shape
     fall = [last + (1 - last) * (1 + math.cos(math.pi * layer / max(1, layers - 1))) / 2 for layer in range(layers)]
-    return _split(_shares([share for share in fall for _ in range(heads)], total, room(scores)), heads)
+    return split(shares([share for share in fall for _ in range(heads)], total, room(scores)), heads)
 
 
 def everywhere(scores: Tensor, total: int, floor: float = 0.7) -> list[list[int]]:
@@ -45,7 +45,7 @@ def everywhere(scores: Tensor, total: int, floor: float = 0.7) -> list[list[int]
     safe = (safe | flat.isposinf()) & ~flat.isneginf()
     chosen = flat.masked_fill(safe, torch.inf).flatten().topk(total).indices
     counts: list[int] = torch.bincount(chosen // entries, minlength=len(flat)).tolist()
-    return _split(counts, heads)
+    return split(counts, heads)
 
 
 def within_layers(scores: Tensor, total: int, floor: float = 0.2) -> list[list[int]]:
@@ -54,48 +54,8 @@ def within_layers(scores: Tensor, total: int, floor: float = 0.2) -> list[list[i
     AdaKV, arXiv 2407.11550, algorithm 1, with its safeguard of .2. Scores must be comparable over heads, as shares of
     attention are.
     """
-    totals = _shares([1.0] * len(scores), total, [sum(room(layer)) for layer in scores])
+    totals = shares([1.0] * len(scores), total, [sum(room(layer)) for layer in scores])
     return [everywhere(layer[None], count, floor)[0] for layer, count in zip(scores, totals, strict=True)]
-
-
-def pyramid(scores: Tensor, total: int, beta: float = 20.0) -> list[list[int]]:
-    """Layers on a line from many slots to few, heads alike. PyramidKV, arXiv 2406.02069.
-
-    With C slots a head on average, w of which must stay: the last layer gets w + (C - w) / β, the first as much more than
-    the average as the last has less, but no more than there is, and then the last accordingly more.
-    """
-    layers, heads, _ = scores.shape
-    mean, fixed, most = total / (layers * heads), int(scores[0, 0].isposinf().sum()), max(room(scores))
-    free = max(0.0, mean - fixed)
-    top = min(2 * free - free / beta, most - fixed)
-    step = 2 * (top - free) / max(1, layers - 1)
-    counts = [min(mean, fixed) + top - layer * step for layer in range(layers)]
-    return _split(_shares([count for count in counts for _ in range(heads)], total, room(scores)), heads)
-
-
-def steady_layers(scores: Tensor, total: int, whole: tuple[int, ...] = (0, 1, -1)) -> list[list[int]]:
-    """Layers whose attention is spread evenly get more, ∝ exp(-F), heads alike. D2O, arXiv 2406.13035, section 3.
-
-    F is the variance over tokens of the attention they receive in all (scores), scaled to [0, 1] between a layer's
-    heads and averaged over them, as in the authors' code; what must stay is left out. The first two layers and the last
-    are not compressed if that takes at most half of the budget: the paper spares them always, which at a tenth
-    would leave nothing for the others.
-    """
-    layers, heads, _ = scores.shape
-    counted = scores.isfinite()
-    mean = scores.where(counted, 0).sum(-1) / counted.sum(-1).clamp(min=1)
-    variance = (scores - mean[..., None]).where(counted, 0).square().sum(-1) / counted.sum(-1).clamp(min=1)
-    low, high = variance.amin(1, keepdim=True), variance.amax(1, keepdim=True)
-    weights = (-((variance - low) / (high - low + 1e-6)).mean(1)).exp().tolist()
-    rooms = room(scores)
-    spared = {layer % layers for layer in whole}
-    spared_slots = sum(sum(rooms[layer * heads : (layer + 1) * heads]) for layer in spared)
-    if len(spared) == layers or spared_slots > total / 2:
-        spared = set()
-    most = [0 if i // heads in spared else n for i, n in enumerate(rooms)]
-    rest = total - (spared_slots if spared else 0)
-    counts = _shares([weights[i // heads] for i in range(layers * heads)], min(rest, sum(most)), most)
-    return _split([rooms[i] if i // heads in spared else n for i, n in enumerate(counts)], heads)
 
 
 def together(rule: Callable[[Tensor, int], list[list[int]]]) -> Callable[[Tensor, int], list[list[int]]]:
@@ -129,10 +89,10 @@ def by_need(
     ]
     flat, total = [weight for heads in need for weight in heads], sum(map(sum, counts))
     least = max(pinned, int(floor * total / len(flat)))
-    return _split(_shares(flat, total, most, least), len(counts[0]))
+    return split(shares(flat, total, most, least), len(counts[0]))
 
 
-def _shares(weights: list[float], total: int, most: list[int], least: int = 0) -> list[int]:
+def shares(weights: list[float], total: int, most: list[int], least: int = 0) -> list[int]:
     """Integers proportional to weights, from least to most each, summing to total; the earlier heads take the remainder."""
 
     def at(factor: float) -> list[int]:
@@ -152,5 +112,5 @@ def _shares(weights: list[float], total: int, most: list[int], least: int = 0) -
     return counts
 
 
-def _split(counts: list[int], heads: int) -> list[list[int]]:
+def split(counts: list[int], heads: int) -> list[list[int]]:
     return [counts[i : i + heads] for i in range(0, len(counts), heads)]

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from keepkv import solve
-from keepkv.errors import ModelError
-from keepkv.heads import Ragged, groups
+from keepkv.ops import least_squares
+from keepkv.ops.ragged import Ragged, groups
 from keepkv.types import Choice, Observation
 
 
@@ -34,29 +33,6 @@ def best(scores: Tensor, count: int) -> Tensor:
 def top(observation: Observation, scores: Tensor, counts: Sequence[int]) -> list[Choice]:
     """Per KV head its best tokens. scores [H, T]."""
     return [Choice(best(*head)) for head in zip(scores, counts, strict=True)]
-
-
-def two_stages(
-    observation: Observation, scores: Tensor, counts: Sequence[int], first: float = 0.5, lift: float = 1e-4
-) -> list[Choice]:
-    """Half by score, the rest by (score + 1e-4) × mean over the group of ||W_O v_i||_1. CriticalKV, arXiv 2502.03805, alg. 1.
-
-    W_O is the part of the output projection that a query head's output goes through; the sum bounds what leaving i out
-    changes. scores [H, T] are shares of attention, +inf what must stay.
-    """
-    if observation.projection is None:
-        raise ModelError("criticalkv needs the output projection of every layer, and this model's weights cannot be read")
-    chosen = []
-    for head, count in enumerate(counts):
-        score, values = scores[head], observation.values[head].float()
-        loud = torch.zeros_like(score)
-        for weight in observation.projection[head]:  # [d_v, D]
-            loud += torch.cat([(part @ weight.float()).abs().sum(1) for part in torch.split(values, 1024)])
-        early = best(score, int(first * count))
-        later = (score + lift) * loud / len(observation.projection[head])
-        later = later.masked_fill(score.isneginf(), -torch.inf).scatter(0, early, torch.inf)
-        chosen.append(Choice(best(later.masked_fill(score.isposinf(), torch.inf), count)))
-    return chosen
 
 
 MANY = 512  # slots of a head from which on the best are good enough
@@ -85,14 +61,19 @@ def eliminate(
         recall, share = candidates.pick(rows.recall) * candidates.real, rows.on(candidates)
         loud = rows.outputs.square().sum(-1).mean(-1).sqrt()[:, None, None]
         wanted = torch.cat([rows.outputs, loud.expand(-1, share.shape[1], 1)], 2)
-        gram, target = solve.normal(share, recall, wanted)
+        gram, target = least_squares.normal(share, recall, wanted)
         values = candidates.pick(observation.values[heads]).float()
         own = torch.cat([values, loud.expand(-1, values.shape[1], 1)], 2)
         target += share.shape[1] * recall[..., None].square() * own
         must = candidates.pick(scores[heads]).isposinf()
         goal = [count if have else 0 for have, count in zip(asked[heads], counts[heads], strict=True)]
-        left = solve.eliminate(gram, target, must, asked[heads], goal, rounds, strength)
+        left = least_squares.eliminate(gram, target, must, asked[heads], goal, rounds, strength)
         order = torch.where(left, candidates.entries, observation.entries).sort(1).values  # what goes comes last
         of_heads = zip(order, tokens[heads], asked[heads], counts[heads], strict=True)
         chosen += [Choice(stay[:count] if have else kept) for stay, kept, have, count in of_heads]
     return chosen
+
+
+def _shifted(kept: Tensor, target: Tensor, first: int) -> Choice:
+    """The choice among all entries, `first` of which only fill up in front."""
+    return Choice(kept + first, torch.cat([target.new_full((first,), -1), target]))

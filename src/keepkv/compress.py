@@ -14,11 +14,12 @@ from torch.nn.functional import pad
 from keepkv import allot
 from keepkv.choose import protect
 from keepkv.errors import BudgetError
-from keepkv.merge import Merged, evict
-from keepkv.method import Method
-from keepkv.pairs import Pairs
-from keepkv.quantised import FLOAT, Format
-from keepkv.types import BESIDE, Observation, Plan, Slots
+from keepkv.merge.merged import Merged, evict
+from keepkv.methods import Method
+from keepkv.slots.layer_pairs import Pairs
+from keepkv.slots.quantized import FLOAT, Format
+from keepkv.slots.slots import BESIDE, Slots
+from keepkv.types import Observation, Plan
 
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 

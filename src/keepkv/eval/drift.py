@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from keepkv.cache import KeepCache
 from keepkv.eval.measure import Host, Opened, Outcome, live
 from keepkv.eval.sample import Sample
-from keepkv.method import Method
+from keepkv.methods import Method
 
 STEP = 32  # tokens fed at once
 WINDOW = 500  # tokens over which a mean is taken

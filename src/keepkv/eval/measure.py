@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keepkv import fidelity, methods
-from keepkv.ask import greedy
+from keepkv import methods
 from keepkv.budget import Budget
 from keepkv.cache import KeepCache
-from keepkv.conversation import pieces
 from keepkv.errors import InputError
+from keepkv.eval import fidelity
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
-from keepkv.method import Method
-from keepkv.options import chunk_of
-from keepkv.reading import CHUNK, REPEAT, Prompt, read, read_in_chunks
+from keepkv.methods import Method
+from keepkv.text.ask import greedy
+from keepkv.text.conversation import pieces
+from keepkv.text.prompt import Prompt
+from keepkv.text.reading import CHUNK, REPEAT, chunk_of, read, read_in_chunks
 
 CONTINUATION = 192  # true next tokens of `fidelity`
 

@@ -5,56 +5,40 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import multiprocessing
-import os
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from keepkv import loading, methods
+from keepkv import methods
 from keepkv.errors import InputError
 from keepkv.eval import config as settings
-from keepkv.eval import haystack, readers, records, table
+from keepkv.eval import records
 from keepkv.eval.config import Config
 from keepkv.eval.measure import Host, Opened, Outcome
-from keepkv.eval.records import Key, Record
-from keepkv.eval.sample import Draw, Prose, Question, Sample, Task
-from keepkv.eval.worst import file_of
+from keepkv.eval.plan import Job, _tasks, jobs
+from keepkv.eval.provenance import commit, versions
+from keepkv.eval.records import Record
+from keepkv.eval.report.worst import file_of
+from keepkv.eval.sample import Draw, Prose, Question, Sample
+from keepkv.eval.tasks import datasets, haystack, registry
+from keepkv.eval.tasks.task import Task
+from keepkv.models import loading
 
 Tell = Callable[[int, int, float], None]  # samples done, of how many, seconds left
-Variant = tuple[str, str]  # method, budget
-
-
-class Job(NamedTuple):
-    """One sample, and which of its variants are missing."""
-
-    task: str
-    length: int
-    number: int
-    missing: tuple[Variant, ...]
-
-
-def variants(config: Config) -> list[Variant]:
-    """The full cache, and every method at every budget."""
-    names = [methods.get(name).name for name in config.methods]
-    return [("full", "100%"), *((name, budget) for budget in config.budgets for name in names if name != "full")]
 
 
 def settled(config: Config) -> Config:
     """The settings with what its texts are, so that a run cannot be continued with others. Raises InputError."""
     config.check()
-    table.chosen(config.tasks, config.data)
-    digests = tuple(hashlib.sha256(repr(readers.rows(place)).encode()).hexdigest()[:16] for place in config.data)
+    registry.chosen(config.tasks, config.data)
+    digests = tuple(hashlib.sha256(repr(datasets.rows(place)).encode()).hexdigest()[:16] for place in config.data)
     return replace(config, haystack_digest=haystack.digest(config.haystack), data_digests=digests)
 
 
@@ -75,22 +59,6 @@ def begin(folder: Path, config: Config) -> tuple[Config, list[Record]]:
     except OSError as error:
         raise InputError(f"the run {str(folder)!r} cannot be written ({error.strerror})") from error
     return config, done
-
-
-def jobs(config: Config, done: Sequence[Record]) -> list[Job]:
-    """What is left to do, samples before tasks, so that an interrupted run has some of everything."""
-    have = {record.group for record in done}
-    left = []
-    for number in range(config.samples):
-        for task in table.chosen(config.tasks, config.data):
-            for length in config.lengths if task.sized else (0,):
-                if task.count is not None and number >= task.count:
-                    continue
-                keys = {v: Key(config.model, task.name, length, number, 0, *v) for v in variants(config)}
-                missing = tuple(variant for variant, key in keys.items() if key not in have)
-                if missing:
-                    left.append(Job(task.name, length, number, missing))
-    return left
 
 
 def run(folder: Path, config: Config, devices: Sequence[str], tell: Tell) -> None:
@@ -242,34 +210,3 @@ def _prose(place: str, tokenizer: PreTrainedTokenizerBase) -> Prose:
         return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     return Prose(haystack.sentences(place), count)
-
-
-@lru_cache(8)
-def _tasks(names: tuple[str, ...], data: tuple[str, ...]) -> dict[str, Task]:
-    return {task.name: task for task in table.chosen(names, data)}
-
-
-@lru_cache(1)
-def versions() -> dict[str, str]:
-    """Of what a result may depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("keepkv", "torch", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "source"
-    return found
-
-
-@lru_cache(1)
-def commit() -> str:
-    """The commit of keepkv's own sources, if they are a checkout; with + if they were changed."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--match="]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, check=False
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -5,12 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from keepkv.errors import InputError
-
-if TYPE_CHECKING:
-    from keepkv.eval.measure import Host, Opened
 
 Score = Callable[[str], float]
 
@@ -79,22 +75,6 @@ class Draw:
     def lines(self, *needles: str) -> list[str]:
         """Prose that leaves room for the needles."""
         return self.prose.stretch(self.rng, max(1, self.tokens - sum(map(self.prose.count, needles))))
-
-
-@dataclass(frozen=True)
-class Task:
-    """A row of the table. make: the number-th sample; open: reads it, and measures one variant after the other from there.
-
-    sized: its texts have the length that is asked for; count: how many samples there are, if there is an end to them.
-    """
-
-    name: str
-    summary: str
-    source: str
-    make: Callable[[Draw], Sample]
-    open: Callable[[Host, Sample], Opened]
-    sized: bool = True
-    count: int | None = None
 
 
 def hide(rng: random.Random, lines: list[str], needles: Sequence[str]) -> tuple[str, list[float]]:

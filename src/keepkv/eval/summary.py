@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from keepkv.errors import InputError
+from keepkv.eval.bootstrap import DIFFERENCE, Interval, combined, ranks
 from keepkv.eval.records import Key, Record
-from keepkv.eval.statistics import DIFFERENCE, Interval, combined, ranks
 
 FILE = "summary.json"
 ALL = "all tasks"

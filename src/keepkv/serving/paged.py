@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from keepkv.attention import attend_tail
+from keepkv.attend.dispatch import attend_tail
+from keepkv.cache.layer import KeepLayer
+from keepkv.cache.observations import Observations
 from keepkv.compress import compress
-from keepkv.gather import Observations
-from keepkv.layer import KeepLayer
-from keepkv.method import Method
-from keepkv.observe import Watch
+from keepkv.methods import Method
+from keepkv.observe.watch import Watch
 from keepkv.serving.settings import Settings
-from keepkv.types import Slots
+from keepkv.slots.slots import Slots
 
 CELL = 16  # bytes behind every key and value: the vote's logarithm (float32), the position (int32), and 8 unused
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from keepkv import allot, methods
 from keepkv.errors import InputError, nearest
-from keepkv.method import Method
+from keepkv.methods import Method
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,202 @@
+"""Attention over slots with votes and a tail of newer tokens, by one of several backends.
+
+| backend | where | how |
+|---|---|---|
+| reference | everywhere, float64 too | plain softmax, float32 or better: `parts.block`, head by head |
+| sdpa | CPU, below float64, d = d_v | PyTorch's flash attention kernel, votes as its mask; matrix products for few rows |
+| triton | CUDA, below float64, sizes to 256 | `kernels`: split over the keys, a group's query heads together; slots only |
+| spare | CPU, CUDA in 16 bits | stock flash attention over slots that `spare.widen` made, votes in their keys; slots only |
+
+"auto" takes `spare` for such slots, and otherwise what `backend_for` names, whose kernel has been tried once against
+`parts.exact` where it runs. If that one refuses, "auto" is the reference, and a warning says why; a backend that is asked
+for by name and cannot run raises BackendError.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from keepkv.attend import bias_in_keys, sdpa
+from keepkv.attend.states import Part, block, join, stacked
+from keepkv.errors import BackendError, nearest
+from keepkv.ops.dtypes import wide
+from keepkv.ops.ragged import groups
+from keepkv.slots.slots import Slots
+
+_TILE = 1 << 24  # logits held at once
+
+
+class Backend(NamedTuple):
+    """The backend that "auto" takes, and why not the fast one of the device; "" where it is that one."""
+
+    name: str
+    refusal: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.refusal})" if self.refusal else self.name
+
+
+@cache
+def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size: int | None = None) -> Backend:
+    """The backend that "auto" takes for queries and keys of `size` and values of `value_size` (as large, if not given).
+
+    Where the device's fast backend refuses, that is said once, as a warning; in silence only for float64, where speed is not
+    what one is after.
+    """
+    fast = "triton" if device.type == "cuda" else "sdpa"
+    reason = _BACKENDS[fast](device, dtype, size, size if value_size is None else value_size)
+    if not reason:
+        return Backend(fast)
+    if dtype != torch.float64:
+        warnings.warn(
+            f"attention over compressed slots runs on the slow backend 'reference': the attention backend {fast!r} {reason}",
+            stacklevel=2,
+        )
+    return Backend("reference", f"{fast} {reason}")
+
+
+def attend(
+    query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
+) -> Tensor:
+    """o = softmax(scale q·k + b) v over slots and tail together, [B, H, R, d_v] float32 or better; see the functions below.
+
+    Kernels have no gradient of the log-sum-exp: where gradients are asked for, "auto" is the reference.
+    """
+    if backend == "auto" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values)):
+        backend = "reference"
+    if backend == "auto" and isinstance(slots.keys, bias_in_keys.Spare):
+        backend = "spare"
+    backend = _backend(backend, query, slots.values.shape[1])
+    if backend == "sdpa" and query.shape[2] <= sdpa.FEW:
+        return sdpa.attend_few(query, slots, keys, values, visible, scale)
+    compact = attend_slots(query, slots, scale, backend)
+    return join(compact, attend_tail(query, keys, values, visible, scale, backend))[0]
+
+
+def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto") -> Part:
+    """Attention over the compact part: o = softmax(scale q·k + b) v and its log-sum-exp, every row sees all slots of its head.
+
+    query [B, H, R, d], the R = G * new rows of the query heads that share a KV head; slots, one layer's, as they are stored:
+    ragged, nothing is padded. Output [B, H, R, d_v] and log-sum-exp [B, H, R], float32 or better; 0 and -inf for a head
+    without slots. Raises BackendError.
+    """
+    backend = _backend(backend, query, slots.values.shape[1])
+    if backend == "spare":
+        if not isinstance(slots.keys, bias_in_keys.Spare):
+            raise BackendError("the attention backend 'spare' needs slots that were made by keepkv.spare.widen")
+        return bias_in_keys.attend_slots(query, slots, scale)
+    key_turn, value_turn = slots.turns
+    asked = query if key_turn is None else query.to(key_turn.dtype) @ key_turn.T
+    if backend == "triton":
+        from keepkv.attend import triton_kernels  # imports Triton
+
+        output, log_mass = triton_kernels.attend_slots(asked.to(query.dtype), slots, scale)
+    else:
+        plain = slots.unturned()
+        output, log_mass = sdpa.attend_slots(asked, plain, scale) if backend == "sdpa" else _by_heads(asked, plain, scale)
+    return (output if value_turn is None else output @ value_turn), log_mass
+
+
+def _by_heads(query: Tensor, slots: Slots, scale: float) -> Part:
+    of_heads = zip(query.flatten(0, 1), slots.per_head, strict=True)
+    return stacked([block(own, keys, values, bias, scale) for own, (keys, values, bias) in of_heads], len(query))
+
+
+def attend_tail(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
+) -> Part:
+    """Attention over the dense tail: o = softmax(scale q·k + mask) v and its log-sum-exp, as `attend_slots` gives them.
+
+    query [B, H, G * new, d], keys [B, H, n, d], values [B, H, n, d_v]; visible [B or 1, 1, new, n], bool or additive, the same
+    for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. `triton`, and
+    `spare` on CUDA, run the plain code here. Raises BackendError.
+    """
+    backend = _backend(backend, query, values.shape[-1])
+    if backend == "sdpa" or (backend == "spare" and query.device.type == "cpu"):
+        return sdpa.attend_tail(query, keys, values, visible, scale)
+    batch, heads, rows, size = query.shape
+    apart = query.reshape(batch, heads, -1, rows if visible is None else visible.shape[2], size)  # [B, H, G, new, d]
+    step = max(1, _TILE // max(1, apart.shape[:3].numel() * keys.shape[2]))
+    parts = []
+    for lo in range(0, apart.shape[3], step):
+        bias = None if visible is None else sdpa.additive(visible[:, :, None, lo : lo + step], wide(query.dtype))
+        parts.append(block(apart[:, :, :, lo : lo + step], keys[:, :, None], values[:, :, None], bias, scale))
+    output, log_mass = (torch.cat(tensors, 3).flatten(2, 3) for tensors in zip(*parts, strict=True))
+    return output, log_mass
+
+
+def attend_watched(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, answered: int) -> tuple[Part, Tensor]:
+    """Attention of the first `answered` of query [H, R, d], scaled, over keys [H, T, d], all visible, in float32 or better.
+
+    bias [H, T] or None is added to the logits. And what all R rows together pay each entry: the root mean square over rows
+    of its softmax share, [H, T].
+    """
+    (heads, rows, _), tokens = query.shape, keys.shape[1]
+    output, log_mass = query.new_empty(heads, answered, values.shape[2]), query.new_empty(heads, rows)
+    paid = query.new_zeros(heads, tokens)
+    for some in groups(heads, query.device, tokens):
+        own, own_keys, own_values = query[some], keys[some].mT, values[some]
+        step = min(rows, max(1, _tile(query.device) // (len(own) * tokens)))
+        tile = query.new_empty(len(own) * step * tokens)
+        for lo in range(0, rows, step):
+            part = own[:, lo : lo + step]
+            share = tile[: part.shape[:2].numel() * tokens].view(*part.shape[:2], tokens)
+            torch.bmm(part, own_keys, out=share)
+            if bias is not None:
+                share.add_(bias[some, None])
+            top = share.amax(-1)
+            total = share.sub_(top[..., None]).exp_().sum(-1)
+            share.mul_(total.reciprocal()[..., None])
+            log_mass[some, lo : lo + step] = top + total.log()
+            if lo < answered:
+                output[some, lo : lo + step] = torch.bmm(share[:, : answered - lo], own_values)
+            paid[some] += share.square_().sum(1)
+    return (output, log_mass[:, :answered]), (paid / rows).sqrt_()
+
+
+def _tile(device: torch.device) -> int:
+    """Shares held at once: what stays in a CPU's cache, or is worth a launch."""
+    return 1 << 21 if device.type == "cpu" else 1 << 27
+
+
+def _backend(name: str, query: Tensor, value_size: int) -> str:
+    """The backend to use: the one that was asked for, or what "auto" stands for. Raises BackendError."""
+    sizes = (query.shape[-1], value_size)
+    if name == "auto":
+        return backend_for(query.device, query.dtype, *sizes).name
+    if name not in _BACKENDS:
+        raise BackendError(f"unknown attention backend {name!r}: {nearest(name, ['auto', *_BACKENDS])}")
+    if reason := _BACKENDS[name](query.device, query.dtype, *sizes):
+        raise BackendError(f"the attention backend {name!r} {reason}: backend='auto' takes one that can")
+    return name
+
+
+def _against_triton(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
+    if find_spec("triton") is None:
+        return "needs Triton: pip install 'keepkv[gpu]'"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs on CUDA, not on {device} (or, to test it, anywhere with TRITON_INTERPRET=1)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32, and is not for {dtype}"
+    if max(size, value_size) > 256:
+        return f"is for sizes up to 256, not {size} and {value_size}"
+    from keepkv.attend import triton_kernels  # imports Triton
+
+    return triton_kernels.trial(device, dtype, size, value_size) if device.type == "cuda" else ""
+
+
+# Why a backend cannot run queries of a device, a dtype and sizes; nothing if it can.
+_BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], str]] = {
+    "reference": lambda device, dtype, size, value_size: "",
+    "sdpa": sdpa.reason_against,
+    "spare": bias_in_keys.reason_against,
+    "triton": _against_triton,
+}

@@ -1,0 +1,174 @@
+"""KeepLayer: what one layer with full attention holds, and attention over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import CacheLayerMixin
+
+from keepkv.attend.dispatch import Backend, attend, backend_for
+from keepkv.cache.backing import History
+from keepkv.errors import KeepKVError
+from keepkv.observe.repetition import Piece, attend_piece
+from keepkv.observe.watch import Held, Watch
+from keepkv.slots.quantized import FLOAT, Format
+from keepkv.slots.slots import BESIDE, Slots
+
+
+class KeepLayer(CacheLayerMixin):
+    """One layer's state: `slots`, the compact part (None until compressed), and the dense tail `keys`, `values`.
+
+    keys [B, H, n, d] and values [B, H, n, d_v] hold the newest n tokens exactly. `seen` counts all columns read, padding
+    included: it alone decides positions and masks. `watch` is what was observed, as long as there is more to compress;
+    `history`, with a backing, the exact keys and values of what the slots stand for.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    keys: Tensor  # None until the first token is read, as in transformers' own layers
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.slots: Slots | None = None
+        self.seen = 0
+        self.watch: Watch | None = None
+        self.history: History | None = None
+
+    @property
+    def tail(self) -> int:
+        return self.keys.shape[2] if self.is_initialized else 0
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1] if self.is_initialized else 0
+
+    @property
+    def backend(self) -> Backend:
+        """What attends to the slots."""
+        return backend_for(self.keys.device, self.keys.dtype, self.keys.shape[3], self.values.shape[3])
+
+    @property
+    def held(self) -> Held:
+        return Held(self.slots, self.keys, self.values, self.seen)
+
+    def slot_bytes(self, form: Format = FLOAT) -> int:
+        """Bytes of one slot: key, value, vote and position."""
+        return sum(form.bytes(x.shape[3], x.element_size()) for x in (self.keys, self.values)) + BESIDE
+
+    def entries(self, row: int, start: int, tail: int) -> int:
+        """Slots and tail tokens of one batch row that starts at column `start`, over all heads, without its newest `tail`."""
+        counts = self.slots.counts[row * self.heads : (row + 1) * self.heads] if self.slots else [0]
+        return sum(counts) + self.heads * max(0, self.seen - self.held.first(start) - tail)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], dim=2)
+        self.values = torch.cat([self.values, value_states], dim=2)
+        self.seen += key_states.shape[2]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are made for tokens, as if nothing had been compressed, but only for those that are still held one by one."""
+        held = self.seen if self.slots is None else self.tail
+        return held + query_length, self.seen - held
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.21
+
+    def _tail_recall(self) -> Tensor | None:
+        """What a repetition asked of the tail's tokens, [H, n]."""
+        if self.watch is None or self.watch.recall is None:
+            return None
+        width = self.held.width
+        return pad(self.watch.recall, (0, max(0, width - self.watch.recall.shape[1])))[:, width - self.tail :]
+
+    def exact_recall(self) -> Tensor | None:
+        """What a repetition asked of all tokens, [H, T], from the history and the tail."""
+        recall = self._tail_recall()
+        if recall is None or self.history is None or len(self.history.recall) < len(self.history.parts):
+            return None
+        return torch.cat([*(part.to(recall.device) for part in self.history.recall), recall], dim=1)
+
+    def compact(self, slots: Slots, tail: int) -> None:
+        """All but the newest `tail` tokens become the compact part; the dense tensors are released."""
+        size = self.tail - tail
+        if self.history is not None:
+            recall = self._tail_recall()
+            recall = None if recall is None else recall[:, :size]
+            self.history = self.history.add(self.keys[:, :, :size], self.values[:, :, :size], recall)
+        self.slots = slots
+        self.keys, self.values = self.keys[:, :, size:].clone(), self.values[:, :, size:].clone()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the newest -tokens_to_remove tokens, exactly. They must not have been compressed.
+
+        A positive number is how many columns stay, as transformers before 5.16 asks for it.
+        """
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.seen)
+        if not -self.tail <= tokens_to_remove <= 0:
+            raise KeepKVError(
+                f"crop({tokens_to_remove}): tokens that are compressed cannot be forgotten one by one: "
+                f"expected a number from -{self.tail} to 0; KeepCache(..., tail=n) leaves the newest n out of every compression"
+            )
+        if tokens_to_remove:
+            self.watch = self.watch and self.watch.cropped(self.held, -tokens_to_remove)
+            self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
+            self.seen += tokens_to_remove
+
+    def reset(self) -> None:
+        backing = self.history and History(self.history.backing)
+        self.__init__()  # type: ignore[misc]
+        self.history = backing
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            rows = beam_idx.to(self.keys.device)
+            heads = self.heads
+            if self.history is not None and self.history.parts:
+                if rows.tolist() == list(range(len(self.keys))):
+                    return
+                raise KeepKVError("rows cannot be moved (beam search, batch selection) in a cache that has a backing")
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            self.slots = self.slots and self.slots.rows(rows.tolist(), heads)
+            self.watch = self.watch and self.watch.rows(rows)
+
+    def rehearse(self, query: Tensor, scale: float, piece: Piece, draft: Slots) -> Tensor:
+        """Attention of a repetition, query [1, H*G, new, d], of a piece of the text; what it asks for is noted."""
+        assert self.watch is not None
+        new, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+        rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * scale  # [H, G*new, d]
+        keys, values = self.keys[0].to(wide), self.values[0].to(wide)
+        first, last, _, how = piece
+        output, peak = attend_piece(rows, keys, values, new, draft, first, last, self.seen - self.tail, how.alone)
+        before = Held(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
+        self.watch = self.watch.rehearse(peak.float(), before)
+        if how.queries:
+            asked = query[0].detach().reshape(self.heads, -1, new, query.shape[-1])[:, :, first - last :]
+            self.watch = self.watch.keep_repeated(asked, torch.arange(first, last, device=query.device))
+        return output.to(query.dtype).reshape(query.shape[:-1] + output.shape[-1:])
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
+        """Attention of the `new` newest tokens, query [B, H*G, new, d], over compact part and tail together."""
+        assert self.slots is not None
+        rows = query.reshape(len(query), self.heads, -1, query.shape[-1])  # [B, H, G*new, d]
+        if mask is None and new > 1:
+            mask = torch.ones(new, self.tail, dtype=torch.bool, device=query.device).tril(self.tail - new)[None, None]
+        if mask is not None:
+            mask = mask[..., mask.shape[-1] - self.tail :]
+        output = attend(rows, self.slots, self.keys, self.values, mask, scale)
+        return output.to(query.dtype).reshape(*query.shape[:-1], -1)

@@ -1,1 +1,0 @@
-"""Chunks: documents compiled alone, joined in one prompt in any order, and repaired for what they did not see."""

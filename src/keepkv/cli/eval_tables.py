@@ -1,0 +1,39 @@
+"""A summary as a person reads it in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from keepkv.cli.progress import out
+from keepkv.eval.report.cells import COLUMNS, cells
+from keepkv.eval.summary import ALL, Summary
+
+
+def show(result: Summary) -> None:
+    """One line per budget and method over all tasks, then what is apart."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    several = len({row.model for row in result.rows}) > 1
+    shown = [(name, i) for i, name in enumerate(COLUMNS) if name != "score" and (name != "model" or several)]
+    for name, i in shown:
+        table.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
+    for row in result.rows:
+        if row.task == ALL:
+            words = cells(row)
+            table.add_row(*(words[i] for _, i in shown))
+    out.print(table)
+    for versus in result.versus:
+        if versus.budget != "100%":
+            apart = "" if versus.apart else " (not apart)"
+            out.print(f"{versus.first} − {versus.second} at {versus.budget}: {versus.difference}{apart}", markup=False)
+
+
+def show_tasks(rows: Sequence[dict[str, str]]) -> None:
+    """The table of tasks."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("name", "summary", "source"):
+        table.add_column("task" if name == "name" else name, no_wrap=name == "name")
+    for row in rows:
+        table.add_row(*row.values())
+    out.print(table)

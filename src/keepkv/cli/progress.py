@@ -1,0 +1,47 @@
+"""Progress on standard error. Imports nothing heavy: it is on the screen while the rest is being imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Bar:
+    """One line of progress whose title and length change from phase to phase; nothing is shown where nobody looks."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def phase(self, title: str) -> Bar:
+        """Starts a phase of unknown length."""
+        self._progress.reset(self._task, description=title, total=None)
+        return self
+
+    def counted(self, before: str) -> Callable[[str], Bar]:
+        """Phases whose titles begin with that."""
+        return lambda title: self.phase(before + title)
+
+    def title(self, title: str) -> None:
+        """Says something else about the same phase."""
+        self._progress.update(self._task, description=title)
+
+    def hide(self) -> None:
+        """Makes room for other output, for good."""
+        self._progress.stop()
+
+    def __call__(self, done: int, of: int) -> None:
+        self._progress.update(self._task, completed=done, total=of)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Bar]:
+    """A progress line on standard error that goes away at the end."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        yield Bar(progress, progress.add_task(title, total=None))

@@ -1,0 +1,1 @@
+"""Documents: texts that were compiled once into compact caches, as values, as .keep files, and in a store."""

@@ -1,0 +1,1 @@
+"""Joining: several documents in one prompt, and repairing what joining loses."""

@@ -1,0 +1,1 @@
+"""Reports: the records of an evaluation as tables, figures and one HTML page."""

@@ -1,0 +1,143 @@
+"""What the figures show, drawn by nobody yet: chart.py draws them as SVG for the page, picture.py as PNG."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+from keepkv.eval.bootstrap import Interval
+from keepkv.eval.records import Record
+from keepkv.eval.summary import ALL, FULL, Summary
+
+
+class Point(NamedTuple):
+    x: float
+    y: float
+    low: float
+    high: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Points per method, joined by lines; y from 0 to 1 if it is a share. x is logarithmic."""
+
+    key: str
+    title: str
+    note: str
+    x: str
+    y: str
+    series: Mapping[str, Sequence[Point]]
+    percent: bool = False  # x is a share
+
+
+@dataclass(frozen=True)
+class Bars:
+    """For every task one bar per method, from 0 to 1, with its interval."""
+
+    key: str
+    title: str
+    note: str
+    groups: Mapping[str, Mapping[str, Interval]]
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Scores by depth (rows) and length (columns), None where nothing was asked."""
+
+    key: str
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    cells: Sequence[Sequence[float | None]]
+
+
+Figure = Curves | Bars | Heat
+BANDS = (0.2, 0.4, 0.6, 0.8, 1.01)  # upper ends of the depths that a row of a heat map holds
+
+
+def all_of(records: Sequence[Record], summary: Summary) -> list[Figure]:
+    """Quality against bytes, bars per budget, needles by depth, time against length; for every model that was run."""
+    drawn: list[Figure] = []
+    for model in sorted({record.model for record in records}):
+        name = f" · {model}" if len({record.model for record in records}) > 1 else ""
+        ours = [record for record in records if record.model == model]
+        drawn += [_pareto(summary, model, name), *_bars(summary, model, name), *_heat(ours, name), *_time(ours, name)]
+    return drawn
+
+
+def _pareto(summary: Summary, model: str, name: str) -> Figure:
+    series: dict[str, list[Point]] = defaultdict(list)
+    for row in summary.rows:
+        if row.model == model and row.task == ALL and row.retained and row.share:
+            series[row.method].append(Point(row.share, *row.retained, f"{row.method} at {row.budget}"))
+    note = "What is left of the full cache's scores, against the bytes really stored. Higher and further left is better."
+    sorted_series = {method: sorted(points) for method, points in series.items()}
+    return Curves(
+        f"pareto{_slug(name)}",
+        f"Quality against bytes{name}",
+        note,
+        "share of the full cache's bytes",
+        "retained",
+        sorted_series,
+        True,
+    )
+
+
+def _bars(summary: Summary, model: str, name: str) -> list[Figure]:
+    figures: list[Figure] = []
+    for budget in dict.fromkeys(row.budget for row in summary.rows if row.model == model and row.method != FULL):
+        groups: dict[str, dict[str, Interval]] = defaultdict(dict)
+        for row in summary.rows:
+            if row.model == model and row.budget == budget and row.retained:
+                groups[f"{row.task}{f', {row.length:,} tokens' if row.length else ''}"][row.method] = row.retained
+        note = "Retained, with bootstrap intervals over texts; where intervals overlap, nothing is said about who is better."
+        figures.append(Bars(f"tasks-{_slug(budget)}{_slug(name)}", f"Tasks at {budget}{name}", note, dict(groups)))
+    return figures
+
+
+def _heat(records: Sequence[Record], name: str) -> list[Figure]:
+    asked = [record for record in records if record.depth is not None and record.length and record.task != "turns"]
+    lengths = sorted({record.length for record in asked})
+    figures: list[Figure] = []
+    for method, budget in sorted(
+        {(record.method, record.budget) for record in asked}, key=lambda pair: (pair[0] != FULL, pair)
+    ):
+        found: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for record in asked:
+            if (record.method, record.budget) == (method, budget) and record.depth is not None:
+                band = next(i for i, end in enumerate(BANDS) if record.depth < end)
+                found[band, record.length].append(record.score)
+        cells = [[fmean(found[i, n]) if (i, n) in found else None for n in lengths] for i in range(len(BANDS))]
+        rows = [f"{20 * i}–{20 * i + 20}%" for i in range(len(BANDS))]
+        note = "Score by how deep in the text the answer stands, and by its tokens: all tasks whose answer stands at one place."
+        key = f"depth-{_slug(method)}-{_slug(budget)}{_slug(name)}"
+        figures.append(Heat(key, f"By depth: {method}, {budget}{name}", note, [f"{n:,}" for n in lengths], rows, cells))
+    return figures
+
+
+def _time(records: Sequence[Record], name: str) -> list[Figure]:
+    spent: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record.question == 0 and not record.failed and record.seconds.get("read"):
+            label = record.method if record.method == FULL else f"{record.method}, {record.budget}"
+            length = record.length or 100 * round(record.tokens / 100)
+            spent[label][length].append(sum(record.seconds.get(part, 0.0) for part in ("read", "repeat", "compress")))
+    series = {
+        label: [Point(float(n), fmean(t), min(t), max(t), f"{label}, {n:,} tokens") for n, t in sorted(at.items())]
+        for label, at in spent.items()
+    }
+    note = "Reading, repeating and compressing: mean, smallest and largest over texts. It depends on the machine and its load."
+    return (
+        [Curves(f"time{_slug(name)}", f"Time against length{name}", note, "tokens of the text", "seconds", series)]
+        if series
+        else []
+    )
+
+
+def _slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in text.replace("%", "")).lower()

@@ -1,0 +1,138 @@
+"""A report as one HTML page: no requests, no script, light and dark, readable on a phone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from keepkv.eval.records import Record
+from keepkv.eval.report import svg
+from keepkv.eval.report.figures import Figure, Heat
+from keepkv.eval.report.markdown import HEAD, informing, table_rows, versus_lines
+from keepkv.eval.report.worst import SHOWN, Texts, worst
+from keepkv.eval.summary import ALL, Row, Summary
+
+LONGEST = 20_000  # letters of a text that are shown
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c1e21;--soft:#5a6068;--paper:#fff;--line:#d9dde2;--mark:#fbe3a1;
+--c0:#5a6068;--c1:#1f5fae;--c2:#c4501b;--c3:#2a8a4a;--c4:#8a3fae;--c5:#a8791b;--c6:#1b8a8f;--c7:#b3266e}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#9aa2ac;--paper:#15181c;--line:#343a42;--mark:#6b5410;
+--c0:#9aa2ac;--c1:#7db4f5;--c2:#ff9d6b;--c3:#6fd08c;--c4:#cf9df0;--c5:#e3b85a;--c6:#68cfd3;--c7:#ff8fc0}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1rem;max-width:72rem;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.4rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .4rem}h3{font-size:1rem;margin:0 0 .3rem}
+p{margin:.4rem 0;max-width:48rem}.soft,figcaption{color:var(--soft);font-size:.9rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1.6rem}
+figure{margin:0;max-width:26rem}svg{display:block;width:100%;height:auto}
+svg text{font:11px system-ui,sans-serif;fill:var(--soft)}svg .axis{fill:var(--ink);font-size:12px}
+svg .pale{fill:#fff}svg .dark{fill:#111}.grid{stroke:var(--line)}.none{fill:var(--line);opacity:.4}
+.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
+.c6{--c:var(--c6)}.c7{--c:var(--c7)}
+g circle,g rect{fill:var(--c)}g line{stroke:var(--c);stroke-width:1.5}g .whisker{stroke:var(--ink)}
+.line{fill:none;stroke:var(--c);stroke-width:1.5;opacity:.7}
+.key{font-size:.85rem}.key span{margin-right:.9rem;white-space:nowrap}
+.key i{display:inline-block;width:.8rem;height:.8rem;border-radius:50%;background:var(--c);margin-right:.3rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .7rem .25rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}th{color:var(--soft)}
+details{border-top:1px solid var(--line);padding:.5rem 0}summary{cursor:pointer;padding:.3rem 0}
+dl{margin:.4rem 0}dt{color:var(--soft);font-size:.85rem}dd{margin:0 0 .4rem;overflow-wrap:anywhere}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid var(--line);border-radius:6px;padding:.8rem;font-size:.9rem;
+max-height:24rem;overflow-y:auto}mark{background:var(--mark);color:inherit}pre{overflow-x:auto;font-size:.85rem}
+"""
+
+
+def page(
+    records: Sequence[Record],
+    summary: Summary,
+    figures: Sequence[Figure],
+    settings: Mapping[str, str],
+    texts: Texts | None = None,
+) -> str:
+    """The whole page. texts gives a sample's text, for the worst ones."""
+    models = ", ".join(sorted({record.model for record in records}))
+    samples = len({(record.model, record.task, record.length, record.sample) for record in records})
+    failed = sum(bool(record.failed) for record in records)
+    heat = [figure for figure in figures if isinstance(figure, Heat)]
+    others = [figure for figure in figures if not isinstance(figure, Heat)]
+    every = [row for row in summary.rows if row.task != ALL]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>keepkv: {escape(models)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<h1>What is left of {escape(models)}’s answers</h1>"
+        f"<p class=soft>{samples:,} texts, {len(records):,} answers, {failed:,} failed (and count as wrong). "
+        "<em>Retained</em>: what is left of the full cache’s scores, Σ min(score, full’s) / Σ full’s. "
+        "<em>Of full</em>: bytes really stored, as a share of the full cache’s. In brackets: bootstrap intervals "
+        "over texts, nominally 95% (with few texts they cover about 90%).</p>"
+        f"<h2>Over all tasks</h2>{_table([row for row in summary.rows if row.task == ALL])}"
+        f"{''.join(f'<p class=soft>{escape(line)}</p>' for line in versus_lines(summary))}"
+        f"<h2>Figures</h2><div class=figures>{''.join(map(_figure, others))}</div>"
+        f"{_depths(heat)}<h2>Worst answers</h2><p class=soft>{escape(SHOWN)}</p>{_worst(records, texts)}"
+        f"<h2>All numbers</h2><details><summary>One row per task, budget and method</summary>{_table(every)}</details>"
+        f"<h2>Settings</h2>{''.join(map(_settings, settings, settings.values()))}"
+        f"<p class=soft>{escape(_made(records))}</p></main></body></html>\n"
+    )  # fmt: skip
+
+
+def _depths(heat: Sequence[Heat]) -> str:
+    if not heat:
+        return ""
+    drawn = "".join(
+        f'<figure id="{escape(figure.key)}"><h3>{escape(figure.title)}</h3>{svg.draw(figure)}</figure>' for figure in heat
+    )
+    return f"<h2>By depth</h2><p class=soft>{escape(heat[0].note)}</p><div class=figures>{drawn}</div>"
+
+
+def _settings(name: str, text: str) -> str:
+    return f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _made(records: Sequence[Record]) -> str:
+    with_versions = next((record for record in records if record.versions), None)
+    if with_versions is None:
+        return ""
+    return (
+        ", ".join(f"{name} {number}" for name, number in with_versions.versions.items())
+        + f"; commit {with_versions.commit or 'unknown'}"
+    )
+
+
+def _figure(figure: Figure) -> str:
+    caption = f"<figcaption>{escape(figure.note)}</figcaption>"
+    return f'<figure id="{escape(figure.key)}"><h3>{escape(figure.title)}</h3>{svg.draw(figure)}{caption}</figure>'
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head, words = informing(HEAD, table_rows(rows))
+    cells = ["".join(f"<th>{escape(name)}</th>" for name in head)]
+    cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in words]
+    return f"<div class=scroll tabindex=0><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table></div>"
+
+
+def _worst(records: Sequence[Record], texts: Texts | None) -> str:
+    out = []
+    for record, full in worst(records):
+        text = texts(record) if texts else None
+        shown = (
+            ""
+            if text is None
+            else f"<dt>the text</dt><dd><div class=text tabindex=0>{_marked(text, record.expected)}</div></dd>"
+        )
+        name = (
+            f"{record.task} {record.sample}, {record.method} at {record.budget}: {record.score:.2f} instead of {full.score:.2f}"
+        )
+        out.append(
+            f"<details><summary>{escape(name)}</summary><dl><dt>asked</dt><dd>{escape(record.ask)}</dd><dt>expected</dt>"
+            f"<dd>{escape(record.expected)}</dd><dt>{escape(record.method)}</dt>"
+            f"<dd>{escape(record.failed or record.answer)}</dd>"
+            f"<dt>full cache</dt><dd>{escape(full.answer)}</dd>{shown}</dl></details>"
+        )
+    return "".join(out) or "<p>None: no answer is worse than the full cache’s.</p>"
+
+
+def _marked(text: str, expected: str) -> str:
+    """The text, with the end of the expected answer marked where it stands in it."""
+    wanted = expected.split(" is ")[-1].strip(' ."')
+    shown = escape(text[:LONGEST]) + (" … (cut here)" if len(text) > LONGEST else "")
+    return re.sub(f"({re.escape(escape(wanted))})", r"<mark>\1</mark>", shown) if wanted else shown

@@ -1,0 +1,1 @@
+"""Tasks: what a model is asked in an evaluation. `registry` lists them."""

@@ -1,1 +1,0 @@
-"""Compiled documents: compact caches as files, and a store of them."""

@@ -1,0 +1,1 @@
+"""Inspection: what a compression made of a text, as numbers, figures and one HTML page."""

@@ -1,0 +1,90 @@
+"""Models and texts from what a user typed, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from keepkv.errors import ModelError, nearest
+from keepkv.models import families, smollm2
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name: str = smollm2.NAME, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode, and its tokenizer. name: "smollm2" (embedded), a folder, or a Hugging Face id.
+
+    device "auto": CUDA if there is one, else CPU. dtype "auto": float32 on a CPU, as saved otherwise. Raises ModelError.
+    """
+    where = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: {nearest(dtype, DTYPES)}")
+    kind = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    with _no_bars():
+        source = str(smollm2.path()) if name == smollm2.NAME else name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, attn_implementation="sdpa")
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(_why(name, error)) from error
+    model = model.to(where).eval()
+    families.check(model)
+    return model, tokenizer
+
+
+def tokenizer(name: str = smollm2.NAME) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone. Raises ModelError."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(smollm2.path()) if name == smollm2.NAME else name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_why(name, error)) from error
+    return found
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' own progress bars off, and on again if they were: ours is on the screen."""
+    were = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were:
+            transformers_logging.enable_progress_bar()
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ModelError(f"the device {device!r} is not there: expected one of {', '.join(there)}") from error
+    return where
+
+
+def _why(name: str, error: Exception) -> str:
+    if Path(name).is_dir():
+        return f"the folder {name!r} holds no model that transformers can load: {_first_line(error)}"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"the model folder {name!r} does not exist: give a folder, a Hugging Face id, or {smollm2.NAME!r}"
+    if "/" not in name:
+        return f"unknown model {name!r}: {nearest(name, [smollm2.NAME])} A folder or a Hugging Face id (owner/name) works too"
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"the model {name!r} cannot be loaded{offline}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

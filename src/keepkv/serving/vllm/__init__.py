@@ -1,0 +1,1 @@
+"""The plugin for vLLM: its entry point, its page format, its attention backends."""

@@ -1,0 +1,138 @@
+"""Quantised: slots' keys and values as integers of 8 or 4 bits, each vector with a step of its own.
+
+After KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079), which quantise full caches; here, what a compression has left.
+Rotated keys have a few channels that are much larger than the others and would take all levels, so the vectors are turned by a
+Hadamard matrix first, which spreads them evenly (QuaRot, arXiv 2404.00456); docs/log.md has what else was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from keepkv.errors import InputError, nearest
+from keepkv.ops.dtypes import wide
+from keepkv.ops.sampling import priority
+from keepkv.slots.vectors import Stack, Stored
+
+
+@dataclass(frozen=True)
+class Format:
+    """How slots' vectors are stored: as they are (bits 0), or as integers of 8 or 4 bits."""
+
+    name: str
+    bits: int = 0
+
+    def store(self, vectors: Tensor) -> Stack:
+        """Vectors [n, d] in this format."""
+        return Quantised.of(vectors, self) if self.bits else vectors
+
+    def round(self, vectors: Tensor) -> Tensor:
+        """Vectors [..., d] as they will be read."""
+        return self.store(vectors.flatten(0, -2))[:].view(vectors.shape)
+
+    def bytes(self, size: int, element: int) -> int:
+        """Bytes of one vector of `size` numbers of `element` bytes: its integers, and a step of two bytes."""
+        return -(-size * self.bits // 8) + 2 if self.bits else size * element
+
+
+FLOAT = Format("float")
+FORMATS = {form.name: form for form in (FLOAT, Format("int8", 8), Format("int4", 4))}
+
+
+def format_of(name: str) -> Format:
+    """The format of that name. Raises InputError."""
+    if name not in FORMATS:
+        raise InputError(f"slots {name!r}: {nearest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+@dataclass(frozen=True)
+class Quantised(Stored):
+    """Vectors x = s (c - m/2) H in `read_as`, m = 2^bits - 1: all 2^bits levels are used, evenly on both sides of 0.
+
+    s = 2/m max |x Hᵀ|, rounded to bfloat16; c = round(x Hᵀ / s + m/2). So no number of x Hᵀ is wrong by more than s/2, and the
+    largest, by the rounding of s, by s/2 + |x Hᵀ| / 512. What was read and is stored again stays what it is (in float32 and
+    better). H is `hadamard`. codes uint8 [n, d], or [n, ⌈d/2⌉]: number i in the lower half of byte i, number i + ⌈d/2⌉ in
+    the upper; steps bfloat16 [n].
+    """
+
+    codes: Tensor
+    steps: Tensor
+    form: Format
+    size: int
+    read_as: torch.dtype
+
+    @staticmethod
+    def of(vectors: Tensor, form: Format) -> Quantised:
+        """Vectors [n, d], rounded."""
+        size, top = vectors.shape[1], 2**form.bits - 1
+        x = vectors.to(wide(vectors.dtype)) @ hadamard(size, wide(vectors.dtype), vectors.device).T
+        steps = (x.abs().amax(1) * (2 / top)).bfloat16()
+        exact = steps.to(x.dtype)[:, None]
+        codes = (x / exact.masked_fill(exact == 0, 1) + top / 2).round_().clamp_(0, top).to(torch.uint8)
+        return Quantised(_packed(codes) if form.bits == 4 else codes, steps, form, size, vectors.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.steps), self.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.read_as
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.steps]
+
+    @property
+    def turn(self) -> Tensor:
+        return hadamard(self.size, wide(self.read_as), self.device)
+
+    def unturned(self) -> Tensor:
+        dtype = wide(self.read_as)
+        codes = _unpacked(self.codes, self.size) if self.form.bits == 4 else self.codes
+        return codes.to(dtype).sub_((2**self.form.bits - 1) / 2).mul_(self.steps.to(dtype)[:, None])
+
+    def cut(self, lo: int, hi: int) -> Quantised:
+        return replace(self, codes=self.codes[lo:hi], steps=self.steps[lo:hi])
+
+    def to(self, device: torch.device) -> Quantised:
+        return replace(self, codes=self.codes.to(device), steps=self.steps.to(device))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Quantised]) -> Quantised:
+        codes, steps = ([getattr(part, name) for part in parts] for name in ("codes", "steps"))
+        return replace(parts[0], codes=torch.cat(codes), steps=torch.cat(steps))
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Numbers below 16, [n, d], two to a byte."""
+    half = -(-codes.shape[1] // 2)
+    packed = codes[:, :half].clone()
+    packed[:, : codes.shape[1] - half] |= codes[:, half:] << 4
+    return packed
+
+
+def _unpacked(packed: Tensor, size: int) -> Tensor:
+    return torch.cat([packed & 15, packed >> 4], 1)[:, :size]
+
+
+@cache
+def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An orthogonal [d, d] that spreads every channel over many, evenly: H D.
+
+    H is block-diagonal, of Hadamard matrices of the largest power of two that divides d; D are fixed random signs, so that
+    channels that go together do not meet in one. QuaRot, arXiv 2404.00456, section 3.
+    """
+    with torch.inference_mode(False):
+        block = torch.ones(1, 1, dtype=torch.float64)
+        while len(block) < size & -size:
+            block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+        signs = 1 - 2 * (priority(torch.arange(size), 0) & 1).double()
+        blocks = torch.kron(torch.eye(size // len(block)).double(), block / len(block) ** 0.5)
+        return (blocks * signs).to(device, dtype)
