@@ -29,7 +29,7 @@ SHAPES = {  # KV heads, query heads of each, head size
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slots", type=int, default=819, help="of a head on average")
+    parser.add_argument("--slot-dtype", type=int, default=819, help="of a head on average")
     parser.add_argument("--layers", type=int, default=12, help="different slots, so that nothing is in the cache")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -49,8 +49,8 @@ def main() -> None:
             variants = {
                 "dense": [partial(scaled_dot_product_attention, asked, k, v, enable_gqa=True) for k, v in dense],
                 "sdpa": [partial(attend_slots, query, slots, scale, "sdpa") for slots in layers],
-                "spare": [partial(attend_slots, query, slots, scale, "spare") for slots in wide],
-                "reference": [partial(attend_slots, query, slots, scale, "reference") for slots in layers],
+                "bias_in_keys": [partial(attend_slots, query, slots, scale, "bias_in_keys") for slots in wide],
+                "eager": [partial(attend_slots, query, slots, scale, "eager") for slots in layers],
             }
             if rows <= sdpa.FEW:
                 variants["few"] = [partial(sdpa.attend_few, query, slots, one, one, None, scale) for slots in layers]

@@ -177,7 +177,7 @@ def asked(
     once = KeepCache(model, budget, auto=False)  # the same prompt read together and then compressed
     start = time.perf_counter()
     model(whole, past_key_values=once, logits_to_keep=1)
-    once.rehearse(model, whole, asked_for(tokenizer, REPEAT, exact[0].before, exact[0].after)).compress()
+    once.repeat(model, whole, asked_for(tokenizer, REPEAT, exact[0].before, exact[0].after)).compress()
     built = time.perf_counter() - start
     told, seconds = chances(model, once, asks, right)
     variants[f"{name}, read together"] = told, built + seconds, once.report().kv_bytes, 1.0

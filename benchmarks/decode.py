@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--budgets", default="10%", help="separated by commas")
     parser.add_argument("--method", default="keepkv", help="what to compress with: snapkv is quicker, speeds hardly differ")
-    parser.add_argument("--slots", default="", help="also with quantised slots: int8,int4")
+    parser.add_argument("--slot-dtype", default="", help="also with quantized slots: int8,int4")
     parser.add_argument("--steps", type=int, default=48, help="tokens decoded, after a sixth as many to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", type=int, metavar="ROWS", help="a table of the dearest operations of one step")
@@ -76,8 +76,8 @@ def main() -> None:
         slots = sum(len(layer.slots.keys) for layer in compact.keep_layers) // heads
         caches |= {f"small {budget}": dense(whole, slots), f"keepkv {budget}": compact}
         bases[f"keepkv {budget}"] = ("full", f"small {budget}")
-        for form in filter(None, args.slots.split(",")):
-            caches[f"keepkv {budget} {form}"] = whole.fork().compress(budget, args.method, slots=form)
+        for form in filter(None, args.slot_dtype.split(",")):
+            caches[f"keepkv {budget} {form}"] = whole.fork().compress(budget, args.method, slot_dtype=form)
             bases[f"keepkv {budget} {form}"] = ("full", f"keepkv {budget}")
     shape = whole.keep_layers[0].keys.shape
     del whole

@@ -33,7 +33,7 @@ from filled import compact, dense, ragged, timed
 from keepkv import KeepCache
 from keepkv.attend import bias_in_keys
 from keepkv.attend.dispatch import attend_slots, backend_for
-from keepkv.slots.quantized import FORMATS
+from keepkv.slots.quantized import SLOT_DTYPES
 from throughput import fitting, measured
 from timing import interleaved, machine, ratio, summary, write
 
@@ -60,19 +60,19 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
         level = replace(slots, bias=torch.zeros_like(slots.bias))
         variants: dict[str, Callable[[], float]] = {}
         stored = {
-            name: replace(slots, keys=form.store(slots.keys[:]), values=form.store(slots.values[:]))
-            for name, form in FORMATS.items()
-            if form.bits
+            name: replace(slots, keys=slot_dtype.store(slots.keys[:]), values=slot_dtype.store(slots.values[:]))
+            for name, slot_dtype in SLOT_DTYPES.items()
+            if slot_dtype.bits
         }
         for name, of in {"votes": slots, "no votes": level, **stored}.items():
             variants[name] = timed(partial(attend_slots, query, of, 0.1, "triton"), device)
         try:  # it has never run on a GPU
-            spared = partial(attend_slots, query, bias_in_keys.widen(slots, 0.1), 0.1, "spare")
-            torch.testing.assert_close(spared(), attend_slots(query, slots, 0.1, "reference"), rtol=0.02, atol=0.02)
+            spared = partial(attend_slots, query, bias_in_keys.widen(slots, 0.1), 0.1, "bias_in_keys")
+            torch.testing.assert_close(spared(), attend_slots(query, slots, 0.1, "eager"), rtol=0.02, atol=0.02)
             variants["spare dimensions"] = timed(spared, device)
         except Exception as error:
             record["spare dimensions"] = f"{type(error).__name__}: {error}"
-        variants["reference"] = timed(partial(attend_slots, query, slots, 0.1, "reference"), device)
+        variants["eager"] = timed(partial(attend_slots, query, slots, 0.1, "eager"), device)
         times = interleaved(sizes["rounds"], variants, 3)
         read = {
             name: sum(x.nbytes for x in of.tensors) - of.positions.nbytes for name, of in {"votes": slots, **stored}.items()

@@ -235,7 +235,7 @@ def first_token(model: Any, tokenizer: Any, file: str) -> dict[str, Any]:
     """Seconds to a question's first token: from the text, and from its .keep file with all its checks; medians of three."""
     body, folder = read_text(file), Path(tempfile.mkdtemp())
     target = folder / "text.keep"
-    document = compile_text(model, tokenizer, body, Recipe("10%", reference="context"))
+    document = compile_text(model, tokenizer, body, Recipe("10%", repeat="never"))
     save(document, target, model, tokenizer)
     known, cut = identity.of_model(model), identity.of_tokenizer(tokenizer)
     reading, loaded, again = [], [], []

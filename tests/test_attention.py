@@ -7,7 +7,7 @@ import torch
 
 from keepkv.attend import bias_in_keys, sdpa
 from keepkv.attend.dispatch import attend, attend_slots, attend_tail, backend_for
-from keepkv.attend.states import block, exact, join
+from keepkv.attend.states import block, exact, merge_states
 from keepkv.errors import BackendError
 from keepkv.slots.slots import Slots
 
@@ -56,7 +56,7 @@ def test_joined_parts_are_one_softmax(rows: int, tail: int) -> None:
     keys, values = randn(2, 3, tail, 16, seed=2), randn(2, 3, tail, 24, seed=3)
     visible = torch.rand(2, 1, rows, tail, generator=torch.Generator().manual_seed(4)) < 0.5
     visible[..., -1] = True  # a head without slots must see something
-    got, log_mass = join(attend_slots(query, slots, 0.3), attend_tail(query, keys, values, visible, 0.3))
+    got, log_mass = merge_states(attend_slots(query, slots, 0.3), attend_tail(query, keys, values, visible, 0.3))
     torch.testing.assert_close(got, expected(query, slots, keys, values, visible, 0.3), rtol=1e-12, atol=1e-12)
     assert log_mass.isfinite().all()
 
@@ -75,8 +75,8 @@ def test_rows_that_see_no_tail_get_the_slots_alone() -> None:
     keys, values = randn(1, 2, 3, 16, seed=2), randn(1, 2, 3, 24, seed=3)
     alone = attend_slots(query, slots, 1.0)
     nothing = attend_tail(query, keys, values, torch.zeros(1, 1, 5, 3, dtype=torch.bool), 1.0)
-    assert torch.equal(join(alone, nothing)[0], alone[0])
-    assert join(nothing, nothing)[0].isfinite().all()
+    assert torch.equal(merge_states(alone, nothing)[0], alone[0])
+    assert merge_states(nothing, nothing)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("offset", [-50.0, 0.0, 50.0])
@@ -95,7 +95,7 @@ def test_blocks_apart_and_together_are_the_same() -> None:
     """Composition: joining two blocks' attention equals attention over their concatenation."""
     query, first, second = randn(1, 1, 4, 16), slots_of([30], seed=5), slots_of([70], seed=6)
     together = Slots(*map(torch.cat, zip(first.tensors, second.tensors, strict=True)), offsets=(0, 100))
-    apart = join(attend_slots(query, first, 0.25), attend_slots(query, second, 0.25))
+    apart = merge_states(attend_slots(query, first, 0.25), attend_slots(query, second, 0.25))
     for ours, theirs in zip(apart, attend_slots(query, together, 0.25), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
@@ -106,7 +106,7 @@ def test_low_precision_is_no_worse_than_eager(dtype: torch.dtype) -> None:
     query, slots = randn(2, 3, 4, 64, dtype=dtype), slots_of(COUNTS, 64, 64, dtype)
     keys, values = randn(2, 3, 33, 64, dtype=dtype, seed=2), randn(2, 3, 33, 64, dtype=dtype, seed=3)
     truth = expected(query, slots, keys, values, torch.ones(2, 1, 4, 33, dtype=torch.bool), 0.125)
-    got = join(attend_slots(query, slots, 0.125), attend_tail(query, keys, values, None, 0.125))[0]
+    got = merge_states(attend_slots(query, slots, 0.125), attend_tail(query, keys, values, None, 0.125))[0]
     eager = torch.empty_like(truth)
     for head in range(6):
         lo, hi = slots.offsets[head : head + 2]
@@ -169,7 +169,7 @@ def test_backends_agree_with_float64_for_every_mask(kind: str, rows: str, dtype:
     keys, values = randn(2, 3, TAIL, 16, dtype=dtype, seed=2), randn(2, 3, TAIL, 16, dtype=dtype, seed=3)
     visible = masks(NEW, TAIL)[kind]
     truth = truth_for(query, slots, keys, values, visible, 0.3)
-    for backend in ("reference", "sdpa", "auto"):
+    for backend in ("eager", "sdpa", "auto"):
         got = attend(query, slots, keys, values, visible, 0.3, backend)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5)
@@ -183,7 +183,7 @@ def test_log_sum_exps_are_those_of_float64(kind: str) -> None:
     query[:, :, 0] = 0
     slots = slots_of([1, 1, 2, 5, 0, 600], 16, 16, torch.float32)
     slots.bias[:2] = torch.tensor([-torch.inf, 0.0])  # nothing to see; and a log-sum-exp of 0
-    truth = attend_tail(query.double(), keys.double(), values.double(), visible, 0.3, "reference")
+    truth = attend_tail(query.double(), keys.double(), values.double(), visible, 0.3, "eager")
     tail = attend_tail(query, keys, values, visible, 0.3, "sdpa")
     compact = attend_slots(query, slots, 0.3, "sdpa")
     for ours, exactly in ((tail, truth), (compact, attend_slots(query.double(), slots_in(slots, torch.float64), 0.3))):
@@ -257,7 +257,7 @@ def test_gradients_are_those_of_float64() -> None:
     slots, tail = slots_of([9, 300], value_size=16), [randn(1, 2, 5, 16, seed=seed) for seed in (1, 2, 3)]
     visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     grads = []
-    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
+    for dtype, backend in ((torch.float64, "eager"), (torch.float32, "auto")):
         asked = [x.detach().to(dtype).requires_grad_() for x in tail]
         with torch.enable_grad():
             output = attend(asked[0], slots_in(slots, dtype), *asked[1:], visible, 0.3, backend)
@@ -296,11 +296,11 @@ def test_causality_is_recognised_and_nothing_else_is() -> None:
 def test_auto_names_what_it_takes() -> None:
     backend_for.cache_clear()
     assert backend_for(CPU, torch.float32, 64) == backend_for(CPU, torch.bfloat16, 64) == ("sdpa", "")
-    assert backend_for(CPU, torch.float64, 64).name == "reference"
+    assert backend_for(CPU, torch.float64, 64).name == "eager"
     with pytest.warns(UserWarning, match="needs keys and values of one size, not 64 and 48"):
-        assert backend_for(CPU, torch.float32, 64, 48).name == "reference"
+        assert backend_for(CPU, torch.float32, 64, 48).name == "eager"
     with pytest.warns(UserWarning, match="runs on a CPU, not on mps"):
-        assert backend_for(torch.device("mps"), torch.float16, 64).name == "reference"
+        assert backend_for(torch.device("mps"), torch.float16, 64).name == "eager"
 
 
 def test_a_kernel_that_means_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +314,7 @@ def test_a_kernel_that_means_something_else_is_not_used(monkeypatch: pytest.Monk
         sdpa.available.cache_clear()
         backend_for.cache_clear()
         with pytest.warns(UserWarning, match="needs a kernel that PyTorch"):
-            assert backend_for(CPU, torch.float32, 64).name == "reference"
+            assert backend_for(CPU, torch.float32, 64).name == "eager"
         with pytest.raises(BackendError, match="needs a kernel"):
             attend_slots(randn(1, 1, 1, 16, dtype=torch.float32), slots_of([3], 16, 16, torch.float32), 1.0, "sdpa")
     monkeypatch.undo()
@@ -325,14 +325,14 @@ def test_a_kernel_that_means_something_else_is_not_used(monkeypatch: pytest.Monk
 
 def test_backends_that_cannot_are_refused() -> None:
     query = randn(1, 1, 2, 16)
-    with pytest.raises(BackendError, match="did you mean 'reference'"):
-        attend_slots(query, slots_of([3]), 1.0, "referense")
+    with pytest.raises(BackendError, match="did you mean 'eager'"):
+        attend_slots(query, slots_of([3]), 1.0, "eagre")
     with pytest.raises(BackendError, match="float64"):
         attend_slots(query, slots_of([3]), 1.0, "sdpa")
     with pytest.raises(BackendError, match="one size, not 16 and 24"):
         attend_slots(query.float(), slots_of([3], dtype=torch.float32), 1.0, "sdpa")
     with pytest.raises(BackendError, match=r"keepkv\.spare\.widen"):
-        attend_slots(query.float(), slots_of([3], 16, 16, torch.float32), 1.0, "spare")
+        attend_slots(query.float(), slots_of([3], 16, 16, torch.float32), 1.0, "bias_in_keys")
 
 
 def test_rows_are_taken_whole() -> None:

@@ -21,7 +21,7 @@ LENGTH = 120
 
 def read(model, ids, **options) -> KeepCache:
     cache = KeepCache(model, **options)
-    if cache.method.repeat is not None and cache.method.repeat.needed:
+    if cache.policy.method.repeat is not None and cache.policy.method.repeat.needed:
         return cache.read(model, ids)  # repeats the text
     model(ids, past_key_values=cache)
     return cache
@@ -117,7 +117,9 @@ def test_compression_costs_less_than_eviction_of_the_same_tokens() -> None:
     """The default fits; its own selection without the fit must be further from the full cache."""
     model, ids = make_model("llama", torch.float32, seed=3), tokens(1, 460, seed=2)
     row = METHODS["keepkv"]
-    plain = Method("plain", "its selection, evicted", "", row.score, row.allot, row.sinks, row.recent, reference=row.reference)
+    plain = Method(
+        "plain", "its selection, evicted", "", row.score, row.allot, row.sinks, row.recent, references=row.references
+    )
     whole = KeepCache(model, auto=False)
     model(ids[:, :400], past_key_values=whole)
 
@@ -434,9 +436,7 @@ def test_spans_that_do_not_fit_or_name_no_row_are_refused() -> None:
         batch.compress(keep=[(50, 60)])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "backend"), [(torch.float32, "sdpa"), (torch.float64, "reference (sdpa computes in float32")]
-)
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "sdpa"), (torch.float64, "eager (sdpa computes in float32")])
 def test_the_report_says_what_attends_to_the_slots(dtype: torch.dtype, backend: str) -> None:
     model = make_model(dtype=dtype)
     cache = KeepCache(model, budget=0.5)

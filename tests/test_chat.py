@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from keepkv import InputError
 from keepkv.cli import app
 from keepkv.cli.chat import Chat
 from keepkv.models import loading
+from keepkv.recipe import CONVERSATION
 from keepkv.text.conversation import Conversation
 
 
@@ -27,7 +29,8 @@ def spoken(folder: str):
 
 
 def converse(spoken, **options) -> Conversation:
-    return Conversation(*spoken, **{"budget": "40", "period": 24, **options})
+    system = options.pop("system", "")
+    return Conversation(*spoken, replace(CONVERSATION, **{"budget": "40", "period": 24, **options}), system)
 
 
 def test_turns_are_tokens_of_the_template_one_after_the_other(spoken) -> None:
@@ -136,7 +139,7 @@ def test_a_model_without_a_template_is_asked_questions(spoken) -> None:
     model, tokenizer = spoken
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
-        talk = Conversation(model, tokenizer, "60")
+        talk = Conversation(model, tokenizer, replace(CONVERSATION, budget="60"))
         talk.say("Who?", max_new_tokens=5)
         talk.say("When?", max_new_tokens=5)
         text = tokenizer.decode(talk.ids[0])

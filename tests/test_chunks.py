@@ -19,7 +19,7 @@ from keepkv.documents.joining.cacheblend import Text, deviation, fresh, renew
 from keepkv.documents.joining.join import join, with_lead
 from keepkv.documents.joining.joined import joined
 from keepkv.errors import InputError
-from keepkv.slots.quantized import FORMATS
+from keepkv.slots.quantized import SLOT_DTYPES
 from keepkv.slots.slots import Slots
 
 LEAD = 5
@@ -157,16 +157,16 @@ def split(slots: Slots) -> tuple[torch.Tensor, ...]:
 def test_quantised_documents_stay_quantised(repair: float) -> None:
     model = make_model("llama", torch.float32)
     parts = documents(model, 0.5, "snapkv")
-    small = [replace(part, cache=whole(model, part.ids).compress(0.5, "snapkv", slots="int8")) for part in parts]
+    small = [replace(part, cache=whole(model, part.ids).compress(0.5, "snapkv", slot_dtype="int8")) for part in parts]
     plain, eight = joined(model, parts, repair).cache, joined(model, small, repair).cache
-    assert eight.report().form == "int8"
+    assert eight.report().slot_dtype == "int8"
     for layer, exact in zip(eight.keep_layers, plain.keep_layers, strict=True):
-        assert held_bytes(layer.slots.tensors) == len(layer.slots.keys) * layer.slot_bytes(FORMATS["int8"])
+        assert held_bytes(layer.slots.tensors) == len(layer.slots.keys) * layer.slot_bytes(SLOT_DTYPES["int8"])
         assert len(layer.slots.keys) == len(exact.slots.keys)
         if not repair:
             torch.testing.assert_close(layer.slots.keys[:], exact.slots.keys, atol=0.05, rtol=0)
     mixed = joined(model, [small[0], parts[1]]).cache
-    assert mixed.report().form == "float"
+    assert mixed.report().slot_dtype == "float"
 
 
 @pytest.mark.parametrize("variant", ["repository", "paper"])
@@ -283,7 +283,7 @@ def test_queries_of_repaired_tokens_are_those_of_the_prompt() -> None:
     cache = KeepCache(model, 1.0, "full", auto=False)
     model(torch.cat([parts[0].ids, parts[1].ids[:, LEAD:]], 1), past_key_values=cache)
     for layer, asked in zip(cache.keep_layers, made.queries, strict=True):
-        seen = layer.watch.banked(layer.held).banks[0].queries[:, :, LENGTHS[0] :]
+        seen = layer.watch.banked(layer.state).banks[0].queries[:, :, LENGTHS[0] :]
         assert torch.allclose(asked[0].reshape(seen.shape), seen, atol=1e-9)
         assert made.scale == layer.watch.scale
 

@@ -62,13 +62,13 @@ def test_ask_reads_in_chunks(monkeypatch, capsys, folder: str, text: str) -> Non
     """The same budget whatever the way of reading; every method reads for itself, and the full cache stays full."""
     args = ["ask", text, "Who jumps?", "--model", folder, "--compare", "full,snapkv", "--json", "--max-new-tokens", "3"]
     found = []
-    for more in ([], ["--chunk", "64"], ["--chunk", "64", "--reference", "recall"]):
+    for more in ([], ["--chunk", "64"], ["--chunk", "64", "--repeat", "always"]):
         status, out, err = run(monkeypatch, capsys, *args, "--budget", "20%", "--keep", "quick", *more)
         assert (status, err) == (0, "")
         found.append(json.loads(out))
-    once, chunked, recalled = found
-    assert chunked["slots"] == recalled["slots"] == once["slots"]
-    assert recalled["reference"] == "recall"
+    once, chunked, repeated = found
+    assert chunked["slots"] == repeated["slots"] == once["slots"]
+    assert repeated["repeated"] is True
     assert chunked["compare"][0]["kv_bytes"] == once["kv_bytes_full"]
     assert chunked["compare"][0]["answers"] == once["compare"][0]["answers"]
     assert 0 < chunked["alike"] <= 1
@@ -125,23 +125,23 @@ def test_a_restored_cache_answers_as_if_asked_first(monkeypatch, capsys, folder:
 def test_slots_may_be_quantised_by_every_command(monkeypatch, capsys, folder: str, text: str, tmp_path: Path) -> None:
     tail = ["--model", folder, "--json"]
     ask = ["ask", text, "Who jumps?", *tail, "--max-new-tokens", "2", "--compare", "full"]
-    plain, small = (json.loads(run(monkeypatch, capsys, *ask, "--slots", name)[1]) for name in ("float", "int4"))
-    assert (small["form"], small["compare"][0]["form"]) == ("int4", "float")
+    plain, small = (json.loads(run(monkeypatch, capsys, *ask, "--slot-dtype", name)[1]) for name in ("float", "int4"))
+    assert (small["slot_dtype"], small["compare"][0]["slot_dtype"]) == ("int4", "float")
     assert small["slots"] == plain["slots"]
     assert small["kv_bytes"] < 0.3 * plain["kv_bytes"]
     file = str(tmp_path / "text.keep")
-    status, out, err = run(monkeypatch, capsys, "compile", text, "-o", file, *tail, "--slots", "int8")
-    assert (status, err, json.loads(out)["form"]) == (0, "", "int8")
+    status, out, err = run(monkeypatch, capsys, "compile", text, "-o", file, *tail, "--slot-dtype", "int8")
+    assert (status, err, json.loads(out)["slot_dtype"]) == (0, "", "int8")
     loaded = json.loads(run(monkeypatch, capsys, "ask", file, "Who jumps?", "--json", "--max-new-tokens", "2")[1])
-    assert (loaded["form"], loaded["kv_bytes"]) == ("int8", json.loads(out)["kv_bytes"])
-    assert "--slots is for texts" in run(monkeypatch, capsys, "ask", file, "Who?", "--slots", "int8")[2]
+    assert (loaded["slot_dtype"], loaded["kv_bytes"]) == ("int8", json.loads(out)["kv_bytes"])
+    assert "--slots is for texts" in run(monkeypatch, capsys, "ask", file, "Who?", "--slot-dtype", "int8")[2]
     measure = ["fidelity", text, *tail, "--methods", "snapkv", "--segments", "1", "--context-tokens", "64"]
-    status, out, err = run(monkeypatch, capsys, *measure, "--slots", "float,int8,int4", "--budgets", "25%")
+    status, out, err = run(monkeypatch, capsys, *measure, "--slot-dtype", "float,int8,int4", "--budgets", "25%")
     assert (status, err) == (0, "")
-    sizes = {record["form"]: record["kv_bytes"] for record in json.loads(out)}
+    sizes = {record["slot_dtype"]: record["kv_bytes"] for record in json.loads(out)}
     assert list(sizes) == ["float", "int8", "int4"]
     assert sizes["float"] > sizes["int8"] > sizes["int4"]
-    status, _, err = run(monkeypatch, capsys, "chat", "--model", folder, "--slots", "int44")
+    status, _, err = run(monkeypatch, capsys, "chat", "--model", folder, "--slot-dtype", "int44")
     assert (status, "did you mean 'int4'" in err) == (2, True)
 
 

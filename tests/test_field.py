@@ -358,7 +358,7 @@ def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> No
     keys[20:], queries[:, 0] = 0, 10.0
     keys[20:, 0], keys[:20, 0] = -5.0, 0.0
     ref = references.attend_all(queries[None], keys[None], values[None])
-    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(300), INV_FREQ, 1.0, reference=ref)
+    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(300), INV_FREQ, 1.0, references=ref)
     made = attention_matching.match(values[None], [kept], observation.rows(slice(1)))[0]
     assert made.bias.abs().max() < 0.05
     ours, _ = exact(queries, *made[:3], 1.0)
@@ -368,7 +368,7 @@ def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> No
 def test_attention_matching_is_closer_than_eviction_within_its_bounds() -> None:
     keys, values, queries = randn(200, 16).float(), randn(200, 8, seed=1).float(), randn(800, 16, seed=2).float()
     ref = references.attend_all(queries[None], keys[None], values[None])
-    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(800), INV_FREQ, 1.0, reference=ref)
+    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(800), INV_FREQ, 1.0, references=ref)
     kept = choose.best(attention_matching.answered_most(observation)[0], 40)
     made, evicted = (
         attention_matching.match(values[None], [kept], observation.rows(slice(1)))[0],
@@ -401,10 +401,10 @@ def test_kvzip_counts_shares_among_sinks_piece_and_repetition() -> None:
 def test_kvzip_spends_where_the_repetition_asks_and_refuses_to_go_without() -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 90)
     cache = KeepCache(model, 0.3, "kvzip").read(model, ids)
-    recalled = KeepCache(model, auto=False)
-    model(ids, past_key_values=recalled)
-    recalled.rehearse(model, ids, how=methods.get("kvzip").repeat)
-    asked = torch.stack([layer.watch.recall for layer in recalled.keep_layers])
+    repeated = KeepCache(model, auto=False)
+    model(ids, past_key_values=repeated)
+    repeated.repeat(model, ids, how=methods.get("kvzip").repeat)
+    asked = torch.stack([layer.watch.repeat_peak for layer in repeated.keep_layers])
     kept = torch.zeros_like(asked, dtype=torch.bool)
     for index, layer in enumerate(cache.keep_layers):
         for head, (lo, hi) in enumerate(zip(layer.slots.offsets, layer.slots.offsets[1:], strict=False)):
@@ -414,7 +414,7 @@ def test_kvzip_spends_where_the_repetition_asks_and_refuses_to_go_without() -> N
     assert asked[..., free][kept[..., free]].min() >= asked[..., free][~kept[..., free]].max()
     plain = KeepCache(model, 0.3, "kvzip", auto=False)
     model(ids, past_key_values=plain)
-    with pytest.raises(KeepKVError, match="rehearse"):
+    with pytest.raises(KeepKVError, match="repeat"):
         plain.compress()
     assert not plain.compressed
 
@@ -423,13 +423,13 @@ def test_a_repetitions_queries_are_those_of_its_tokens() -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 50)
     cache = KeepCache(model, auto=False)
     model(ids, past_key_values=cache)
-    cache.rehearse(model, ids, tokens(1, 5, seed=4), Repeat(chunk=20, draft=1, queries=True))
+    cache.repeat(model, ids, tokens(1, 5, seed=4), Repeat(chunk=20, draft=1, queries=True))
     twice = KeepCache(model, auto=False)
     model(torch.cat([ids, tokens(1, 5, seed=4), ids[:, :20]], 1), past_key_values=twice)
     layer, full = cache.keep_layers[0], twice.keep_layers[0]
     assert layer.watch.repeated.queries.shape[2] == 50 + 2 * 8  # pieces overlap by eight
     torch.testing.assert_close(
-        layer.watch.repeated.queries[:, :, :20], full.watch.banked(full.held).banks[0].queries[:, :, -20:]
+        layer.watch.repeated.queries[:, :, :20], full.watch.banked(full.state).banks[0].queries[:, :, -20:]
     )
 
 
@@ -444,7 +444,7 @@ def test_minicache_restores_equal_directions_exactly_and_what_it_retains_bit_for
     x = randn(60, 64).float()
     y = 3 * x
     y[[7, 50]] = randn(2, 64, seed=3).float()
-    lower, upper = layer_pairs.Pairs(start=0.5).pack([slots_of(x), slots_of(y)])
+    lower, upper = layer_pairs.LayerPairs(start=0.5).pack([slots_of(x), slots_of(y)])
     alike = torch.ones(60, dtype=torch.bool)
     alike[[7, 50]] = False
     torch.testing.assert_close(lower.keys[:][alike], x[alike], rtol=1e-5, atol=1e-5)
@@ -455,7 +455,7 @@ def test_minicache_restores_equal_directions_exactly_and_what_it_retains_bit_for
 
 def test_minicache_mixes_along_the_sphere_and_keeps_every_norm() -> None:
     x, y = randn(60, 64, seed=1).float(), randn(60, 64, seed=2).float()
-    lower, upper = layer_pairs.Pairs().pack([slots_of(x), slots_of(y)])
+    lower, upper = layer_pairs.LayerPairs().pack([slots_of(x), slots_of(y)])
     torch.testing.assert_close(lower.keys[:].norm(dim=1), x.norm(dim=1))
     torch.testing.assert_close(upper.keys[:].norm(dim=1), y.norm(dim=1))
     one, other = normalize(x.double(), dim=1), normalize(y.double(), dim=1)
@@ -468,7 +468,7 @@ def test_minicache_mixes_along_the_sphere_and_keeps_every_norm() -> None:
 
 def test_minicache_holds_directions_once_and_is_cut_without_being_read() -> None:
     x, y = randn(60, 64, seed=1).float(), randn(60, 64, seed=2).float()
-    packed = layer_pairs.Pairs().pack([slots_of(x), slots_of(y)])
+    packed = layer_pairs.LayerPairs().pack([slots_of(x), slots_of(y)])
     together, apart = (
         held_bytes(t for part in packed for t in part.tensors),
         held_bytes(t for s in (slots_of(x), slots_of(y)) for t in s.tensors),

@@ -28,15 +28,15 @@ def written(cache: KeepCache, file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "slots"),
+    ("method", "slot_dtype"),
     [*((name, "float") for name in ("keepkv", "snapkv", "minicache", "full", "streaming-shifted")),
      ("keepkv", "int4"), ("snapkv", "int8")],
 )  # fmt: skip
-def test_what_is_loaded_answers_bit_for_bit_the_same(family: str, method: str, slots: str, tmp_path: Path) -> None:
+def test_what_is_loaded_answers_bit_for_bit_the_same(family: str, method: str, slot_dtype: str, tmp_path: Path) -> None:
     model = make_model(family, torch.float32)
     if method == "minicache" and family == "gemma3":
         pytest.skip("two layers with full attention are too few to share")
-    cache = KeepCache(model, 0.4, method, slots=slots)
+    cache = KeepCache(model, 0.4, method, slot_dtype=slot_dtype)
     model(tokens(1, 60), past_key_values=cache)
     model(tokens(1, 5, seed=1), past_key_values=cache)  # an exact tail
     written(cache, tmp_path / "a.keep")
@@ -46,7 +46,7 @@ def test_what_is_loaded_answers_bit_for_bit_the_same(family: str, method: str, s
     ours, theirs = (model(later, past_key_values=each.fork()).logits for each in (cache, again))
     assert torch.equal(ours, theirs)
     assert again.report().heads == cache.report().heads
-    assert again.report().form == slots
+    assert again.report().slot_dtype == slot_dtype
     held = again.report().kv_bytes
     assert 0.7 * cache.report().kv_bytes < held <= cache.report().kv_bytes  # a sliding window's view holds some more
 

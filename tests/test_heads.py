@@ -27,8 +27,8 @@ def observed(heads: int, tokens: int = 300, layer: int = 0, voted: bool = False)
     centre = 2 * randn(heads, 9, 16, seed=layer)
     keys = centre[:, torch.arange(tokens) % 9] + 0.5 * randn(heads, tokens, 16, seed=layer + 1)
     values, queries = randn(heads, tokens, 16, seed=layer + 2), randn(heads, 2, 128, 16, seed=layer + 3)
-    recall = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(layer + 4)).pow(8)
-    seen = Observation(keys, values, queries, torch.arange(tokens - 128, tokens), torch.ones(8), 0.25, layer, recall=recall)
+    peak = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(layer + 4)).pow(8)
+    seen = Observation(keys, values, queries, torch.arange(tokens - 128, tokens), torch.ones(8), 0.25, layer, repeat_peak=peak)
     if voted:
         bias = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(layer + 5))
         bias[torch.arange(tokens) < 20 * torch.arange(heads)[:, None]] = -torch.inf
@@ -71,7 +71,7 @@ def test_heads_together_are_as_heads_alone(name: str, voted: bool, together) -> 
     keep[1, [100, 250]] = True
 
     def made():
-        watched = replace(seen, reference=context(seen), keep=keep)
+        watched = replace(seen, references=context(seen), keep=keep)
         scores = row.score(watched).masked_fill(~watched.present, -torch.inf).masked_fill(keep, torch.inf)
         choices = row.choose(watched, scores, [30, 7, 60, watched.counts[3]])
         return watched, choices, row.merge(watched, choices)
@@ -93,7 +93,7 @@ def test_heads_together_are_as_heads_alone(name: str, voted: bool, together) -> 
 def test_a_head_with_nothing_to_fit_is_left_alone_beside_others(together) -> None:
     together()
     seen = observed(3)
-    seen = replace(seen, reference=context(seen))
+    seen = replace(seen, references=context(seen))
     everything, none, some = torch.arange(300), torch.arange(0), torch.arange(0, 300, 9)
     made = methods.get("keepkv").merge(seen, [Choice(everything), Choice(none), Choice(some)])
     assert torch.equal(made[0].values, seen.values[0])

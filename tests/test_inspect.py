@@ -190,10 +190,10 @@ def test_the_command_prints_and_writes(monkeypatch, capsys, folder: str, tmp_pat
     assert "Smaller: 4." in joined
     assert NASTY.strip() in Page(target.read_text()).words
 
-    status, out, err = run(monkeypatch, capsys, *args[:-2], "--json", "--reference", "recall")
+    status, out, err = run(monkeypatch, capsys, *args[:-2], "--json", "--repeat", "always")
     assert (status, err) == (0, "")
     result = json.loads(out)
-    assert (result["method"], result["reference"]) == ("keepkv", "recall")
+    assert (result["method"], result["repeated"]) == ("keepkv", True)
     assert "".join(token["text"] for token in result["tokens"]).count("<script>") == 12
     assert sum(len(head["positions"]) for head in result["heads"]) == sum(token["kept"] for token in result["tokens"])
     wanted = {"layer", "head", "slots", "error", "mass_error", "evict_error", "fallbacks", "max_vote", "mean_vote", "votes"}

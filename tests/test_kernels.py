@@ -17,7 +17,7 @@ import interpreter
 from keepkv.attend.dispatch import attend_slots, backend_for
 from keepkv.attend.states import exact
 from keepkv.errors import BackendError
-from keepkv.slots.quantized import FORMATS, Quantised
+from keepkv.slots.quantized import SLOT_DTYPES, Quantized
 from keepkv.slots.slots import Slots
 
 pytest.importorskip("triton")
@@ -89,9 +89,9 @@ def test_quantised_slots_are_read_as_they_are_stored(
 ) -> None:
     """As exact as plain slots that hold what is read; but the query is turned, and rounded once more."""
     query, plain = case(size, value_size, rows, dtype)
-    slots = replace(plain, keys=FORMATS[name].store(plain.keys), values=FORMATS[name].store(plain.values))
+    slots = replace(plain, keys=SLOT_DTYPES[name].store(plain.keys), values=SLOT_DTYPES[name].store(plain.values))
     with monkeypatch.context() as patch:
-        patch.setattr(Quantised, "unturned", None)
+        patch.setattr(Quantized, "unrotated", None)
         got = attend_slots(query, slots, 0.2, "triton")
     ours, eager, mass = errors(query, slots.read(), got)
     room = 2 if dtype == torch.bfloat16 else 1
@@ -150,13 +150,13 @@ def test_auto_is_by_device_and_the_kernel_refuses_what_it_cannot(monkeypatch: py
     assert backend_for(cuda, torch.bfloat16, 128) == ("triton", "")
     backend_for.cache_clear()
     monkeypatch.setattr(triton_kernels, "trial", lambda *what: "is broken here")
-    with pytest.warns(UserWarning, match="slow backend 'reference': the attention backend 'triton' is broken here"):
-        assert backend_for(cuda, torch.bfloat16, 128) == ("reference", "triton is broken here")
+    with pytest.warns(UserWarning, match="slow backend 'eager': the attention backend 'triton' is broken here"):
+        assert backend_for(cuda, torch.bfloat16, 128) == ("eager", "triton is broken here")
     backend_for(cuda, torch.bfloat16, 128)  # no second warning
     backend_for.cache_clear()
-    assert backend_for(cuda, torch.float64, 128).name == "reference"
+    assert backend_for(cuda, torch.float64, 128).name == "eager"
     with pytest.warns(UserWarning, match="sizes up to 256, not 512"):
-        assert backend_for(cuda, torch.bfloat16, 512).name == "reference"
+        assert backend_for(cuda, torch.bfloat16, 512).name == "eager"
     query, slots = case(64, 64, 1, torch.float32)
     with pytest.raises(BackendError, match="float64"):
         attend_slots(query.double(), slots, 1.0, "triton")

@@ -107,8 +107,8 @@ def test_an_entry_of_p_votes_is_p_copies_to_references_and_scores() -> None:
     torch.testing.assert_close(ours.log_z, theirs.log_z)
     torch.testing.assert_close(ours.rms_share, votes * theirs.rms_share[:, first], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        score.output_change(Observation(**{**vars(one), "reference": ours})),
-        votes * score.output_change(Observation(**{**vars(other), "reference": theirs}))[:, first], rtol=1e-4, atol=1e-5,
+        score.output_change(Observation(**{**vars(one), "references": ours})),
+        votes * score.output_change(Observation(**{**vars(other), "references": theirs}))[:, first], rtol=1e-4, atol=1e-5,
     )  # fmt: skip
     for rule in (expected_attention.expected_attention, keepkv_paper.weighted_window):
         torch.testing.assert_close(rule(one), votes * rule(other)[:, first], rtol=1e-4, atol=1e-6)
@@ -125,7 +125,7 @@ def test_a_fit_over_entries_with_votes_answers_better_than_evicting_them() -> No
         keys, values, queries, torch.arange(160, 460), torch.ones(8), 0.2, bias=bias,
         places=torch.arange(160)[None], read=460,
     )  # fmt: skip
-    seen = Observation(**{**vars(seen), "reference": context(seen)})
+    seen = Observation(**{**vars(seen), "references": context(seen)})
     made = fit.fit(values, [torch.arange(0, 160, 5)], seen.rows(slice(1)))[0]
     assert made.fallbacks == 0
     assert made.error < 0.6 * made.evict_error
@@ -420,7 +420,7 @@ def test_a_refresh_is_a_compression_of_the_exact_history(backing: str, tail: int
     assert live.report().backing_bytes > 0
     for a, b in zip(live.keep_layers, once.keep_layers, strict=True):  # remembered queries are rounded, so: the same ones
         b.watch = replace(b.watch, banks=a.watch.banked(a.held).banks, pending=(), waiting=0)
-    live.budgets, live.method = once.budgets, once.method
+    live.policy = once.policy
     live.refresh()
     once.compress()
     for a, b in zip(live.keep_layers, once.keep_layers, strict=True):
@@ -436,7 +436,7 @@ def test_refreshing_brings_back_what_folds_lost() -> None:
         model(ids[:, lo:hi], past_key_values=drifted)
         model(ids[:, lo:hi], past_key_values=full)
     fresh = drifted.fork()
-    fresh.method = METHODS["keepkv"]
+    fresh.policy = fresh.policy.changed(method="keepkv")
     fresh.refresh()
     truth = log_probs(model, ids[:, 300:], full)
     loss = [float((truth.exp() * (truth - log_probs(model, ids[:, 300:], c))).sum(-1).mean()) for c in (drifted, fresh)]
@@ -504,7 +504,7 @@ def test_a_failed_compression_changes_nothing() -> None:
     with pytest.raises(BudgetError, match="must stay"):
         cache.compress(10, keep=[(0, 0), (100, 110), (0, 90)])
     assert [layer.slots for layer in cache.keep_layers] == before
-    assert str(cache.budgets[0]) == "20"
+    assert str(cache.policy.budgets[0]) == "20"
     cache.compress()
     assert cache.report().slots == 20
 

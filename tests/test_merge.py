@@ -12,7 +12,7 @@ from keepkv.merge import fit, similarity
 from keepkv.merge.merged import Merged, evict
 from keepkv.methods import keepkv_paper
 from keepkv.observe.references import attend_all, window
-from keepkv.types import Observation, Rows
+from keepkv.types import Observation, ReferenceRows
 
 ZIP_RULES = [keepkv_paper.zip_merge, keepkv_paper.convex_exact_merge]
 ALL_RULES = [*ZIP_RULES, keepkv_paper.mean_merge]
@@ -99,12 +99,12 @@ def test_the_most_similar_kept_key_is_the_target_and_dissimilar_tokens_are_dropp
 # --- fitting ---
 
 
-def rows_of(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None) -> Rows:
+def rows_of(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor, bias: torch.Tensor | None = None) -> ReferenceRows:
     """Reference rows of one head, asked of all the entries."""
     bias = None if bias is None else bias[None]
     ref = attend_all(queries[None], keys[None], values[None], bias=bias)
-    return Rows(
-        ref.queries, ref.visible, ref.log_z, ref.outputs, keys[None], bias, torch.arange(len(keys))[None], ref.recall
+    return ReferenceRows(
+        ref.queries, ref.visible, ref.log_z, ref.outputs, keys[None], bias, torch.arange(len(keys))[None], ref.repeat_share
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_verbatim_slots_are_not_touched_and_the_others_make_up_for_it() -> None:
 def test_rows_see_only_what_was_visible_to_them() -> None:
     """A window row asked at p gives no share to later tokens, and its shares up to p sum to 1."""
     observation = Observation(randn(2, 50, 8), randn(2, 50, 4), randn(2, 3, 50, 8), torch.arange(50), torch.ones(4), 0.5)
-    rows = replace(observation, reference=window(observation, 10)).rows(1)
+    rows = replace(observation, references=window(observation, 10)).rows(1)
     share = rows.share(torch.arange(50))
     assert rows.visible.tolist() == [*range(41, 51)] * 3
     torch.testing.assert_close(share.sum(1), torch.ones(30), rtol=1e-5, atol=0)
@@ -215,7 +215,7 @@ def test_what_dropped_tokens_were_asked_for_counts_as_lost() -> None:
     rows, kept = rows_of(keys, values, randn(600, 16, seed=7)), torch.arange(0, 300, 10)
     asked = torch.zeros(300, dtype=torch.float64)
     asked[[3, 10]] = torch.tensor([0.5, 0.7], dtype=torch.float64)
-    with_recall = fit.fit(values[None], [kept], rows._replace(recall=asked[None]))[0]
+    with_recall = fit.fit(values[None], [kept], rows._replace(repeat_share=asked[None]))[0]
     assert with_recall.evict_error == pytest.approx(fit.fit(values[None], [kept], rows)[0].evict_error + 0.5**2)  # 10 is kept
     assert with_recall.error > 0.25
 

@@ -16,7 +16,7 @@ from keepkv.methods import METHODS, baselines, expected_attention, get, keepkv_p
 from keepkv.models import families
 from keepkv.observe.bank import WINDOW, Bank
 from keepkv.observe.references import attend_all, context
-from keepkv.observe.watch import Held, Watch
+from keepkv.observe.watch import LayerState, Watch
 from keepkv.ops import least_squares
 from keepkv.ops.rope import rotate
 from keepkv.types import Observation
@@ -226,7 +226,7 @@ def test_column_mass_is_the_sum_of_causal_attention() -> None:
     mask[1, :, :, :4] = False  # four columns of padding
     watch = Watch(0, 100, 0, True, 0.3)
     for lo, hi in ((0, 12), (12, 30)):
-        held = Held(None, keys[:, :, :hi], keys[:, :, :hi], hi)
+        held = LayerState(None, keys[:, :, :hi], keys[:, :, :hi], hi)
         watch = watch.see(queries[:, :, :, lo:hi], held, mask[:, :, lo:hi, :hi]).banked(held)
     logits = 0.3 * queries @ keys[:, :, None].transpose(-1, -2)
     share = logits.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).nan_to_num()
@@ -240,7 +240,7 @@ def test_other_padding_than_on_the_left_is_refused() -> None:
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     mask[..., -1] = False
     with pytest.raises(InputError, match="left-padded"):
-        Watch(0, 10, 0, False, 1.0).see(randn(1, 1, 1, 5, 4), Held(None, randn(1, 1, 5, 4), randn(1, 1, 5, 4), 5), mask)
+        Watch(0, 10, 0, False, 1.0).see(randn(1, 1, 1, 5, 4), LayerState(None, randn(1, 1, 5, 4), randn(1, 1, 5, 4), 5), mask)
 
 
 def test_tokens_are_drawn_alike() -> None:
@@ -258,7 +258,7 @@ def test_eliminating_answers_better_than_the_best_scores() -> None:
         keys = (centre[torch.arange(240) % 6] + 0.5 * randn(240, 8, seed=seed + 100))[None]
         values = randn(1, 240, 4, seed=seed + 200)
         reference = attend_all(randn(1, 800, 8, seed=seed + 300), keys, values)
-        seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
+        seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, references=reference)
         distance = (values - values.mean(1, keepdim=True)).norm(dim=-1)
         chosen = [rule(seen, reference.rms_share * distance, [24])[0].kept for rule in (choose.eliminate, choose.top)]
         fits = [fit.fit(values, [kept], seen.rows(slice(1)))[0].error for kept in chosen]
@@ -292,7 +292,7 @@ def test_elimination_is_greedy_least_squares() -> None:
 def test_elimination_keeps_the_count_the_order_and_what_must_stay() -> None:
     keys, values = randn(1, 30, 8), randn(1, 30, 4, seed=1)
     reference = attend_all(randn(1, 64, 8, seed=2), keys, values)
-    seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, reference=reference)
+    seen = Observation(keys, values, randn(1, 1, 4, 8), torch.arange(4), torch.ones(4), 1.0, references=reference)
     scores = torch.rand(1, 30, generator=torch.Generator().manual_seed(3))
     scores[0, [4, 14, 24]] = torch.inf
     for count in (3, 5, 17, 30):
@@ -309,6 +309,6 @@ def test_references_are_the_same_rows_for_any_number_of_query_heads(group: int) 
     seen = replace(seen, queries=randn(2, group, 100, 16, seed=3))
     made = context(seen)
     assert made.queries.shape[1] == len(made.visible) == made.outputs.shape[1] == min(group, 2) * 100 + group * 64
-    share = replace(seen, reference=made).rows(1).share(torch.arange(100))
+    share = replace(seen, references=made).rows(1).share(torch.arange(100))
     torch.testing.assert_close(share.sum(1), torch.ones(len(share)), rtol=1e-4, atol=0)
     torch.testing.assert_close(share @ seen.values[1], made.outputs[1], rtol=1e-4, atol=1e-5)

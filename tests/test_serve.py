@@ -18,11 +18,12 @@ from openai import BadRequestError, OpenAI
 
 from keepkv import KeepCache
 from keepkv.models import loading
-from keepkv.serving.transformers_server import Compressing, Limits, Shelf, application
+from keepkv.recipe import Recipe
+from keepkv.serving.transformers_server import Compressing, PromptCaches, application
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 4
-LIMITS = Limits(budget="64", period=128, conversations=2)
+RECIPE = Recipe(budget="64", period=128)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def model(folder: str):
 def served(model):
     """A client, and what the server said of every request."""
     heard: list[tuple[int, int, object, float]] = []
-    app = application(*model, "tiny", LIMITS, lambda *told: heard.append(told))
+    app = application(*model, "tiny", PromptCaches(RECIPE, 2), lambda *told: heard.append(told))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +56,7 @@ def said(model, messages: list[dict[str, str]], count: int) -> str:
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"
     ]
-    cache = KeepCache(lm, LIMITS.budget, LIMITS.method, period=LIMITS.period)
+    cache = KeepCache.of(lm, RECIPE)
     cache.read(lm, ids[:, :-1])
     out = lm.generate(ids, past_key_values=cache, max_new_tokens=count, do_sample=False)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
@@ -115,7 +116,7 @@ def test_a_stream_that_is_given_up_leaves_the_server_answering(model, served) ->
 
 def test_a_shelf_keeps_the_last_prompts_and_branches_do_not_touch_them(model) -> None:
     lm, _ = model
-    shelf, ids = Shelf(LIMITS), torch.arange(3, 203)[None]
+    shelf, ids = PromptCaches(RECIPE, 2), torch.arange(3, 203)[None]
     cache, read = shelf.read(lm, ids)
     assert read == 199
     assert cache.get_seq_length() == 199
@@ -123,7 +124,7 @@ def test_a_shelf_keeps_the_last_prompts_and_branches_do_not_touch_them(model) ->
     longer = torch.cat([ids, torch.arange(3, 43)[None]], 1)
     branch, read = shelf.read(lm, longer)
     assert read == 40
-    fresh = KeepCache(lm, LIMITS.budget, period=LIMITS.period).read(lm, ids[:, :-1]).read(lm, longer[:, 199:-1])
+    fresh = KeepCache.of(lm, RECIPE).read(lm, ids[:, :-1]).read(lm, longer[:, 199:-1])
     ours, theirs = (lm(longer[:, -1:], past_key_values=one).logits for one in (branch, fresh))
     assert torch.equal(ours, theirs)
     shelf.read(lm, torch.arange(60, 160)[None])  # two are kept: the first prompt's goes
@@ -132,7 +133,7 @@ def test_a_shelf_keeps_the_last_prompts_and_branches_do_not_touch_them(model) ->
 
 def test_only_generate_is_not_the_models_own(model) -> None:
     lm, _ = model
-    stand_in = Compressing(lm, LIMITS)
+    stand_in = Compressing(lm, PromptCaches(RECIPE, 2))
     assert stand_in.config is lm.config
     assert stand_in.device == lm.device
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache
 from conftest import make_model, tokens
 from keepkv import InputError, KeepCache, KeepKVError
 from keepkv.cache.layer import KeepLayer
-from keepkv.cache.sdpa_proxy import StandIn
+from keepkv.cache.sdpa_proxy import SdpaProxy
 from keepkv.models import families
 from keepkv.serving.paged import CELL, Lot, Pages, step, watcher
 from keepkv.serving.settings import Settings
@@ -42,7 +43,7 @@ class PagedCache(Cache):
         cells = self.table[places // BLOCK] * BLOCK + places % BLOCK
         self.pages[layer_idx].write(cells, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         attend = partial(self._attention, layer_idx, new)
-        return tuple(StandIn.of(x, self.read + new, attend) for x in (key_states, value_states))
+        return tuple(SdpaProxy.of(x, self.read + new, attend) for x in (key_states, value_states))
 
     def _attention(self, layer_idx, new, query, *args, scale=None, **kwargs):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -82,7 +83,7 @@ def test_a_paged_request_is_a_live_cache(method: str, cuts: list[int]) -> None:
         theirs = model(chunk, past_key_values=live).logits
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
         if settings.covered(last) > settings.covered(last - new):
-            live.keep_tail = last - settings.covered(last)
+            live.recipe = replace(live.recipe, tail=last - settings.covered(last))
             live.compress()
             compressions += 1
             assert live.keep_layers[0].slots.counts == [settings.budget] * 2

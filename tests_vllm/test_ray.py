@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("ray")
 
 from keepkv.documents.batch import Compiler, Order, with_ray
+from keepkv.recipe import Recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox without getting up. " * 6
 
@@ -29,7 +30,7 @@ def test_a_worker_killed_in_the_middle_costs_no_document(folder: str, tmp_path: 
         Path(docs[-1]).write_text(f"{number}. {TEXT}")
     docs.insert(3, str(tmp_path / "nowhere.txt"))
     targets = [Path(doc).with_suffix(".keep") for doc in docs]
-    order = Order(budget="25%", model=folder, device="cpu", resume=True)
+    order = Order(Recipe("25%"), model=folder, device="cpu", resume=True)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
         found, killed = {}, 0
@@ -47,7 +48,7 @@ def test_a_worker_killed_in_the_middle_costs_no_document(folder: str, tmp_path: 
         assert [facts["made"] for doc, facts in again.items() if doc != docs[3]] == [False] * 8
     finally:
         ray.shutdown()
-    here = Compiler(budget="25%", model=folder, device="cpu")
+    here = Compiler(Order(Recipe("25%"), model=folder, device="cpu"))
     for doc, target in zip(docs, targets, strict=True):
         if doc != docs[3]:
             made = target.read_bytes()

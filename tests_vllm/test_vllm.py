@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def library(
         logits = model(torch.tensor([todo[0]]), past_key_values=cache, logits_to_keep=1).logits[0, -1].log_softmax(-1)
         seen = cache.get_seq_length()
         if rule.covered(seen) > rule.covered(before):
-            cache.keep_tail = seen - rule.covered(seen)
+            cache.recipe = replace(cache.recipe, tail=seen - rule.covered(seen))
             cache.compress()
         todo.pop(0)
         if not todo:
@@ -193,7 +194,7 @@ def test_without_settings_vllm_is_what_it_was(folder: str, tmp_path: Path) -> No
         ({"budget": 100}, {}, "multiple of the block size"),
         ({"budgets": 128}, {}, "did you mean"),
         ({"method": "kvzip"}, {}, "repeated"),
-        (SETTINGS, {"kv_cache_dtype": "fp8"}, "quantised"),
+        (SETTINGS, {"kv_cache_dtype": "fp8"}, "quantized"),
         (
             SETTINGS,
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},

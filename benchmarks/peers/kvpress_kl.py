@@ -3,7 +3,7 @@
 A stretch's context is read once. Each press then compresses that reading, by its own hook on every layer (or its own
 scoring passes: KVzip, KVgrad, KVCompose), and the true continuation is fed in one pass at its true positions, under a
 mask by order: every kept slot is visible, new tokens are causal among themselves. Slots that a press only marks
-(`masked_key_indices`) are masked exactly, head by head; --check compares this with kvpress's own stand-in keys. Runs in
+(`masked_key_indices`) are masked exactly, head by head; --check compares this with kvpress's own proxy keys. Runs in
 the environment of README.md. One JSON row per text, budget and press is appended to --output.
 """
 
@@ -140,7 +140,7 @@ def check(bench: Bench, stretch: torch.Tensor, size: int, names: list[str]) -> N
         press = bench.prepare(name)
         ours = bench.logits(bench.compress(press, 0.9), future)
         found = {"leak": bench.logits(bench.compress(press, 0.9), other)[:half] - ours[:half]}
-        found["stand-in keys"] = bench.logits(bench.compress(press, 0.9), future, stand_in=True) - ours
+        found["proxy keys"] = bench.logits(bench.compress(press, 0.9), future, stand_in=True) - ours
         if not isinstance(press, OWN_PASSES):
             again, press.compression_ratio = DynamicCache(), 0.9
             torch.manual_seed(0)

@@ -29,7 +29,7 @@ RECENT = {"tova": 1, "snapkv": 32}
 def ours(method: Method, cache: KeepCache, count: int) -> tuple[list[list[list[int]]], list[torch.Tensor]]:
     """Kept positions per layer and head, and the scores."""
     twin = cache.fork()
-    scores = [method.score(seen) for seen in twin._observations(0)]
+    scores = [method.score(seen) for seen in twin.observations()]
     twin.compress(Budget("count", count, str(count)), method)
     kept = []
     for layer in twin.keep_layers:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from keepkv.cache.cache import KeepCache as KeepCache
     from keepkv.cache.report import Report as Report
     from keepkv.documents.document import Document as Document
-    from keepkv.documents.document import Recipe as Recipe
     from keepkv.documents.document import answer as answer
     from keepkv.documents.document import compile_text as compile_text
     from keepkv.documents.document import load as load
@@ -28,19 +27,21 @@ if TYPE_CHECKING:
     from keepkv.methods.base import Method as Method
     from keepkv.methods.registry import METHODS as METHODS
     from keepkv.methods.registry import register as register
+    from keepkv.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
 _MODULES = {
     "budget": ("Budget",),
     "cache.cache": ("KeepCache",),
     "cache.report": ("Report",),
-    "documents.document": ("Document", "Recipe", "answer", "compile_text", "load", "save"),
+    "documents.document": ("Document", "answer", "compile_text", "load", "save"),
     "documents.joining.joined": ("joined",),
     "documents.store": ("Store",),
     "documents.tiers": ("Tiers",),
     "errors": ("BackendError", "BudgetError", "InputError", "KeepKVError", "MethodError", "ModelError"),
     "methods.base": ("Method",),
     "methods.registry": ("METHODS", "register"),
+    "recipe": ("Recipe",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

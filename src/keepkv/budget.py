@@ -46,9 +46,9 @@ class Budget:
         return Budget("count", number, text)
 
     @staticmethod
-    def parse_all(values: str | float | Budget | Sequence[str | float | Budget]) -> tuple[Budget, ...]:
+    def parse_all(values: BudgetLike | Sequence[BudgetLike]) -> tuple[Budget, ...]:
         """One budget for all rows of a batch, or one for each."""
-        if isinstance(values, str | int | float | Budget):
+        if isinstance(values, BudgetLike | int):
             return (Budget.parse(values),)
         if not values:
             raise BudgetError("no budget: give one for all rows, or one for each")
@@ -75,3 +75,6 @@ class Budget:
                 f"fewer than the {MIN_SLOTS} that must be kept: give at least {need}"
             )
         return min(int(total + 1e-6), tokens * heads)
+
+
+BudgetLike = str | float | Budget  # what `Budget.parse` reads

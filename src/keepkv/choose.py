@@ -58,13 +58,13 @@ def eliminate(
             continue
         candidates = Ragged.of([own[:have] for own, have in zip(tokens[heads], asked[heads], strict=True)])
         rows = observation.rows(heads)
-        recall, share = candidates.pick(rows.recall) * candidates.real, rows.on(candidates)
+        repeat_share, share = candidates.pick(rows.repeat_share) * candidates.real, rows.on(candidates)
         loud = rows.outputs.square().sum(-1).mean(-1).sqrt()[:, None, None]
         wanted = torch.cat([rows.outputs, loud.expand(-1, share.shape[1], 1)], 2)
-        gram, target = least_squares.normal(share, recall, wanted)
+        gram, target = least_squares.normal(share, repeat_share, wanted)
         values = candidates.pick(observation.values[heads]).float()
         own = torch.cat([values, loud.expand(-1, values.shape[1], 1)], 2)
-        target += share.shape[1] * recall[..., None].square() * own
+        target += share.shape[1] * repeat_share[..., None].square() * own
         must = candidates.pick(scores[heads]).isposinf()
         goal = [count if have else 0 for have, count in zip(asked[heads], counts[heads], strict=True)]
         left = least_squares.eliminate(gram, target, must, asked[heads], goal, rounds, strength)

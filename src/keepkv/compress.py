@@ -16,8 +16,8 @@ from keepkv.choose import protect
 from keepkv.errors import BudgetError
 from keepkv.merge.merged import Merged, evict
 from keepkv.methods import Method
-from keepkv.slots.layer_pairs import Pairs
-from keepkv.slots.quantized import FLOAT, Format
+from keepkv.slots.layer_pairs import LayerPairs
+from keepkv.slots.quantized import FLOAT, SlotDtype
 from keepkv.slots.slots import BESIDE, Slots
 from keepkv.types import Observation, Plan
 
@@ -35,17 +35,17 @@ class Compressed:
 
 def compress(
     observations: Sequence[Observation], method: Method, total: int, progress: Progress = lambda done, of: None,
-    form: Format = FLOAT,
+    slot_dtype: SlotDtype = FLOAT,
 ) -> Compressed:  # fmt: skip
     """Compresses the observed layers of one sequence to `total` slots over all layers and heads, or to their bytes.
 
-    form: how the slots are stored; votes and values are fitted to keys as they will be read.
+    slot_dtype: how the slots are stored; votes and values are fitted to keys as they will be read.
     Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
     if total == 0:  # a row of padding
-        return _as_they_are(observations, [seen.present & False for seen in observations], form)
-    if total >= sum(sum(seen.counts) for seen in observations) and not method.share:
-        return _as_they_are(observations, [seen.present for seen in observations], form)
+        return _as_they_are(observations, [seen.present & False for seen in observations], slot_dtype)
+    if total >= sum(sum(seen.counts) for seen in observations) and not method.layer_pairs:
+        return _as_they_are(observations, [seen.present for seen in observations], slot_dtype)
     pinned = tokens = 0
     steps = iter(range(1, len(observations) * (3 if method.trial else 2) + 1))
 
@@ -54,9 +54,8 @@ def compress(
 
     references, scores, places = [], [], []
     for seen in observations:
-        reference = method.reference(seen) if method.reference else None
-        references.append(reference)
-        score = method.score(replace(seen, reference=reference)).masked_fill(~seen.present, -torch.inf)
+        references.append(method.references(seen) if method.references else None)
+        score = method.score(replace(seen, references=references[-1])).masked_fill(~seen.present, -torch.inf)
         if seen.keep is not None:
             score = score.masked_fill(seen.keep & seen.present, torch.inf)
             pinned = max(pinned, int((seen.keep & seen.present).sum(1).max()))
@@ -65,9 +64,11 @@ def compress(
         tokens = seen.tokens
         step()
     layered = Layered(_level(scores, -torch.inf), _level(places, -1), tokens)
-    if method.share:
-        layered = layered._replace(scores=method.share.tie(layered.scores))
-        total = min(sum(sum(seen.counts) for seen in observations), int(total / _price(method.share, observations[0], layered)))
+    if method.layer_pairs:
+        layered = layered._replace(scores=method.layer_pairs.tie(layered.scores))
+        total = min(
+            sum(sum(seen.counts) for seen in observations), int(total / _price(method.layer_pairs, observations[0], layered))
+        )
 
     heads = layered.scores.shape[0] * layered.scores.shape[1]
     _check_room(pinned, total // heads)
@@ -78,7 +79,7 @@ def compress(
         tried_scores, tried = _allotted(layered, method, small, pinned)
         errors = []
         for layer, (seen, score, slots) in enumerate(zip(observations, tried_scores, tried, strict=True)):
-            watched = replace(seen, reference=references[layer])
+            watched = replace(seen, references=references[layer])
             tried_merge = method.merge(watched, method.choose(watched, _own(score, seen), slots))
             errors.append([head.error for head in tried_merge])
             step()
@@ -88,32 +89,32 @@ def compress(
     merged: list[tuple[Merged, ...]] = []
     parts: list[Slots] = []
     for layer, seen in enumerate(observations):
-        watched = replace(seen, reference=references[layer])
+        watched = replace(seen, references=references[layer])
         references[layer] = None  # it is not needed any more
         choices = method.choose(watched, _own(guarded[layer], seen), counts[layer])
         kept.append(tuple(choice.kept for choice in choices))
-        if form.bits and method.reference:
-            watched = replace(watched, keys=form.round(seen.keys))
+        if slot_dtype.bits and method.references:
+            watched = replace(watched, keys=slot_dtype.round(seen.keys))
         merged.append(tuple(method.merge(watched, choices)))
-        parts.append(_flat(seen, kept[-1], merged[-1], form))
+        parts.append(_flat(seen, kept[-1], merged[-1], slot_dtype))
         step()
-    return Compressed(Plan(tuple(kept)), tuple(method.share.pack(parts) if method.share else parts), tuple(merged))
+    return Compressed(Plan(tuple(kept)), tuple(method.layer_pairs.pack(parts) if method.layer_pairs else parts), tuple(merged))
 
 
-def _price(share: Pairs, seen: Observation, layered: Layered) -> float:
+def _price(layer_pairs: LayerPairs, seen: Observation, layered: Layered) -> float:
     """What a slot takes, of one that shares nothing."""
     vectors = sum(x.shape[2] * x.element_size() for x in (seen.keys, seen.values))
-    return share.cost(len(layered.scores), vectors, BESIDE)
+    return layer_pairs.cost(len(layered.scores), vectors, BESIDE)
 
 
-def _as_they_are(observations: Sequence[Observation], stay: Sequence[Tensor], form: Format) -> Compressed:
+def _as_they_are(observations: Sequence[Observation], stay: Sequence[Tensor], slot_dtype: SlotDtype) -> Compressed:
     """The entries for which stay[layer], bool [H, T], is true, and nothing merged."""
     kept = tuple(tuple(head.nonzero()[:, 0] for head in layer) for layer in stay)
     merged = tuple(
         tuple(evict(seen.keys[h], seen.values[h], k, seen.head_bias(h)) for h, k in enumerate(heads))
         for seen, heads in zip(observations, kept, strict=True)
     )
-    slots = [_flat(seen, k, m, form) for seen, k, m in zip(observations, kept, merged, strict=True)]
+    slots = [_flat(seen, k, m, slot_dtype) for seen, k, m in zip(observations, kept, merged, strict=True)]
     return Compressed(Plan(kept), tuple(slots), merged)
 
 
@@ -161,10 +162,10 @@ def _most_fixed(scores: Tensor) -> int:
     return int(scores.isposinf().sum(-1).max())
 
 
-def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], form: Format) -> Slots:
+def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], slot_dtype: SlotDtype) -> Slots:
     return Slots(
-        keys=form.store(torch.cat([head.keys for head in merged]).to(observation.keys.dtype)),
-        values=form.store(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
+        keys=slot_dtype.store(torch.cat([head.keys for head in merged]).to(observation.keys.dtype)),
+        values=slot_dtype.store(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
         bias=torch.cat([head.bias for head in merged]).float(),
         positions=torch.cat([observation.positions[h, k] for h, k in enumerate(kept)]).int(),
         offsets=(0, *accumulate(len(head) for head in kept)),

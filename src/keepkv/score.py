@@ -63,14 +63,14 @@ def rising_window(observation: Observation, window: int) -> Tensor:
 def output_change(observation: Observation) -> Tensor:
     """rms share × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5.
 
-    To the rms share of the reference rows that of the recall queries is added in squares: who may be asked for either way
+    To the rms share of the reference rows that of the repetition's queries is added in squares: who may be asked for either way
     counts for both.
     """
-    reference = observation.reference
-    assert reference is not None, "the method table names a reference"
+    references = observation.references
+    assert references is not None, "the method table names references"
     values = observation.values.float()
     mean = values.mean(1, keepdim=True)
     if observation.bias is not None:
         mean = observation.bias.softmax(1)[:, None] @ values
     distance: Tensor = vector_norm(values - mean, dim=-1)
-    return reference.rms_share.hypot(reference.recall) * distance
+    return references.rms_share.hypot(references.repeat_share) * distance

@@ -16,12 +16,12 @@ from keepkv.ops.ragged import Ragged
 
 
 @dataclass(frozen=True)
-class Reference:
+class References:
     """Reference queries of one layer and the exact attention they get over all T entries; everything float32.
 
     queries [H, R, d], R rows, scaled, so that logits are queries @ keys.T; visible [R] int64: each row sees the entries of
     smaller positions; log_z [H, R], the log of the softmax denominator; outputs [H, R, d_v]; rms_share [H, T], the
-    root mean square of each entry's softmax share, over these rows and more; recall [H, T], the same for queries
+    root mean square of each entry's softmax share, over these rows and more; repeat_share [H, T], the same for queries
     that ask for one token each, word for word, and are not among the rows: 0 where the text was not repeated.
     """
 
@@ -30,12 +30,13 @@ class Reference:
     log_z: Tensor
     outputs: Tensor
     rms_share: Tensor
-    recall: Tensor
+    repeat_share: Tensor
 
 
-class Rows(NamedTuple):
+class ReferenceRows(NamedTuple):
     """Reference rows of one head, or of several, [h, ...]: queries [R, d], log_z [R], outputs [R, d_v], visible [R], the same
-    for all; and the entries they are asked of: keys [T, d] float32, bias [T] or None, positions [T], recall [T]: `Observation`.
+    for all; and the entries they are asked of: keys [T, d] float32, bias [T] or None, positions [T], repeat_share [T], as in
+    `Observation` and `References`.
     """
 
     queries: Tensor
@@ -45,9 +46,9 @@ class Rows(NamedTuple):
     keys: Tensor
     bias: Tensor | None
     positions: Tensor
-    recall: Tensor
+    repeat_share: Tensor
 
-    def take(self, which: Tensor) -> Rows:
+    def take(self, which: Tensor) -> ReferenceRows:
         """The rows int64 [m] of R."""
         return self._replace(
             queries=self.queries.index_select(-2, which), visible=self.visible[which],
@@ -76,10 +77,10 @@ class Observation:
     the newest last; query_positions [N] int64, ascending, the token index that asked; inv_freq [r/2] float32, the
     rotary frequencies (r <= d rotated dimensions, rotate-half layout); scale, the factor on q·k;
     column_mass [H, T] float32 or None, the attention each entry received from all queries (mean over the group);
-    recall [H, T] float32 or None, the largest share each entry got while the text was repeated over its own cache;
+    repeat_peak [H, T] float32 or None, the largest share each entry got while the text was repeated over its own cache;
     repeated [H, G, M, d] or None, queries of that repetition as they were asked, after all T entries;
     projection [H, G, d_v, D] or None, the part of the layer's output projection that each query head's output goes through;
-    keep [H, T] bool or None, entries that must stay verbatim whatever the method; reference, the queries that a compression
+    keep [H, T] bool or None, entries that must stay verbatim whatever the method; references, the queries that a compression
     must serve, for methods that fit; seed and layer make chance repeatable.
     Where entries are slots: bias [H, T] float32, the log of their votes, -inf for the first ones of a head that has fewer
     entries than another; places [H, T] int64, ascending, the token each key comes from; read, how many tokens were read.
@@ -95,11 +96,11 @@ class Observation:
     layer: int = 0
     seed: int = 0
     column_mass: Tensor | None = None
-    recall: Tensor | None = None
+    repeat_peak: Tensor | None = None
     repeated: Tensor | None = None
     projection: Tensor | None = None
     keep: Tensor | None = None
-    reference: Reference | None = None
+    references: References | None = None
     bias: Tensor | None = None
     places: Tensor | None = None
     read: int | None = None
@@ -139,19 +140,19 @@ class Observation:
     def head_keep(self, head: int | slice) -> Tensor | None:
         return None if self.keep is None else self.keep[head]
 
-    def rows(self, head: int | slice) -> Rows:
-        """The reference rows of a head, or of several. The method must name a reference."""
-        ref = self.reference
-        assert ref is not None, "the method table names a reference"
-        return Rows(
+    def rows(self, head: int | slice) -> ReferenceRows:
+        """The reference rows of a head, or of several. The method must name references."""
+        ref = self.references
+        assert ref is not None, "the method table names references"
+        return ReferenceRows(
             ref.queries[head], ref.visible, ref.log_z[head], ref.outputs[head],
-            self.keys[head].float(), self.head_bias(head), self.positions[head], ref.recall[head],
+            self.keys[head].float(), self.head_bias(head), self.positions[head], ref.repeat_share[head],
         )  # fmt: skip
 
     @property
     def reference_rows(self) -> int:
         """R."""
-        return 0 if self.reference is None else len(self.reference.visible)
+        return 0 if self.references is None else len(self.references.visible)
 
     @property
     def heads(self) -> int:

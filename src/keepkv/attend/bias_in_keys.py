@@ -1,4 +1,4 @@
-"""Spare dimensions: slots whose votes are part of their keys, so that stock attention kernels, which take no bias, see them.
+"""Bias in keys: slots whose votes are part of their keys, so that stock attention kernels, which take no bias, see them.
 
 s (q·k) + b = s [q, c, c, c]·[k, b₁, b₂, b₃], s the scale, c a power of two near 1/s, and b₁ + b₂ + b₃ = b/(s c) in the keys'
 dtype: three bfloat16 hold a float32. Keys and values become 8 wider, since kernels want both of one size, in steps of 8. What
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from keepkv.attend import sdpa
-from keepkv.attend.states import Part, nothing, stacked
+from keepkv.attend.states import AttentionState, nothing, stacked
 from keepkv.slots.slots import Slots
 from keepkv.slots.vectors import Stored
 
@@ -26,7 +26,7 @@ _LEAST = -1e4  # a logit that is as good as -inf, and a number in every dtype
 
 
 @dataclass(frozen=True)
-class Spare(Stored):
+class BiasInKeys(Stored):
     """Vectors [n, size] in the first columns of `wide` [n, size + 8]."""
 
     wide: Tensor
@@ -44,15 +44,15 @@ class Spare(Stored):
     def tensors(self) -> list[Tensor]:
         return [self.wide]
 
-    def unturned(self) -> Tensor:
+    def unrotated(self) -> Tensor:
         return self.wide[:, : self.size]
 
-    def cut(self, lo: int, hi: int) -> Spare:
-        return Spare(self.wide[lo:hi], self.size)
+    def cut(self, lo: int, hi: int) -> BiasInKeys:
+        return BiasInKeys(self.wide[lo:hi], self.size)
 
     @classmethod
-    def cat(cls, parts: Sequence[Spare]) -> Spare:
-        return Spare(torch.cat([part.wide for part in parts]), parts[0].size)
+    def cat(cls, parts: Sequence[BiasInKeys]) -> BiasInKeys:
+        return BiasInKeys(torch.cat([part.wide for part in parts]), parts[0].size)
 
 
 def widen(slots: Slots, scale: float) -> Slots:
@@ -65,7 +65,7 @@ def widen(slots: Slots, scale: float) -> Slots:
         rest = rest - terms[-1].double()
     keys = pad(torch.cat([plain_keys, torch.stack(terms, 1)], 1), (0, WIDER - _TERMS))
     values = pad(plain_values, (0, WIDER))
-    return replace(plain, keys=Spare(keys, plain_keys.shape[1]), values=Spare(values, plain_values.shape[1]))
+    return replace(plain, keys=BiasInKeys(keys, plain_keys.shape[1]), values=BiasInKeys(values, plain_values.shape[1]))
 
 
 def reason_against(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
@@ -81,11 +81,11 @@ def reason_against(device: torch.device, dtype: torch.dtype, size: int, value_si
     return ""
 
 
-def attend_slots(query: Tensor, slots: Slots, scale: float) -> Part:
+def attend_slots(query: Tensor, slots: Slots, scale: float) -> AttentionState:
     """See `attention.attend_slots`, for slots that were made by `widen` with this scale."""
     keys, values = slots.keys, slots.values
-    assert isinstance(keys, Spare)
-    assert isinstance(values, Spare)
+    assert isinstance(keys, BiasInKeys)
+    assert isinstance(values, BiasInKeys)
     votes = query.new_full((*query.shape[:-1], _TERMS), _factor(scale))
     asked = pad(torch.cat([query, votes], -1), (0, WIDER - _TERMS))
     rule = _by_heads if query.device.type == "cpu" else _varlen
@@ -97,13 +97,13 @@ def _factor(scale: float) -> float:
     return float(2.0 ** round(-math.log2(scale)))
 
 
-def _by_heads(query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scale: float) -> Part:
+def _by_heads(query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scale: float) -> AttentionState:
     of_heads = zip(query.flatten(0, 1), *(torch.split(x, slots.counts) for x in (keys, values)), strict=True)
     parts = [sdpa.flash(own[None, None], k[None, None], v[None, None], None, scale) for own, k, v in of_heads]
     return stacked([(output[0, 0], log_mass[0, 0]) for output, log_mass in parts], len(query))
 
 
-def _varlen(query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scale: float) -> Part:
+def _varlen(query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scale: float) -> AttentionState:
     batch, heads, rows, size = query.shape
     if not len(keys) or not query.numel():
         return nothing(query, size)

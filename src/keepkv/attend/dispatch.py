@@ -7,7 +7,7 @@
 | triton | CUDA, below float64, sizes to 256 | `kernels`: split over the keys, a group's query heads together; slots only |
 | spare | CPU, CUDA in 16 bits | stock flash attention over slots that `spare.widen` made, votes in their keys; slots only |
 
-"auto" takes `spare` for such slots, and otherwise what `backend_for` names, whose kernel has been tried once against
+"auto" takes `bias_in_keys` for such slots, and otherwise what `backend_for` names, whose kernel has been tried once against
 `parts.exact` where it runs. If that one refuses, "auto" is the reference, and a warning says why; a backend that is asked
 for by name and cannot run raises BackendError.
 """
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from keepkv.attend import bias_in_keys, sdpa
-from keepkv.attend.states import Part, block, join, stacked
+from keepkv.attend.states import AttentionState, block, merge_states, stacked
 from keepkv.errors import BackendError, nearest
 from keepkv.ops.dtypes import wide
 from keepkv.ops.ragged import groups
@@ -57,10 +57,10 @@ def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size:
         return Backend(fast)
     if dtype != torch.float64:
         warnings.warn(
-            f"attention over compressed slots runs on the slow backend 'reference': the attention backend {fast!r} {reason}",
+            f"attention over compressed slots runs on the slow backend 'eager': the attention backend {fast!r} {reason}",
             stacklevel=2,
         )
-    return Backend("reference", f"{fast} {reason}")
+    return Backend("eager", f"{fast} {reason}")
 
 
 def attend(
@@ -71,17 +71,17 @@ def attend(
     Kernels have no gradient of the log-sum-exp: where gradients are asked for, "auto" is the reference.
     """
     if backend == "auto" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values)):
-        backend = "reference"
-    if backend == "auto" and isinstance(slots.keys, bias_in_keys.Spare):
-        backend = "spare"
+        backend = "eager"
+    if backend == "auto" and isinstance(slots.keys, bias_in_keys.BiasInKeys):
+        backend = "bias_in_keys"
     backend = _backend(backend, query, slots.values.shape[1])
     if backend == "sdpa" and query.shape[2] <= sdpa.FEW:
         return sdpa.attend_few(query, slots, keys, values, visible, scale)
     compact = attend_slots(query, slots, scale, backend)
-    return join(compact, attend_tail(query, keys, values, visible, scale, backend))[0]
+    return merge_states(compact, attend_tail(query, keys, values, visible, scale, backend))[0]
 
 
-def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto") -> Part:
+def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto") -> AttentionState:
     """Attention over the compact part: o = softmax(scale q·k + b) v and its log-sum-exp, every row sees all slots of its head.
 
     query [B, H, R, d], the R = G * new rows of the query heads that share a KV head; slots, one layer's, as they are stored:
@@ -89,38 +89,40 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     without slots. Raises BackendError.
     """
     backend = _backend(backend, query, slots.values.shape[1])
-    if backend == "spare":
-        if not isinstance(slots.keys, bias_in_keys.Spare):
-            raise BackendError("the attention backend 'spare' needs slots that were made by keepkv.spare.widen")
+    if backend == "bias_in_keys":
+        if not isinstance(slots.keys, bias_in_keys.BiasInKeys):
+            raise BackendError(
+                "the attention backend 'bias_in_keys' needs slots that were made by keepkv.attend.bias_in_keys.widen"
+            )
         return bias_in_keys.attend_slots(query, slots, scale)
-    key_turn, value_turn = slots.turns
-    asked = query if key_turn is None else query.to(key_turn.dtype) @ key_turn.T
+    key_rotation, value_rotation = slots.rotations
+    asked = query if key_rotation is None else query.to(key_rotation.dtype) @ key_rotation.T
     if backend == "triton":
         from keepkv.attend import triton_kernels  # imports Triton
 
         output, log_mass = triton_kernels.attend_slots(asked.to(query.dtype), slots, scale)
     else:
-        plain = slots.unturned()
+        plain = slots.unrotated()
         output, log_mass = sdpa.attend_slots(asked, plain, scale) if backend == "sdpa" else _by_heads(asked, plain, scale)
-    return (output if value_turn is None else output @ value_turn), log_mass
+    return (output if value_rotation is None else output @ value_rotation), log_mass
 
 
-def _by_heads(query: Tensor, slots: Slots, scale: float) -> Part:
+def _by_heads(query: Tensor, slots: Slots, scale: float) -> AttentionState:
     of_heads = zip(query.flatten(0, 1), slots.per_head, strict=True)
     return stacked([block(own, keys, values, bias, scale) for own, (keys, values, bias) in of_heads], len(query))
 
 
 def attend_tail(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
-) -> Part:
+) -> AttentionState:
     """Attention over the dense tail: o = softmax(scale q·k + mask) v and its log-sum-exp, as `attend_slots` gives them.
 
     query [B, H, G * new, d], keys [B, H, n, d], values [B, H, n, d_v]; visible [B or 1, 1, new, n], bool or additive, the same
-    for the G query heads of a group, or None where all is seen. Rows that see nothing give 0 and -inf. `triton`, and
-    `spare` on CUDA, run the plain code here. Raises BackendError.
+    for the G query heads of a group, or None where all is seen. ReferenceRows that see nothing give 0 and -inf. `triton`, and
+    `bias_in_keys` on CUDA, run the plain code here. Raises BackendError.
     """
     backend = _backend(backend, query, values.shape[-1])
-    if backend == "sdpa" or (backend == "spare" and query.device.type == "cpu"):
+    if backend == "sdpa" or (backend == "bias_in_keys" and query.device.type == "cpu"):
         return sdpa.attend_tail(query, keys, values, visible, scale)
     batch, heads, rows, size = query.shape
     apart = query.reshape(batch, heads, -1, rows if visible is None else visible.shape[2], size)  # [B, H, G, new, d]
@@ -133,7 +135,9 @@ def attend_tail(
     return output, log_mass
 
 
-def attend_watched(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, answered: int) -> tuple[Part, Tensor]:
+def attend_watched(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, answered: int
+) -> tuple[AttentionState, Tensor]:
     """Attention of the first `answered` of query [H, R, d], scaled, over keys [H, T, d], all visible, in float32 or better.
 
     bias [H, T] or None is added to the logits. And what all R rows together pay each entry: the root mean square over rows
@@ -195,8 +199,8 @@ def _against_triton(device: torch.device, dtype: torch.dtype, size: int, value_s
 
 # Why a backend cannot run queries of a device, a dtype and sizes; nothing if it can.
 _BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], str]] = {
-    "reference": lambda device, dtype, size, value_size: "",
+    "eager": lambda device, dtype, size, value_size: "",
     "sdpa": sdpa.reason_against,
-    "spare": bias_in_keys.reason_against,
+    "bias_in_keys": bias_in_keys.reason_against,
     "triton": _against_triton,
 }

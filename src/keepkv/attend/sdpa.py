@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from keepkv.attend.states import Part, exact, join, nothing, stacked
+from keepkv.attend.states import AttentionState, exact, merge_states, nothing, stacked
 from keepkv.ops.dtypes import wide
 from keepkv.slots.slots import Slots
 
@@ -59,12 +59,12 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
     newer = torch.bmm(flat, keys.to(dtype).flatten(0, 1).transpose(1, 2))  # [B*H, R, n]
     if visible is not None:
         newer.view(batch, heads, rows // visible.shape[2], visible.shape[2], tail).add_(additive(visible, dtype)[:, :, None])
-    (key_turn, value_turn), slots = slots.turns, slots.unturned()
+    (key_rotation, value_rotation), slots = slots.rotations, slots.unrotated()
     if slots.keys.dtype != dtype:
         slots = replace(slots, keys=slots.keys[:].to(dtype), values=slots.values[:].to(dtype))
-    turned = flat if key_turn is None else flat @ key_turn.T
+    rotated = flat if key_rotation is None else flat @ key_rotation.T
     output = flat.new_empty(batch * heads, rows, slots.values.shape[1])
-    of_heads = zip(turned.unbind(), newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, output.unbind(),
+    of_heads = zip(rotated.unbind(), newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, output.unbind(),
                    strict=True)  # fmt: skip
     for own, new, new_values, (old_keys, old_values, bias), to_output in of_heads:
         logits = own.new_empty(rows, tail + len(bias))
@@ -77,13 +77,13 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
         if visible is not None or not tail:
             share.nan_to_num_()  # rows that see nothing
         torch.mm(share[:, tail:], old_values, out=to_output)
-        if value_turn is not None:
-            to_output.copy_(to_output @ value_turn)
+        if value_rotation is not None:
+            to_output.copy_(to_output @ value_rotation)
         to_output.addmm_(share[:, :tail], new_values)
     return output.view(batch, heads, rows, -1)
 
 
-def attend_slots(query: Tensor, slots: Slots, scale: float) -> Part:
+def attend_slots(query: Tensor, slots: Slots, scale: float) -> AttentionState:
     """See `attention.attend_slots`: head by head, as they are stored."""
     parts = []
     for own, (keys, values, bias) in zip(query.flatten(0, 1), slots.per_head, strict=True):
@@ -92,7 +92,7 @@ def attend_slots(query: Tensor, slots: Slots, scale: float) -> Part:
     return stacked(parts, len(query))
 
 
-def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Part:
+def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> AttentionState:
     """See `attention.attend_tail`. Plain causality is left to the kernel, which skips what it hides; other masks are tiled."""
     if visible is None:
         return flash(query, keys, values, None, scale)
@@ -109,7 +109,7 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
         old = tail - new
         newest = flash(apart, keys_apart[:, :, old:], values_apart[:, :, old:], None, scale, causal=True)
         older = flash(query, keys[:, :, :old], values[:, :, :old], None, scale)
-        return join(older, _together(newest, batch, heads))
+        return merge_states(older, _together(newest, batch, heads))
     step = max(1, _TILE // max(1, tail))
     tiles = []
     for lo in range(0, new, step):
@@ -118,7 +118,7 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
     return _together((torch.cat([tile[0] for tile in tiles], 2), torch.cat([tile[1] for tile in tiles], 2)), batch, heads)
 
 
-def _together(part: Part, batch: int, heads: int) -> Part:
+def _together(part: AttentionState, batch: int, heads: int) -> AttentionState:
     """A part of [B*H, G, new] rows as one of [B, H, G*new]."""
     return part[0].reshape(batch, heads, -1, part[0].shape[-1]), part[1].reshape(batch, heads, -1)
 
@@ -139,7 +139,9 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
-def flash(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Part:
+def flash(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> AttentionState:
     """The kernel on query [B, H, R, d], keys [B, H, n, d], values [B, H, n, d], mask broadcasting to [B, H, R, n], or None.
 
     causal: R = n, and row i sees keys 0..i. What the kernel gets wrong is kept from it: no rows or no keys (it divides by
@@ -155,7 +157,7 @@ def flash(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scal
     return output, log_mass
 
 
-def _kernel(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Part:
+def _kernel(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scale: float) -> AttentionState:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     output, log_mass = operator(query, keys, values, 0.0, causal, attn_mask=mask, scale=scale)
     return output, log_mass

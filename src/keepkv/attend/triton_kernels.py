@@ -2,9 +2,9 @@
 
 Two passes, as in flash-decoding: every program attends a block of rows to one stretch of a head's slots and writes output and
 log-sum-exp; the second pass joins the stretches in order, so that results are the same each time. The R rows of the query heads
-that share a KV head are one block, so that a key is loaded once for all of them. Sums are float32. Quantised keys and values
-are loaded as they are stored, and become numbers of the query's dtype in registers; where they are turned, query and output are
-those in turned space.
+that share a KV head are one block, so that a key is loaded once for all of them. Sums are float32. Quantized keys and values
+are loaded as they are stored, and become numbers of the query's dtype in registers; where they are rotated, query and output
+are those in rotated space.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keepkv.attend.states import Part, exact
-from keepkv.slots.quantized import FORMATS, Quantised
+from keepkv.attend.states import AttentionState, exact
+from keepkv.slots.quantized import SLOT_DTYPES, Quantized
 from keepkv.slots.slots import Slots
 from keepkv.slots.vectors import Stack
 
@@ -47,7 +47,7 @@ def schedule(heads: int, rows: int, longest: int, size: int, processors: int) ->
     return Schedule(block_rows, block_keys, splits, 4 if block_rows <= 32 else 8)
 
 
-def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | None = None) -> Part:
+def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | None = None) -> AttentionState:
     """See `attention.attend_slots`. query [B, H, R, d], float32, bfloat16 or float16, any strides; d and d_v up to 256."""
     (batch, heads, rows, size), value_size = query.shape, slots.values.shape[1]
     longest, device = max(slots.counts, default=0), query.device
@@ -79,8 +79,8 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
 
 def _held(stack: Stack) -> tuple[Tensor, Tensor, int]:
     """What the kernel reads of a stack: vectors, or integers and their steps, and how many bits these have (0: vectors)."""
-    if isinstance(stack, Quantised):
-        return stack.codes, stack.steps, stack.form.bits
+    if isinstance(stack, Quantized):
+        return stack.codes, stack.steps, stack.slot_dtype.bits
     plain = stack[:]
     return plain, plain, 0
 
@@ -94,15 +94,15 @@ def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) 
         for shape in ((1, 4, 5, size), (sum(counts), size), (sum(counts), value_size))
     )
     bias = torch.rand(len(keys), generator=generator).to(device)
-    for form in FORMATS.values():
+    for slot_dtype in SLOT_DTYPES.values():
         positions = torch.arange(len(keys), device=device).int()
-        slots = Slots(form.store(keys), form.store(values), bias, positions, (0, *accumulate(counts)))
-        case = f"on {device} for {dtype}, sizes {size} and {value_size}, and {form.name} slots"
+        slots = Slots(slot_dtype.store(keys), slot_dtype.store(values), bias, positions, (0, *accumulate(counts)))
+        case = f"on {device} for {dtype}, sizes {size} and {value_size}, and {slot_dtype.name} slots"
         try:
             output, log_mass = attend_slots(query, slots, size**-0.5)
         except Exception as error:  # a compiler has many
             return f"does not work {case} ({type(error).__name__}: {error})"
-        for head, plain in enumerate(slots.unturned().per_head):
+        for head, plain in enumerate(slots.unrotated().per_head):
             of_keys, of_values, votes = (x.double() for x in plain)
             theirs = exact(query[0, head].double(), of_keys, of_values, votes, size**-0.5)
             alike = torch.allclose(output[0, head].double(), theirs[0].nan_to_num(), atol=0.02, rtol=0.02)
@@ -173,7 +173,7 @@ def _attend(  # type: ignore[no-untyped-def]
 def _tile(  # type: ignore[no-untyped-def]
     stack, steps, slot, column, real_slot, real_column, stride_n, stride_d, size, BITS: tl.constexpr
 ):
-    """Vectors of some slots, as a tile that slot and column broadcast to; quantised ones as `Quantised.unturned` reads them."""
+    """Vectors of some slots, as a tile that slot and column broadcast to; quantized ones read as `Quantized.unrotated`."""
     if BITS == 0:
         tile = tl.load(stack + slot * stride_n + column * stride_d, mask=real_slot & real_column, other=0.0)
     else:

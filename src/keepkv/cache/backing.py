@@ -1,30 +1,29 @@
-"""History: the exact keys and values of what was compressed, outside the device, so that nothing is lost for good."""
+"""Backing: the exact keys and values of what was compressed, outside the device, so that nothing is lost for good."""
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Backing = Literal["cpu", "disk"]
+from keepkv.recipe import BackingKind
 
 
 @dataclass(frozen=True)
-class History:
+class Backing:
     """A value, like all that travels: adding gives a new one, and what it shares with the old one is not copied.
 
     parts: keys and values [B, H, n, ...] of one stretch after the other; on "disk" they are mapped files without a name, which
-    the system takes back with the last reference, also if the process is killed. recall, [H, n] each, is what a repetition
+    the system takes back with the last reference, also if the process is killed. repeat_peak, [H, n] each, is what a repetition
     of the text asked of them; there for all parts or for none.
     """
 
-    backing: Backing
+    kind: BackingKind
     parts: tuple[tuple[Tensor, Tensor], ...] = ()
-    recall: tuple[Tensor, ...] = ()
+    repeat_peak: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -34,12 +33,12 @@ class History:
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for part in self.parts for x in part)
 
-    def add(self, keys: Tensor, values: Tensor, recall: Tensor | None) -> History:
+    def add(self, keys: Tensor, values: Tensor, repeat_peak: Tensor | None) -> Backing:
         if not keys.shape[2]:
             return self
-        keep = _on_disk if self.backing == "disk" else _in_memory
-        asked = () if recall is None else (*self.recall, _in_memory(recall))
-        return History(self.backing, (*self.parts, (keep(keys), keep(values))), asked)
+        keep = _on_disk if self.kind == "disk" else _in_memory
+        asked = () if repeat_peak is None else (*self.repeat_peak, _in_memory(repeat_peak))
+        return Backing(self.kind, (*self.parts, (keep(keys), keep(values))), asked)
 
     def row(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Everything of one batch row and then keys, values [B, H, n, ...] of the tail: [H, T, ...] on the tail's device."""

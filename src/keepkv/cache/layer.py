@@ -10,11 +10,11 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from keepkv.attend.dispatch import Backend, attend, backend_for
-from keepkv.cache.backing import History
+from keepkv.cache.backing import Backing
 from keepkv.errors import KeepKVError
 from keepkv.observe.repetition import Piece, attend_piece
-from keepkv.observe.watch import Held, Watch
-from keepkv.slots.quantized import FLOAT, Format
+from keepkv.observe.watch import LayerState, Watch
+from keepkv.slots.quantized import FLOAT, SlotDtype
 from keepkv.slots.slots import BESIDE, Slots
 
 
@@ -36,7 +36,7 @@ class KeepLayer(CacheLayerMixin):
         self.slots: Slots | None = None
         self.seen = 0
         self.watch: Watch | None = None
-        self.history: History | None = None
+        self.backing: Backing | None = None
 
     @property
     def tail(self) -> int:
@@ -52,17 +52,17 @@ class KeepLayer(CacheLayerMixin):
         return backend_for(self.keys.device, self.keys.dtype, self.keys.shape[3], self.values.shape[3])
 
     @property
-    def held(self) -> Held:
-        return Held(self.slots, self.keys, self.values, self.seen)
+    def state(self) -> LayerState:
+        return LayerState(self.slots, self.keys, self.values, self.seen)
 
-    def slot_bytes(self, form: Format = FLOAT) -> int:
+    def slot_bytes(self, slot_dtype: SlotDtype = FLOAT) -> int:
         """Bytes of one slot: key, value, vote and position."""
-        return sum(form.bytes(x.shape[3], x.element_size()) for x in (self.keys, self.values)) + BESIDE
+        return sum(slot_dtype.bytes(x.shape[3], x.element_size()) for x in (self.keys, self.values)) + BESIDE
 
     def entries(self, row: int, start: int, tail: int) -> int:
         """Slots and tail tokens of one batch row that starts at column `start`, over all heads, without its newest `tail`."""
         counts = self.slots.counts[row * self.heads : (row + 1) * self.heads] if self.slots else [0]
-        return sum(counts) + self.heads * max(0, self.seen - self.held.first(start) - tail)
+        return sum(counts) + self.heads * max(0, self.seen - self.state.first(start) - tail)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -89,27 +89,27 @@ class KeepLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.21
 
-    def _tail_recall(self) -> Tensor | None:
+    def _tail_repeat_peak(self) -> Tensor | None:
         """What a repetition asked of the tail's tokens, [H, n]."""
-        if self.watch is None or self.watch.recall is None:
+        if self.watch is None or self.watch.repeat_peak is None:
             return None
-        width = self.held.width
-        return pad(self.watch.recall, (0, max(0, width - self.watch.recall.shape[1])))[:, width - self.tail :]
+        width = self.state.width
+        return pad(self.watch.repeat_peak, (0, max(0, width - self.watch.repeat_peak.shape[1])))[:, width - self.tail :]
 
-    def exact_recall(self) -> Tensor | None:
+    def exact_repeat_peak(self) -> Tensor | None:
         """What a repetition asked of all tokens, [H, T], from the history and the tail."""
-        recall = self._tail_recall()
-        if recall is None or self.history is None or len(self.history.recall) < len(self.history.parts):
+        repeat_peak = self._tail_repeat_peak()
+        if repeat_peak is None or self.backing is None or len(self.backing.repeat_peak) < len(self.backing.parts):
             return None
-        return torch.cat([*(part.to(recall.device) for part in self.history.recall), recall], dim=1)
+        return torch.cat([*(part.to(repeat_peak.device) for part in self.backing.repeat_peak), repeat_peak], dim=1)
 
     def compact(self, slots: Slots, tail: int) -> None:
         """All but the newest `tail` tokens become the compact part; the dense tensors are released."""
         size = self.tail - tail
-        if self.history is not None:
-            recall = self._tail_recall()
-            recall = None if recall is None else recall[:, :size]
-            self.history = self.history.add(self.keys[:, :, :size], self.values[:, :, :size], recall)
+        if self.backing is not None:
+            repeat_peak = self._tail_repeat_peak()
+            repeat_peak = None if repeat_peak is None else repeat_peak[:, :size]
+            self.backing = self.backing.add(self.keys[:, :, :size], self.values[:, :, :size], repeat_peak)
         self.slots = slots
         self.keys, self.values = self.keys[:, :, size:].clone(), self.values[:, :, size:].clone()
 
@@ -126,20 +126,20 @@ class KeepLayer(CacheLayerMixin):
                 f"expected a number from -{self.tail} to 0; KeepCache(..., tail=n) leaves the newest n out of every compression"
             )
         if tokens_to_remove:
-            self.watch = self.watch and self.watch.cropped(self.held, -tokens_to_remove)
+            self.watch = self.watch and self.watch.cropped(self.state, -tokens_to_remove)
             self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
             self.seen += tokens_to_remove
 
     def reset(self) -> None:
-        backing = self.history and History(self.history.backing)
+        backing = self.backing and Backing(self.backing.kind)
         self.__init__()  # type: ignore[misc]
-        self.history = backing
+        self.backing = backing
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
             rows = beam_idx.to(self.keys.device)
             heads = self.heads
-            if self.history is not None and self.history.parts:
+            if self.backing is not None and self.backing.parts:
                 if rows.tolist() == list(range(len(self.keys))):
                     return
                 raise KeepKVError("rows cannot be moved (beam search, batch selection) in a cache that has a backing")
@@ -147,7 +147,7 @@ class KeepLayer(CacheLayerMixin):
             self.slots = self.slots and self.slots.rows(rows.tolist(), heads)
             self.watch = self.watch and self.watch.rows(rows)
 
-    def rehearse(self, query: Tensor, scale: float, piece: Piece, draft: Slots) -> Tensor:
+    def repeat(self, query: Tensor, scale: float, piece: Piece, draft: Slots) -> Tensor:
         """Attention of a repetition, query [1, H*G, new, d], of a piece of the text; what it asks for is noted."""
         assert self.watch is not None
         new, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
@@ -155,8 +155,8 @@ class KeepLayer(CacheLayerMixin):
         keys, values = self.keys[0].to(wide), self.values[0].to(wide)
         first, last, _, how = piece
         output, peak = attend_piece(rows, keys, values, new, draft, first, last, self.seen - self.tail, how.alone)
-        before = Held(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
-        self.watch = self.watch.rehearse(peak.float(), before)
+        before = LayerState(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
+        self.watch = self.watch.repeat(peak.float(), before)
         if how.queries:
             asked = query[0].detach().reshape(self.heads, -1, new, query.shape[-1])[:, :, first - last :]
             self.watch = self.watch.keep_repeated(asked, torch.arange(first, last, device=query.device))

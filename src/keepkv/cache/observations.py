@@ -11,24 +11,24 @@ from torch import Tensor
 from keepkv.cache.layer import KeepLayer
 from keepkv.errors import KeepKVError
 from keepkv.methods import Method
-from keepkv.slots.quantized import FLOAT, Format
+from keepkv.slots.quantized import FLOAT, SlotDtype
 from keepkv.types import Observation
 
 
-def check_observed(method: Method, layers: Sequence[KeepLayer], form: Format = FLOAT) -> None:
+def check_observed(method: Method, layers: Sequence[KeepLayer], slot_dtype: SlotDtype = FLOAT) -> None:
     """Raises KeepKVError if the method needs what the layers have not observed while they read, or cannot be stored so."""
-    if method.share and form.bits:
+    if method.layer_pairs and slot_dtype.bits:
         raise KeepKVError(
-            f"{method.name} stores the slots of two layers together, and these cannot be {form.name}: slots='float'"
+            f"{method.name} stores the slots of two layers together, and these cannot be {slot_dtype.name}: slot_dtype='float'"
         )
     watches = [layer.watch for layer in layers if layer.watch is not None]
     if method.column_mass and not all(watch.with_column_mass for watch in watches):
         raise KeepKVError(f"{method.name} must see all attention while the prompt is read: KeepCache(..., column_mass=True)")
-    how, unseen = method.repeat, any(watch.recall is None for watch in watches)
+    how, unseen = method.repeat, any(watch.repeat_peak is None for watch in watches)
     if how is not None and how.needed and (unseen or (how.queries and any(watch.repeated is None for watch in watches))):
         raise KeepKVError(
             f"{method.name} must see the text repeated before it is compressed: cache.read(model, input_ids); or "
-            "KeepCache(..., auto=False), a forward pass, cache.rehearse(model, input_ids), cache.compress()"
+            "KeepCache(..., auto=False), a forward pass, cache.repeat(model, input_ids), cache.compress()"
         )
 
 
@@ -52,12 +52,14 @@ class Observations(Sequence[Observation]):
     def __getitem__(self, index: Any) -> Any:
         layer = self._layers[index]
         assert layer.watch is not None, "compress() looks first"
-        seen = layer.watch.observation(self._row, layer.held, self._inv_freq)
+        seen = layer.watch.observation(self._row, layer.state, self._inv_freq)
         if self._exact:
-            assert layer.history is not None, "refresh() looks first"
+            assert layer.backing is not None, "refresh() looks first"
             start = layer.watch.starts[self._row]
-            keys, values = (x[:, start:] for x in layer.history.row(self._row, layer.keys, layer.values))
-            seen = replace(seen, keys=keys, values=values, recall=layer.exact_recall(), bias=None, places=None, read=None)
+            keys, values = (x[:, start:] for x in layer.backing.row(self._row, layer.keys, layer.values))
+            seen = replace(
+                seen, keys=keys, values=values, repeat_peak=layer.exact_repeat_peak(), bias=None, places=None, read=None
+            )
         weight = self._projections[index]
         if weight is not None:
             heads, group, size = seen.heads, seen.queries.shape[1], seen.values.shape[2]

@@ -1,7 +1,69 @@
-"""What a budget means for the rows of a batch."""
+"""Policy: a recipe's budget, method and storage, looked up and resolved: what a cache's next compression goes by."""
 
 from __future__ import annotations
 
-from keepkv.budget import Budget
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-Limits = str | float | Budget
+from keepkv import methods
+from keepkv.budget import Budget, BudgetLike
+from keepkv.methods import Method
+from keepkv.slots.quantized import FLOAT, SlotDtype, slot_dtype_of
+
+if TYPE_CHECKING:
+    from keepkv.cache.layer import KeepLayer
+
+
+@dataclass(frozen=True)
+class Policy:
+    """budgets: one for all rows of a batch, or one for each. spans: tokens (first, last + 1) that stay in every head."""
+
+    budgets: tuple[Budget, ...]
+    method: Method
+    slot_dtype: SlotDtype = FLOAT
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def of(budget: BudgetLike | Sequence[BudgetLike], method: str | Method, slot_dtype: str) -> Policy:
+        """Raises BudgetError, MethodError, InputError for what cannot be read."""
+        return Policy(Budget.parse_all(budget), methods.get(method), slot_dtype_of(slot_dtype))
+
+    def changed(
+        self,
+        budget: BudgetLike | Sequence[BudgetLike] | None = None,
+        method: str | Method | None = None,
+        slot_dtype: str | None = None,
+        spans: Sequence[tuple[int, int]] = (),
+    ) -> Policy:
+        """With what is given in its place, and more spans. Raises as `of` does."""
+        return replace(
+            self,
+            budgets=self.budgets if budget is None else Budget.parse_all(budget),
+            method=self.method if method is None else methods.get(method),
+            slot_dtype=self.slot_dtype if slot_dtype is None else slot_dtype_of(slot_dtype),
+            spans=(*self.spans, *spans),
+        )
+
+    @property
+    def stored_as(self) -> SlotDtype:
+        """How slots are stored: a method that keeps all rounds nothing."""
+        return FLOAT if self.method.keeps_all else self.slot_dtype
+
+    @property
+    def budget_text(self) -> str:
+        """The budgets in words."""
+        return ", ".join(map(str, self.budgets))
+
+    def rows(self, which: Sequence[int]) -> Policy:
+        """That of the given rows, in that order."""
+        return replace(self, budgets=tuple(self.budgets[row] for row in which)) if len(self.budgets) > 1 else self
+
+    def total_slots(self, row: int, tokens: int, layers: Sequence[KeepLayer]) -> int:
+        """The budget of one row of `tokens` tokens, in slots over all layers and heads. Raises BudgetError."""
+        heads, layer = sum(layer.heads for layer in layers), layers[0]
+        if self.method.keeps_all:
+            return tokens * heads
+        budget = self.budgets[row if len(self.budgets) > 1 else 0]
+        shared = budget.kind == "bytes" and len(self.budgets) == 1  # bytes are for the whole cache, rows share them
+        return budget.total_slots(tokens, heads, layer.slot_bytes(self.stored_as) * (len(layer.keys) if shared else 1))

@@ -54,7 +54,7 @@ class Report:
     fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
     the mean over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
     note: why nothing was compressed, if so. backend: what attends to the slots, and why not the device's fast backend, if so.
-    form: how the slots' keys and values are stored, "float", "int8" or "int4".
+    slot_dtype: how the slots' keys and values are stored, "float", "int8" or "int4".
     """
 
     method: str
@@ -76,7 +76,7 @@ class Report:
     compressions: int = 0
     note: str = ""
     backend: str = ""
-    form: str = "float"
+    slot_dtype: str = "float"
 
     def __post_init__(self) -> None:
         heads = [head for row in self.heads for layer in row for head in layer]
@@ -117,7 +117,7 @@ def weighed(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor
         kv_bytes=held_bytes([*ours, *others]),
         kv_bytes_full=layers[0].seen * width + held_bytes(others),
         watch_bytes=held_bytes(x for layer in layers if layer.watch for x in layer.watch.tensors),
-        backing_bytes=sum(layer.history.bytes for layer in layers if layer.history),
+        backing_bytes=sum(layer.backing.bytes for layer in layers if layer.backing),
     )
 
 

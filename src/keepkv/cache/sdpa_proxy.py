@@ -1,6 +1,6 @@
-"""Stand-ins: tensors without content that an attention module carries from the cache to the attention call.
+"""Proxies: tensors without content that an attention module carries from the cache to the attention call.
 
-A stand-in has the shape, dtype and device of all keys (or values) of a layer, as if nothing had been compressed, and
+A proxy has the shape, dtype and device of all keys (or values) of a layer, as if nothing had been compressed, and
 takes no memory. When PyTorch is asked for scaled dot product attention over it, PyTorch's override protocol
 (`__torch_function__`) calls the function it carries instead. So the cache sees the queries, and the model's own
 attention code runs unchanged: no hook, no patch, no registration.
@@ -21,14 +21,14 @@ Attend = Callable[..., Tensor]
 _RESHAPES = (Tensor.expand, Tensor.reshape, Tensor.__getitem__)  # what transformers' repeat_kv does to keys and values
 
 
-class StandIn(Tensor):
+class SdpaProxy(Tensor):
     """See the module's text. attend(query, key, value, ...) takes what scaled_dot_product_attention takes."""
 
     attend: Attend
 
     @staticmethod
-    def of(like: Tensor, tokens: int, attend: Attend) -> StandIn:
-        """A stand-in for [B, H, tokens, d] where `like` is [B, H, any, d]."""
+    def of(like: Tensor, tokens: int, attend: Attend) -> SdpaProxy:
+        """A proxy for [B, H, tokens, d] where `like` is [B, H, any, d]."""
         batch, heads, _, size = like.shape
         return _carry(like.detach().new_empty(1).expand(batch, heads, tokens, size), attend)
 
@@ -57,7 +57,7 @@ class StandIn(Tensor):
         )
 
 
-def _carry(tensor: Tensor, attend: Attend) -> StandIn:
-    stand = tensor.as_subclass(StandIn)
+def _carry(tensor: Tensor, attend: Attend) -> SdpaProxy:
+    stand = tensor.as_subclass(SdpaProxy)
     stand.attend = attend
     return stand

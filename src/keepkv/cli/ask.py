@@ -9,28 +9,30 @@ from typing import Annotated
 
 import typer
 
-from keepkv.budget import TOLERANCE
 from keepkv.cli.options import (
+    DEFAULT,
     Chunk,
     Debug,
     Device,
     Dtype,
-    Form,
     Json,
     Keep,
-    Limit,
+    MaxNewTokens,
+    Method,
     Model,
-    Name,
-    Reference,
     Repair,
+    Repeat,
     Seed,
-    understood,
+    SlotDtype,
+    checked,
+    listed,
     warn_if_long,
     was_typed,
 )
 from keepkv.cli.progress import bar
 from keepkv.errors import InputError
 from keepkv.paths import SUFFIX
+from keepkv.recipe import Recipe
 
 
 def ask(
@@ -41,20 +43,28 @@ def ask(
     questions: Annotated[
         list[str], typer.Argument(help="One question or several; before them, more .keep files to join.", show_default=False)
     ],
-    budget: Limit = "0.1",
-    method: Name = "keepkv",
-    slots: Form = "float",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help='Share of the tokens ("10%"), slots per KV head ("512"), bytes ("64MB"), or auto: the smallest that '
+            "predicts an error within --tolerance."
+        ),
+    ] = DEFAULT.budget_text,
+    method: Method = DEFAULT.method_name,
+    slot_dtype: SlotDtype = DEFAULT.slot_dtype,
     compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
-    reference: Reference = "auto",
+    repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
-    tolerance: Annotated[float, typer.Option(help="With --budget auto: the share of its outputs a head may lose.")] = TOLERANCE,
+    tolerance: Annotated[
+        float, typer.Option(help="With --budget auto: the share of its output that a head may lose.")
+    ] = DEFAULT.tolerance,
     chunk: Chunk = None,
     model: Model = "smollm2",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     repair: Repair = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = DEFAULT.seed,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -74,36 +84,37 @@ def ask(
     """
     compiled, asked = split([file, *questions])
     if compiled:
-        recipe = [name for name in ("budget", "method", "slots", "compare", "reference", "keep", "tolerance", "chunk", "seed")
-                  if was_typed(context, name)]  # fmt: skip
-        if recipe:
-            raise InputError(f"--{recipe[0]} is for texts: {compiled[0]} is compiled already, with its own")
+        settings = ("budget", "method", "slot_dtype", "compare", "repeat", "keep", "tolerance", "chunk", "seed")
+        if typed := [name.replace("_", "-") for name in settings if was_typed(context, name)]:
+            raise InputError(f"--{typed[0]} is for texts: {compiled[0]} is compiled already, with its own")
         named = model if was_typed(context, "model") else None
         return ask_compiled(compiled, asked, named, device, dtype, max_new_tokens, repair, as_json)
     if repair:
         raise InputError("--repair is for joined documents: keepkv ask A.keep B.keep ... --repair 15%")
+    recipe = Recipe(
+        budget, method, slot_dtype, repeat, tuple(keep or ()), tolerance=tolerance, chunk=chunk, seed=seed
+    )  # fmt: skip
     with bar(f"loading {model}") as line:
         from keepkv.cli import console
+        from keepkv.methods import get
         from keepkv.models import loading
-        from keepkv.text.ask import ask as run
+        from keepkv.text.ask import ask as answer_all
         from keepkv.text.file import read_text
         from keepkv.text.prompt import Prompt
-        from keepkv.text.reading import chunk_of
 
-        names, *_ = understood(",".join([method, compare]), "10%" if budget == "auto" else budget, slots)
+        checked(recipe)
+        others = listed(compare, "--compare", get) if compare else []
         if not all(question.strip() for question in questions):
             raise InputError("one of the questions is empty: write each in quotes, one after the other")
         text = read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
         warn_if_long(lm, prompt.text.shape[1] + max_new_tokens)
-        results = run(
-            lm, tokenizer, prompt, questions, names, budget, max_new_tokens, seed, reference, keep or (), tolerance,
-            chunk_of(chunk, prompt.text.shape[1], budget), line.phase, slots,
-        )  # fmt: skip
+        compared = [name for name in others if name != method]
+        results = answer_all(lm, tokenizer, prompt, questions, recipe, compared, max_new_tokens, line.phase)
     if as_json:
-        first, *others = [{"model": model, **result.to_dict()} for result in results]
-        typer.echo(json.dumps({**first, **({"compare": others} if others else {})}, ensure_ascii=False))
+        first, *rest = [{"model": model, **result.to_dict()} for result in results]
+        typer.echo(json.dumps({**first, **({"compare": rest} if rest else {})}, ensure_ascii=False))
         return None
     console.show_asked(results)
     full = next((result for result in results if result.method == "full"), None)
@@ -135,9 +146,9 @@ def ask_compiled(
         if len(parts) == 1:
             document = parts[0]
         else:
-            from keepkv.documents.joining import joined as chunks
+            from keepkv.documents.joining.joined import joined
 
-            document = chunks.joined(lm, parts, repair, line.phase("joining"))
+            document = joined(lm, parts, repair, line.phase("joining"))
         seconds = time.perf_counter() - start
         warn_if_long(lm, document.tokens + max_new_tokens)
         result = answer(lm, tokenizer, document, questions, max_new_tokens, seconds, line.phase)

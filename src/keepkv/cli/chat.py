@@ -6,16 +6,17 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from keepkv.budget import Budget
-from keepkv.cli.options import Debug, Device, Dtype, Form, Model, Name, Seed, understood
+from keepkv.cli.options import Debug, Device, Dtype, MaxNewTokens, Method, Model, Seed, SlotDtype, checked
 from keepkv.cli.progress import bar, err, out
 from keepkv.errors import InputError, KeepKVError, nearest
+from keepkv.recipe import CONVERSATION
 from keepkv.render import size
 
 if TYPE_CHECKING:
@@ -100,12 +101,13 @@ class Chat:
 
     def _budget(self, rest: str) -> None:
         if not rest:
-            return out.print(f"budget {self.talk.cache.budgets[0]}")
-        budget = Budget.parse(rest)
-        if self.talk.cache.get_seq_length():
+            return out.print(f"budget {self.talk.cache.policy.budget_text}")
+        cache = self.talk.cache
+        if cache.get_seq_length():
             with bar("compressing") as line:
-                self.talk.cache.compress(budget, progress=line)
-        self.talk.cache.budgets = (budget,)
+                cache.compress(rest, progress=line)
+        else:
+            cache.policy = cache.policy.changed(rest)
         return None
 
     def _undo(self, rest: str) -> None:
@@ -175,18 +177,18 @@ def _file(name: str) -> Path:
 def chat(
     budget: Annotated[
         str, typer.Option(help='Slots per KV head ("1024"), bytes ("64MB"), or a growing share ("10%").')
-    ] = "1024",
-    method: Name = "keepkv",
-    slots: Form = "float",
+    ] = CONVERSATION.budget_text,
+    method: Method = CONVERSATION.method_name,
+    slot_dtype: SlotDtype = CONVERSATION.slot_dtype,
     system: Annotated[str, typer.Option(help="A system prompt; it stays verbatim.", show_default=False)] = "",
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.", show_default=False)] = None,
-    period: Annotated[int, typer.Option(min=1, help="Compress whenever so many tokens have come.")] = 512,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="An answer's greatest length.")] = 512,
+    period: Annotated[int, typer.Option(min=1, help="Compress whenever so many tokens have come.")] = CONVERSATION.period or 0,
+    max_new_tokens: MaxNewTokens = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest word.")] = 0.7,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = CONVERSATION.seed,
     debug: Debug = False,
 ) -> None:
     """Talk with a model for as long as you like, in memory that does not grow.
@@ -203,12 +205,10 @@ def chat(
         from keepkv.models import loading
         from keepkv.text.conversation import Conversation
 
-        understood(method, budget, slots)
+        recipe = checked(replace(CONVERSATION, budget=budget, method=method, slot_dtype=slot_dtype, period=period, seed=seed))
         lm, tokenizer = loading.load(model, device, dtype)
         torch.manual_seed(seed)
-        talk = Chat(
-            lambda: Conversation(lm, tokenizer, budget, method, system, period, seed, slots), max_new_tokens, temperature
-        )
+        talk = Chat(lambda: Conversation(lm, tokenizer, recipe, system), max_new_tokens, temperature)
     if load is not None:
         talk.load(str(load))
     if sys.stdin.isatty():

@@ -42,7 +42,7 @@ def show_asked(results: Sequence[Asked]) -> None:
     facts.add_row("tokens read", *(f"{facts_of['tokens']:,}" for facts_of, _ in lines))
     facts.add_row(
         "slots per KV head",
-        *(f"{f['slots']:,.0f}{'' if report.form == 'float' else f' ({report.form})'}" for f, report in lines),
+        *(f"{f['slots']:,.0f}{'' if report.slot_dtype == 'float' else f' ({report.slot_dtype})'}" for f, report in lines),
     )
     facts.add_row("cache, full", *(size(report.kv_bytes_full) for _, report in lines))
     facts.add_row("cache, kept", *(size(report.kv_bytes) for _, report in lines))
@@ -115,7 +115,7 @@ def show_fidelity(records: Sequence[Fidelity]) -> None:
         table.add_column(name, justify="right")
     for record in records:
         table.add_row(
-            record.method, f"{record.budget} {record.form}".removesuffix(" float"), f"{record.delta_nll:+.4f}",
+            record.method, f"{record.budget} {record.slot_dtype}".removesuffix(" float"), f"{record.delta_nll:+.4f}",
             f"{record.kl:.4f}", f"{100 * record.top1:.1f}%", size(record.kv_bytes), size(record.kv_bytes_full),
             f"{record.prefill_seconds:.1f} s", f"{record.compress_seconds:.1f} s",
         )  # fmt: skip

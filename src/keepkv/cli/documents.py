@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keepkv.cli.options import Chunk, Debug, Device, Dtype, Form, Json, Keep, Limit, Model, Name, Reference, Seed, understood
+from keepkv.cli.options import (
+    DEFAULT,
+    Budget,
+    Chunk,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    Method,
+    Model,
+    Repeat,
+    Seed,
+    SlotDtype,
+    checked,
+)
 from keepkv.cli.progress import bar, err
 from keepkv.errors import InputError
 from keepkv.paths import SUFFIX
+from keepkv.recipe import Recipe
 
 if TYPE_CHECKING:
     from keepkv.documents.store import Entry
@@ -38,10 +53,10 @@ def compile(
         Path | None,
         typer.Option("-o", "--output", help="A file, or a folder for several. Default: DOC.keep", show_default=False),
     ] = None,
-    budget: Limit = "0.1",
-    method: Name = "keepkv",
-    slots: Form = "float",
-    reference: Reference = "auto",
+    budget: Budget = DEFAULT.budget_text,
+    method: Method = DEFAULT.method_name,
+    slot_dtype: SlotDtype = DEFAULT.slot_dtype,
+    repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
     chunk: Chunk = None,
     exact: Annotated[
@@ -60,7 +75,7 @@ def compile(
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = DEFAULT.seed,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -82,10 +97,8 @@ def compile(
     with bar(f"loading {model}") as line:
         from keepkv.documents.batch import Compiler, Order, with_ray
 
-        understood(method, budget, slots)
-        order = Order(
-            budget, method, reference, tuple(keep or ()), chunk, seed, exact, ids, resume, model, device, dtype, slots
-        )
+        recipe = checked(Recipe(budget, method, slot_dtype, repeat, tuple(keep or ()), chunk=chunk, seed=seed, exact=exact))
+        order = Order(recipe, ids, resume, model, device, dtype)
         if ray:
             progress = line.phase(f"compiling with {workers} workers")
             for number, (doc, facts) in enumerate(with_ray(docs, outputs, order, workers, 1.0 if "cuda" in device else 0.0)):
@@ -95,7 +108,7 @@ def compile(
                 else:
                     told.append(facts)
         else:
-            compiler = Compiler(**asdict(order))
+            compiler = Compiler(order)
             for number, (doc, target) in enumerate(zip(docs, outputs, strict=True)):
                 count = f"{number + 1}/{len(docs)} {doc}: " if len(docs) > 1 else ""
                 told.append(compiler.compile(doc, target, line.counted(count)))
@@ -113,17 +126,17 @@ def compile(
 def add(
     docs: Docs,
     folder: Folder = None,
-    budget: Limit = "0.1",
-    method: Name = "keepkv",
-    slots: Form = "float",
-    reference: Reference = "auto",
+    budget: Budget = DEFAULT.budget_text,
+    method: Method = DEFAULT.method_name,
+    slot_dtype: SlotDtype = DEFAULT.slot_dtype,
+    repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
     chunk: Chunk = None,
     exact: Annotated[bool, typer.Option("--exact", help="Keep every key and value too, for --repair.")] = False,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = DEFAULT.seed,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -132,17 +145,15 @@ def add(
     [bold]keepkv store add handbook.txt minutes/*.txt --budget 5%[/bold]
     """
     with bar(f"loading {model}") as line:
-        from keepkv.documents import document
         from keepkv.documents.store import Store
         from keepkv.models import loading
         from keepkv.text import file
 
-        understood(method, budget, slots)
+        recipe = checked(Recipe(budget, method, slot_dtype, repeat, tuple(keep or ()), chunk=chunk, seed=seed, exact=exact))
         texts = [file.read_text(doc) for doc in docs]
         lm, tokenizer = loading.load(model, device, dtype)
         shelf = Store.open(folder).for_model(lm, tokenizer, model)
         for doc, text in zip(docs, texts, strict=True):
-            recipe = document.recipe_for(tokenizer, text, budget, method, reference, keep or (), chunk, seed, exact, slots)
             entry, new = shelf.add(text, recipe, doc, line.phase)
             _say([entry], as_json, "added" if new else "there already")
 

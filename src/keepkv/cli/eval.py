@@ -50,12 +50,13 @@ def evaluate(
             "--question-aware/--question-after", help="The question is in the text when it is compressed.", show_default=False
         ),
     ] = None,
-    reference: Annotated[str | None, _option("auto (default), context, recall: whether the text is repeated.")] = None,
+    repeat: Annotated[str | None, _option("auto (default), always, never: whether the text is repeated.")] = None,
+    slot_dtype: Annotated[str | None, _option("How slots are stored: float (default), int8, int4.")] = None,
     chunk: Annotated[int | None, _option("Tokens read at a time; default: all at once up to 8,192, else 2,048.")] = None,
     haystack: Annotated[
         str | None, _option("Prose to hide things in: a file or a folder (default: installed documentation).")
     ] = None,
-    max_new_tokens: Annotated[int | None, _option("An answer's greatest length (default 64).")] = None,
+    max_new_tokens: Annotated[int | None, _option("Maximum number of tokens in an answer (default 64).")] = None,
     written: Annotated[int | None, _option("Tokens that drift writes (default 2000).")] = None,
     dtype: Annotated[str | None, _option("auto (default), float32, bfloat16, float16.")] = None,
     seed: Annotated[int | None, _option("Same seed, same samples (default 0).")] = None,
@@ -95,7 +96,7 @@ def evaluate(
         given: dict[str, Any] = {
             "model": model, "tasks": _parts(tasks), "data": data, "methods": _parts(methods), "budgets": _parts(budgets),
             "lengths": _numbers(lengths), "samples": samples, "by": by, "question_aware": question_aware,
-            "reference": reference, "chunk": chunk, "haystack": haystack, "max_new_tokens": max_new_tokens,
+            "repeat": repeat, "slot_dtype": slot_dtype, "chunk": chunk, "haystack": haystack, "max_new_tokens": max_new_tokens,
             "written": written, "dtype": dtype, "seed": seed,
         }  # fmt: skip
         if given["tasks"] == ["all"]:

@@ -9,37 +9,41 @@ from typing import Annotated
 import typer
 
 from keepkv.cli.options import (
+    DEFAULT,
+    Budget,
     Debug,
     Device,
     Dtype,
     File,
     Json,
     Keep,
-    Limit,
+    Method,
     Model,
-    Name,
-    Reference,
+    Repeat,
     Seed,
-    understood,
+    SlotDtype,
+    checked,
+    listed,
     warn_if_long,
 )
 from keepkv.cli.progress import bar, err
 from keepkv.errors import InputError
+from keepkv.recipe import Recipe
 
 
 def fidelity(
     file: File,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; see keepkv methods.")] = "keepkv,snapkv,h2o",
-    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas: 50%,10%,512,64MB")] = "0.1",
-    slots: Annotated[str, typer.Option(help="How slots are stored, separated by commas: float,int8,int4")] = "float",
+    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas: 50%,10%,512,64MB")] = DEFAULT.budget_text,
+    slot_dtype: Annotated[str, typer.Option(help="How slots are stored, separated by commas: float,int8,int4")] = "float",
     segments: Annotated[int, typer.Option(min=1, help="Stretches of the text to measure on.")] = 3,
     context_tokens: Annotated[int, typer.Option(min=16, help="Tokens read and compressed per stretch.")] = 2048,
     continuation_tokens: Annotated[int, typer.Option(min=2, help="True next tokens fed per stretch.")] = 192,
-    reference: Reference = "context",
+    repeat: Repeat = "never",
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = DEFAULT.seed,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -51,12 +55,16 @@ def fidelity(
     [bold]keepkv fidelity book.txt --methods keepkv,snapkv,h2o,expected --budgets 50%,10%,5%[/bold]
     """
     with bar(f"loading {model}") as line:
+        from keepkv.budget import Budget as Limit
         from keepkv.cli import console
         from keepkv.eval import fidelity as measuring
+        from keepkv.methods import get
         from keepkv.models import loading
+        from keepkv.slots.quantized import slot_dtype_of
         from keepkv.text.file import read_text
 
-        names, limits, forms = understood(methods, budgets, slots)
+        names, limits = listed(methods, "--methods", get), listed(budgets, "--budgets", Limit.parse)
+        slot_dtypes = listed(slot_dtype, "--slot-dtype", slot_dtype_of)
         text = read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         stretches = measuring.cut(tokenizer, text, segments, context_tokens, continuation_tokens)
@@ -64,9 +72,16 @@ def fidelity(
         if len(stretches) < segments:
             err.print(f"the text is short: {len(stretches)} stretches instead of {segments}")
         tell = line.phase("measuring")
-        of = measuring.steps(len(stretches), names, limits, forms)
+        of = measuring.steps(len(stretches), names, limits, slot_dtypes)
         records = measuring.measure(
-            lm, stretches, continuation_tokens, names, limits, seed, reference, lambda done: tell(done, of), forms
+            lm,
+            stretches,
+            continuation_tokens,
+            names,
+            limits,
+            Recipe(repeat=repeat, seed=seed),
+            slot_dtypes,
+            lambda done: tell(done, of),
         )
     if as_json:
         typer.echo(json.dumps([record.to_dict() for record in records]))
@@ -76,16 +91,17 @@ def fidelity(
 
 def inspect(
     file: File,
-    budget: Limit = "0.1",
-    method: Name = "keepkv",
-    reference: Reference = "auto",
+    budget: Budget = DEFAULT.budget_text,
+    method: Method = DEFAULT.method_name,
+    slot_dtype: SlotDtype = DEFAULT.slot_dtype,
+    repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
     html: Annotated[Path | None, typer.Option(help="Write a page: figures, and what was kept.", show_default=False)] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture (needs keepkv\\[plot]).", show_default=False)] = None,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = DEFAULT.seed,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -108,14 +124,14 @@ def inspect(
         from keepkv.text.file import read_text
         from keepkv.text.prompt import Prompt
 
-        understood(method, budget)
+        recipe = checked(Recipe(budget, method, slot_dtype, repeat, tuple(keep or ()), seed=seed))
         if png:
             render.require_matplotlib()
         text = read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
         warn_if_long(lm, prompt.text.shape[1])
-        found = anatomy.inspect(lm, tokenizer, prompt, model, method, budget, seed, reference, keep or (), line.phase)
+        found = anatomy.inspect(lm, tokenizer, prompt, model, recipe, line.phase)
         try:
             if html:
                 html.write_text(page(found), encoding="utf-8")

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from keepkv.cli.progress import err
 from keepkv.errors import BudgetError, InputError
+from keepkv.recipe import Recipe, RepeatMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DEFAULT = Recipe()
+
 
 def share(text: str | float) -> float:
     """A share from "15%" or "0.15", 0 to 1. Raises InputError."""
-    from keepkv.budget import Budget
+    from keepkv.budget import Budget as Limit
 
     if str(text) in ("0", "0.0", "0%"):
         return 0.0
     try:
-        budget = Budget.parse(text)
+        budget = Limit.parse(text)
     except BudgetError:
         budget = None
     if budget is None or budget.kind != "fraction":
@@ -29,16 +33,16 @@ def share(text: str | float) -> float:
 
 
 File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
-Limit = Annotated[str, typer.Option(help='Of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
-Name = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
-Form = Annotated[str, typer.Option(help="How slots are stored: float (as the model does), int8 or int4.")]
+Budget = Annotated[str, typer.Option(help='Share of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
+Method = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
+SlotDtype = Annotated[str, typer.Option(help="How slots are stored: float (as the model has them), int8 or int4.")]
 Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same input: same result.")]
-Reference = Annotated[
-    Literal["auto", "context", "recall"],
-    typer.Option(help="recall repeats the text before compressing, so that details survive (slower); auto: where it fits."),
+Repeat = Annotated[
+    RepeatMode,
+    typer.Option(help="Repeat the text before compressing, so that details survive (slower); auto: where that fits."),
 ]
 Keep = Annotated[
     list[str] | None,
@@ -59,28 +63,27 @@ Repair = Annotated[
         help='Of joined documents: the share of tokens ("15%") read again with the others in view; needs compile --exact.',
     ),
 ]  # fmt: skip
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
 
-def understood(methods: str, budgets: str, slots: str = "float") -> tuple[list[str], list[str], list[str]]:
-    """Comma-separated methods, budgets and formats, each known and readable; raises MethodError, BudgetError, InputError."""
-    from keepkv.budget import Budget
-    from keepkv.methods import get
-    from keepkv.slots.quantized import format_of
+def checked(recipe: Recipe) -> Recipe:
+    """The recipe, whose method, budget and storage are known and readable. Raises MethodError, BudgetError, InputError."""
+    from keepkv.cache.policy import Policy
 
-    names, limits, forms = (
-        list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip())) for text in (methods, budgets, slots)
-    )
-    if not names or not limits or not forms:
-        raise InputError("nothing to do: give at least one method and one budget, and one way of storing slots")
-    for name in names:
-        get(name)
-    for limit in limits:
-        Budget.parse(limit)
-    for form in forms:
-        format_of(form)
-    return names, limits, forms
+    Policy.of("100%" if recipe.auto_budget else recipe.budget, recipe.method, recipe.slot_dtype)
+    return recipe
+
+
+def listed(text: str, option: str, check: Callable[[str], object]) -> list[str]:
+    """What stands between commas, each once, and each known. Raises InputError for nothing, and what `check` raises."""
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise InputError(f"{option}: nothing to do: give at least one, or several separated by commas")
+    for part in parts:
+        check(part)
+    return parts
 
 
 def warn_if_long(model: PreTrainedModel, tokens: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keepkv.cli.options import Debug, Device, Dtype, Form, Limit, Name, Seed, understood
+from keepkv.cli.options import Budget, Debug, Device, Dtype, Method, Seed, SlotDtype, checked
 from keepkv.cli.progress import bar, err
+from keepkv.recipe import SERVER
 
 if TYPE_CHECKING:
     from keepkv.cache.report import Report
@@ -15,10 +17,10 @@ if TYPE_CHECKING:
 
 def serve(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")] = "smollm2",
-    budget: Limit = "10%",
-    method: Name = "keepkv",
-    slots: Form = "float",
-    period: Annotated[int, typer.Option(min=1, help="Compress again whenever so many tokens have come.")] = 512,
+    budget: Budget = SERVER.budget_text,
+    method: Method = SERVER.method_name,
+    slot_dtype: SlotDtype = SERVER.slot_dtype,
+    period: Annotated[int, typer.Option(min=1, help="Compress again whenever so many tokens have come.")] = SERVER.period or 0,
     conversations: Annotated[
         int, typer.Option(min=0, help="Prompts whose compressed caches are kept, so that a next turn need not be read whole.")
     ] = 8,
@@ -26,7 +28,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = SERVER.seed,
     debug: Debug = False,
 ) -> None:
     """Serve a model with compressed caches, over the OpenAI API, with Hugging Face's own server (transformers serve).
@@ -41,11 +43,11 @@ def serve(
     """
     with bar(f"loading {model}"):
         from keepkv.models import loading
-        from keepkv.serving.transformers_server import Limits, application
+        from keepkv.serving.transformers_server import PromptCaches, application
 
-        understood(method, budget, slots)
+        recipe = checked(replace(SERVER, budget=budget, method=method, slot_dtype=slot_dtype, period=period, seed=seed))
         lm, tokenizer = loading.load(model, device, dtype)
-        app = application(lm, tokenizer, model, Limits(budget, method, slots, period, seed, conversations), _told)
+        app = application(lm, tokenizer, model, PromptCaches(recipe, conversations), _told)
     import uvicorn
 
     config = uvicorn.Config(app, host=host, port=port, log_level="warning")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from keepkv.documents import identity
-from keepkv.documents.document import Document, Recipe, compile_text, facts, load, recipe_for, save
+from keepkv.documents.document import Document, compile_text, facts, load, save
 from keepkv.errors import InputError, KeepKVError
 from keepkv.models import families, loading
+from keepkv.recipe import Recipe
 from keepkv.text import file
 from keepkv.text.prompt import Prompt
 from keepkv.text.reading import Phase, silent
@@ -21,43 +22,33 @@ from keepkv.text.reading import Phase, silent
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for: a model and how every text is compiled (see `documents.Recipe`).
+    """What was asked for: a model and how every text is compiled.
 
     ids: whether files hold their text's tokens. resume: whether a file that was made of the same text, by the same model, in
     the same way, is left as it is.
     """
 
-    budget: str = "0.1"
-    method: str = "keepkv"
-    reference: str = "auto"
-    keep: tuple[str, ...] = ()
-    chunk: int | None = None
-    seed: int = 0
-    exact: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
     ids: bool = True
     resume: bool = False
     model: str = "smollm2"
     device: str = "auto"
     dtype: str = "auto"
-    slots: str = "float"
 
 
 class Compiler:
     """Compiles file after file with one model, loaded when it is made."""
 
-    def __init__(self, **order: Any) -> None:
-        """order: the fields of an Order. Raises ModelError."""
-        self.order = Order(**order)
+    def __init__(self, order: Order) -> None:
+        """Raises ModelError."""
+        self.order = order
         self.model, self.tokenizer = loading.load(self.order.model, self.order.device, self.order.dtype)
         self.known, self.cut = identity.of_model(self.model), identity.of_tokenizer(self.tokenizer)
 
     def compile(self, doc: str, target: Path, phase: Phase = silent) -> dict[str, Any]:
         """Compiles one file; returns its facts, with "made": whether it was not there already. Raises what compiling raises."""
         order, text = self.order, file.read_text(doc)
-        recipe = recipe_for(
-            self.tokenizer, text, order.budget, order.method, order.reference, order.keep, order.chunk, order.seed, order.exact,
-            order.slots,
-        )  # fmt: skip
+        recipe = order.recipe.settled(Prompt(self.tokenizer, text).text.shape[1])
         if order.resume and (found := self._found(target, text, recipe)) is not None:
             return {**facts(found), "file": str(target), "bytes": target.stat().st_size, "made": False, "warning": ""}
         document = compile_text(self.model, self.tokenizer, text, recipe, doc, order.model, phase)
@@ -103,9 +94,8 @@ def with_ray(
         {"doc": str(Path(doc).resolve()), "target": str(target.resolve()), "named": doc}
         for doc, target in zip(docs, targets, strict=True)
     ]
-    told = {field.name: getattr(order, field.name) for field in fields(order)}
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        Compiler, fn_constructor_kwargs=told, compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))), num_cpus=1,
+        Compiler, fn_constructor_args=(order,), compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))), num_cpus=1,
         num_gpus=gpus,
     )  # fmt: skip  # an actor that dies is started again and given its row again: Ray Data's default
     for row in made.iter_rows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import __version__, methods
-from keepkv.budget import Budget
 from keepkv.cache import KeepCache
 from keepkv.documents import format, identity
 from keepkv.documents.packing import pack, unpack
 from keepkv.errors import InputError
 from keepkv.models import families
+from keepkv.recipe import Recipe
 from keepkv.text.ask import Asked, greedy
 from keepkv.text.prompt import Prompt, asked
-from keepkv.text.reading import REPEAT, Phase, chunk_of, read, read_in_chunks, silent
+from keepkv.text.reading import REPEAT, Phase, read, read_in_chunks, silent
 
 Exact = Callable[[int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a text is compressed: what decides, beside the model and the text, what a compact cache holds. See `ask`."""
-
-    budget: str = "0.1"
-    method: str = "keepkv"
-    reference: str = "auto"
-    keep: tuple[str, ...] = ()
-    chunk: int = 0
-    seed: int = 0
-    exact: bool = False  # every key and value is kept beside the slots, for repairs
-    slots: str = "float"
-
-    def key(self, ids: Tensor, model: Mapping[str, Any]) -> str:
-        """A digest of recipe, model identity and token ids: the same for the same cache, and only then."""
-        recipe = {**asdict(self), "budget": str(Budget.parse(self.budget))}
-        told = [format.FORMAT, recipe, dict(model), ids.flatten().tolist()]
-        return identity.digest(json.dumps(told, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -77,13 +57,10 @@ class Document:
         return asked(tokenizer, question, self.before, self.after)
 
 
-def recipe_for(
-    tokenizer: PreTrainedTokenizerBase, text: str, budget: str, method: str, reference: str, keep: Sequence[str],
-    chunk: int | None, seed: int, exact: bool, slots: str,
-) -> Recipe:  # fmt: skip
-    """The recipe of what was typed for one text: its length decides whether it is read in chunks, if nothing was said."""
-    size = chunk_of(chunk, Prompt(tokenizer, text).text.shape[1], budget)
-    return Recipe(budget, method, reference, tuple(keep), size, seed, exact, slots)
+def key_of(recipe: Recipe, ids: Tensor, model: Mapping[str, Any]) -> str:
+    """A digest of recipe, model identity and token ids: the same for the same cache, and only then."""
+    told = [format.FORMAT, recipe.to_dict(), dict(model), ids.flatten().tolist()]
+    return identity.digest(json.dumps(told, sort_keys=True).encode())
 
 
 def shortened(document: Document, tokens: int) -> Document:
@@ -99,7 +76,7 @@ def facts(document: Document) -> dict[str, Any]:
     report = document.cache.report()
     return {
         "source": document.source, "tokens": document.tokens, "method": report.method, "budget": report.budget,
-        "form": report.form, "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full,
+        "slot_dtype": report.slot_dtype, "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full,
         "reading_seconds": document.reading_seconds, "repeat_seconds": report.repeat_seconds,
         "compress_seconds": report.compress_seconds, "note": report.note,
     }  # fmt: skip
@@ -111,9 +88,9 @@ def compile_text(
     name: str = "", phase: Phase = silent,
 ) -> Document:  # fmt: skip
     """Reads a text, compresses it as the recipe says, and returns the document. Raises BudgetError, MethodError, InputError."""
-    recipe = recipe or Recipe()
-    prompt, method = Prompt(tokenizer, text), methods.get(recipe.method)
-    ids, spans = prompt.text.to(model.device), prompt.spans(*recipe.keep)
+    prompt = Prompt(tokenizer, text)
+    recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
+    ids, spans, method = prompt.text.to(model.device), prompt.spans(*recipe.keep), methods.get(recipe.method)
     lead = prompt.question(REPEAT).to(model.device)
     if recipe.exact and (recipe.chunk or any(kind is not None for kind in families.layer_kinds(model))):
         raise InputError(
@@ -121,16 +98,14 @@ def compile_text(
         )
     exact = None
     if recipe.chunk:
-        done = read_in_chunks(
-            model, ids, method, recipe.budget, recipe.chunk, lead, recipe.seed, recipe.reference, spans, phase, recipe.slots
-        )
-        cache = done.cache
+        reading = read_in_chunks(model, ids, method, recipe, lead, spans, phase)
+        cache = reading.cache
     else:
-        done = read(model, ids, [method], lead, recipe.seed, recipe.reference, phase, recipe.slots)
-        cache = done.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
+        reading = read(model, ids, [method], recipe, lead, phase)
+        cache = reading.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
         if recipe.exact:
-            exact = [(layer.keys, layer.values) for layer in done.cache.keep_layers].__getitem__
-    return Document(cache, ids, prompt.lead, prompt.before, prompt.after, recipe, source, name, done.seconds, exact)
+            exact = [(layer.keys, layer.values) for layer in reading.cache.keep_layers].__getitem__
+    return Document(cache, ids, prompt.lead, prompt.before, prompt.after, recipe, source, name, reading.seconds, exact)
 
 
 def save(
@@ -146,7 +121,7 @@ def save(
     header["model"] = {**_identity(model), "name": document.model}
     header["tokenizer"] = tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
     header["template"] = {"lead": document.lead, "before": document.before, "after": document.after}
-    header["recipe"], header["source"] = asdict(document.recipe), document.source
+    header["recipe"], header["source"] = document.recipe.to_dict(), document.source
     header["reading_seconds"] = document.reading_seconds
     if with_ids and document.ids is not None:
         tensors["ids"] = document.ids.to(torch.int32)
@@ -172,8 +147,7 @@ def load(
         cut = tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
         if header["tokenizer"] != cut:
             raise InputError(f"{str(file)!r} was compiled with another tokenizer or chat template: compile the document again")
-        told, place = dict(header["recipe"]), header["template"]
-        recipe = Recipe(**{**told, "keep": tuple(told["keep"])})
+        recipe, place = Recipe.from_dict(header["recipe"]), header["template"]
         lead, before, after = int(place["lead"]), str(place.get("before", "")), str(place["after"])
         source, name = str(header["source"]), header["model"]["name"]
         seconds = float(header["reading_seconds"])
@@ -204,8 +178,7 @@ def answer(
     for number, (question, asks) in enumerate(zip(questions, later, strict=True)):
         answers.append(greedy(model, tokenizer, document.cache.fork(), ids, asks, question, max_new_tokens))
         tell(number + 1, len(questions))
-    reference = "recall" if report.repeat_seconds else "context"
-    return Asked(report.method, report, loading_seconds, 0.0, tuple(answers), reference, loaded=True)
+    return Asked(report.method, report, loading_seconds, 0.0, tuple(answers), bool(report.repeat_seconds), loaded=True)
 
 
 class _Exact:

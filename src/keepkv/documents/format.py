@@ -24,7 +24,7 @@ from torch import Tensor
 from keepkv.documents.identity import digest
 from keepkv.errors import InputError
 
-FORMAT = 3  # 3: slots may be quantised; 2: text and question are cut apart; what older ones hold is read as it was
+FORMAT = 4  # 4: names of settings; 3: slots may be quantized; 2: text and question are cut apart; older ones are read
 _ALIGNED = 64  # bytes
 _MOST_HEADER = 32 << 20  # bytes; a header is some hundred kilobytes
 

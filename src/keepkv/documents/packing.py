@@ -1,8 +1,8 @@
 """Pack: a cache of one text as named tensors and what is to be known of them, and a cache made of them again.
 
 Names: layer.3.keys and .values are the exact tail [1, H, n, d] (or, of a sliding window, all it holds); layer.3.slots.bias,
-.positions [total], .offsets [H + 1], .keys, .values [total, d]. Keys that are quantised are layer.3.slots.keys.codes and
-.steps, see `Quantised`. Keys that two layers share are layer.3.slots.keys.0.places, .norms [n] and directions.0 [m, d], once
+.positions [total], .offsets [H + 1], .keys, .values [total, d]. Keys that are quantized are layer.3.slots.keys.codes and
+.steps, see `Quantized`. Keys that two layers share are layer.3.slots.keys.0.places, .norms [n] and directions.0 [m, d], once
 for both.
 """
 
@@ -21,7 +21,7 @@ from keepkv.cache.report import Head, Report
 from keepkv.documents.format import Contents
 from keepkv.errors import InputError
 from keepkv.models import families
-from keepkv.slots.quantized import FORMATS, Quantised
+from keepkv.slots.quantized import SLOT_DTYPES, Quantized
 from keepkv.slots.shared import Block, Shared
 from keepkv.slots.slots import Slots
 from keepkv.slots.vectors import Stack
@@ -32,7 +32,7 @@ def pack(cache: KeepCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     first = cache.keep_layers[0]
     if not first.is_initialized or not first.seen:
         raise InputError("this cache has read nothing yet: there is nothing to save")
-    if len(first.keys) != 1 or any(cache._starts()):
+    if len(first.keys) != 1 or any(cache.starts):
         raise InputError("a file holds one text: save the rows of a batch, without padding, each from a cache of its own")
     tensors: dict[str, Tensor] = {}
     directions: dict[tuple[Any, ...], str] = {}
@@ -66,7 +66,9 @@ def unpack(contents: Contents, model: PreTrainedModel, device: torch.device) -> 
         for index, (layer, facts) in enumerate(zip(cache.layers, layers, strict=True)):
             parts.fill(f"layer.{index}", layer, facts, seen)
         heads = tuple(tuple(tuple(Head(*head) for head in layer) for layer in row) for row in told.pop("heads"))
-        cache._report = Report(heads=heads, tokens=tuple(told.pop("tokens")), **told)
+        if "form" in told:  # before format 4
+            told["slot_dtype"] = told.pop("form")
+        cache.restore(Report(heads=heads, tokens=tuple(told.pop("tokens")), **told))
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise contents.broken("it does not describe a cache of this model") from error
     return cache
@@ -77,9 +79,9 @@ def _put(tensors: dict[str, Tensor], directions: dict[tuple[Any, ...], str], nam
     if isinstance(stack, Tensor):
         tensors[name] = stack
         return "float"
-    if isinstance(stack, Quantised):
+    if isinstance(stack, Quantized):
         tensors[f"{name}.codes"], tensors[f"{name}.steps"] = stack.codes, stack.steps
-        return stack.form.name
+        return stack.slot_dtype.name
     assert isinstance(stack, Shared)
     names = []
     for number, block in enumerate(stack.blocks):
@@ -132,10 +134,10 @@ class _Parts:
         if not directions or directions == "float":  # [] before format 3
             return self._take(name, count, width, dtype=dtype)
         if isinstance(directions, str):
-            form = FORMATS[directions]
-            codes = self._take(f"{name}.codes", count, form.bytes(width, 0) - 2, dtype=torch.uint8)
+            slot_dtype = SLOT_DTYPES[directions]
+            codes = self._take(f"{name}.codes", count, slot_dtype.bytes(width, 0) - 2, dtype=torch.uint8)
             steps = self._take(f"{name}.steps", count, dtype=torch.bfloat16)
-            return Quantised(codes, steps, form, width, dtype)
+            return Quantized(codes, steps, slot_dtype, width, dtype)
         blocks = []
         for number, found in enumerate(directions):
             if found not in self._directions:
@@ -161,5 +163,5 @@ def _told(report: Report) -> dict[str, Any]:
         [[[h.slots, h.error, h.mass_error, h.evict_error, h.fallbacks, h.max_vote] for h in layer] for layer in row]
         for row in report.heads
     ]
-    names = ("method", "budget", "compress_seconds", "repeat_seconds", "longest_pause", "compressions", "note", "form")
+    names = ("method", "budget", "compress_seconds", "repeat_seconds", "longest_pause", "compressions", "note", "slot_dtype")
     return {"heads": heads, "tokens": list(report.tokens), **{name: getattr(report, name) for name in names}}

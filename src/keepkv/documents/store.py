@@ -24,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keepkv import paths
 from keepkv.budget import Budget
 from keepkv.documents import format, identity
-from keepkv.documents.document import Document, Recipe, compile_text, load, save, shortened
+from keepkv.documents.document import Document, compile_text, key_of, load, save, shortened
 from keepkv.errors import InputError
+from keepkv.recipe import Recipe
 from keepkv.text.prompt import Prompt
 from keepkv.text.reading import Phase, silent
 
@@ -215,8 +216,9 @@ class Shelf:
 
     def add(self, text: str, recipe: Recipe | None = None, source: str = "", phase: Phase = silent) -> tuple[Entry, bool]:
         """Compiles a text into the store; the entry, and whether it is new: what is there already is not compiled again."""
-        recipe = recipe or Recipe()
-        key = self.key(Prompt(self.tokenizer, text).text, recipe)
+        ids = Prompt(self.tokenizer, text).text
+        recipe = (recipe or Recipe()).settled(ids.shape[1])
+        key = self.key(ids, recipe)
         found = self.store._select("WHERE key = ?", key)
         if found and found[0].file.exists():
             self.store._touch(key)
@@ -289,7 +291,7 @@ class Shelf:
         return best
 
     def key(self, ids: Tensor, recipe: Recipe) -> str:
-        return recipe.key(ids, {**self.known, "tokenizer": self.cut})
+        return key_of(recipe, ids, {**self.known, "tokenizer": self.cut})
 
 
 def prefix_digests(ids: list[int], lengths: list[int]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from keepkv.budget import Budget
 from keepkv.errors import InputError, nearest
 from keepkv.methods import get
+from keepkv.recipe import Recipe, RepeatMode
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,7 +35,8 @@ class Config:
     samples: int = 5  # of every task and length
     by: str = "choice"  # choice: the likeliest of the right and wrong answers; answer: what the model writes
     question_aware: bool = False  # the question stands in the text when it is compressed
-    reference: str = "auto"  # see `keepkv.ask.ask`
+    repeat: RepeatMode = Recipe.repeat
+    slot_dtype: str = Recipe.slot_dtype
     chunk: int = -1  # tokens read at a time; 0: all at once; -1: at once up to 8,192 tokens, 2,048 at a time beyond
     period: int = 256  # tokens between the folds of live caches (turns, drift)
     written: int = 2000  # tokens that drift writes
@@ -46,9 +48,16 @@ class Config:
     haystack_digest: str = ""
     data_digests: tuple[str, ...] = ()
 
+    @property
+    def recipe(self) -> Recipe:
+        """What all variants have in common."""
+        return Recipe(
+            slot_dtype=self.slot_dtype, repeat=self.repeat, chunk=None if self.chunk < 0 else self.chunk, seed=self.seed
+        )
+
     def check(self) -> None:
         """Raises InputError, MethodError or BudgetError for what cannot be run."""
-        for name, kinds in (("by", ("choice", "answer")), ("reference", ("auto", "context", "recall"))):
+        for name, kinds in (("by", ("choice", "answer")), ("repeat", Recipe.REPEAT_MODES)):
             if getattr(self, name) not in kinds:
                 raise InputError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(kinds)}")
         for name in ("samples", "period", "written", "max_new_tokens"):

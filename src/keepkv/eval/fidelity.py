@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keepkv import methods
 from keepkv.cache import KeepCache
 from keepkv.errors import InputError
+from keepkv.recipe import Recipe
 from keepkv.text.reading import Reading, read
 
 
@@ -41,15 +42,15 @@ class Fidelity:
     error: float
     kl_per_segment: tuple[float, ...]
     error_per_segment: tuple[float, ...]
-    form: str = "float"  # how slots are stored
+    slot_dtype: str = "float"  # how slots are stored
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def steps(segments: int, method_names: Sequence[str], budgets: Sequence[str], forms: Sequence[str] = ("float",)) -> int:
+def steps(segments: int, method_names: Sequence[str], budgets: Sequence[str], slot_dtypes: Sequence[str] = ("float",)) -> int:
     """How many steps `measure` takes."""
-    return segments * (1 + len(method_names) * len(budgets) * len(forms))
+    return segments * (1 + len(method_names) * len(budgets) * len(slot_dtypes))
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, text: str, segments: int, context: int, continuation: int) -> Tensor:
@@ -78,35 +79,32 @@ def measure(
     continuation: int,
     method_names: Sequence[str],
     budgets: Sequence[str],
-    seed: int = 0,
-    reference: str = "context",
+    recipe: Recipe | None = None,
+    slot_dtypes: Sequence[str] = (Recipe.slot_dtype,),
     tick: Callable[[int], None] = lambda done: None,
-    forms: Sequence[str] = ("float",),
 ) -> list[Fidelity]:
     """Reads each stretch but its last `continuation` tokens, compresses in every way, and feeds the true continuation.
 
-    forms: how slots are stored, see `KeepCache`.
-
-    reference "recall" also repeats each stretch before compressing, for methods that can use it (see `ask`).
-    Every variant starts from the same reading, so that differences are the compression's alone (paired). tick(done) is
-    told after each of `steps`.
+    recipe: its repeat (if not given, never) and seed. Every variant starts from the same reading, so that differences are the
+    compression's alone (paired). tick(done) is told after each of `steps`.
     """
+    recipe = recipe or Recipe(repeat="never")
     table = [methods.get(name) for name in method_names]
-    rows: dict[tuple[str, str, str], list[_Sample]] = {}
+    samples: dict[tuple[str, str, str], list[_Sample]] = {}
     done = 0
     for stretch in stretches.to(model.device):
         context, future = stretch[None, :-continuation], stretch[None, -continuation:]
-        once = read(model, context, table, seed=seed, reference=reference)
-        full = log_probs(model, once.cache.fork().compress("100%"), future)
+        reading = read(model, context, table, recipe)
+        full = log_probs(model, reading.cache.fork().compress("100%"), future)
         tick(done := done + 1)
-        for budget, method, form in product(budgets, table, forms):
-            cache = once.of(method).compress(budget, method, slots=form)
-            rows.setdefault((method.name, budget, form), []).append(
-                compare(full, log_probs(model, cache, future), future[0, 1:], cache, once)
+        for budget, method, slot_dtype in product(budgets, table, slot_dtypes):
+            cache = reading.of(method).compress(budget, method, slot_dtype=slot_dtype)
+            samples.setdefault((method.name, budget, slot_dtype), []).append(
+                compare(full, log_probs(model, cache, future), future[0, 1:], cache, reading)
             )
             tick(done := done + 1)
     size = stretches.shape[1] - continuation
-    return [_mean(*variant, samples, size, continuation) for variant, samples in rows.items()]
+    return [_mean(*variant, own, size, continuation) for variant, own in samples.items()]
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def log_probs(model: PreTrainedModel, cache: KeepCache, future: Tensor) -> Tenso
     return logits[0, :-1].float().log_softmax(-1)
 
 
-def compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, once: Reading) -> _Sample:
+def compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, reading: Reading) -> _Sample:
     report = cache.report()
     return _Sample(
         delta_nll=float(cross_entropy(ours, truth) - cross_entropy(full, truth)),
@@ -136,14 +134,14 @@ def compare(full: Tensor, ours: Tensor, truth: Tensor, cache: KeepCache, once: R
         top1=float((ours.argmax(-1) == full.argmax(-1)).float().mean()),
         kv_bytes=report.kv_bytes,
         kv_bytes_full=report.kv_bytes_full,
-        prefill_seconds=once.seconds,
-        compress_seconds=report.compress_seconds + once.repeat_cost(cache.method),
+        prefill_seconds=reading.seconds,
+        compress_seconds=report.compress_seconds + reading.repeat_cost(cache.policy.method),
         fallbacks=report.fallbacks,
         error=report.error,
     )
 
 
-def _mean(method: str, budget: str, form: str, samples: Sequence[_Sample], context: int, continuation: int) -> Fidelity:
+def _mean(method: str, budget: str, slot_dtype: str, samples: Sequence[_Sample], context: int, continuation: int) -> Fidelity:
     def mean(name: str) -> float:
         return statistics.fmean(getattr(sample, name) for sample in samples)
 
@@ -151,5 +149,5 @@ def _mean(method: str, budget: str, form: str, samples: Sequence[_Sample], conte
         method, budget, mean("delta_nll"), mean("kl"), mean("top1"), round(mean("kv_bytes")), round(mean("kv_bytes_full")),
         mean("prefill_seconds"), mean("compress_seconds"), len(samples), context, continuation,
         sum(sample.fallbacks for sample in samples), mean("error"), tuple(sample.kl for sample in samples),
-        tuple(sample.error for sample in samples), form,
+        tuple(sample.error for sample in samples), slot_dtype,
     )  # fmt: skip

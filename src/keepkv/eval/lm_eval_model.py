@@ -142,7 +142,7 @@ class KeepKV(TemplateLM):  # type: ignore[misc]
             cache = KeepCache(self.model, self.budget, self.method, seed=self.seed, auto=False)
             logits = self.model(tokens, past_key_values=cache, logits_to_keep=1).logits[0]
             if self.method.repeat is not None and self.method.repeat.needed:
-                cache.rehearse(self.model, tokens, None, self.method.repeat)
+                cache.repeat(self.model, tokens, None, self.method.repeat)
             try:
                 cache.compress("100%" if len(ids) < self.least else self.budget)
             except BudgetError:

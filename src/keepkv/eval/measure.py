@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as memo
 from typing import NamedTuple
 
@@ -20,10 +20,11 @@ from keepkv.eval import fidelity
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
 from keepkv.methods import Method
+from keepkv.recipe import CHUNK
 from keepkv.text.ask import greedy
 from keepkv.text.conversation import pieces
 from keepkv.text.prompt import Prompt
-from keepkv.text.reading import CHUNK, REPEAT, chunk_of, read, read_in_chunks
+from keepkv.text.reading import REPEAT, read, read_in_chunks
 
 CONTINUATION = 192  # true next tokens of `fidelity`
 
@@ -96,16 +97,17 @@ def _reading(host: Host, prompt: Prompt) -> Callable[[Method, str], Ready]:
     """Reads at once, or, for long texts, in chunks: then once for every variant, which compresses on the way."""
     model, config = host.model, host.config
     ids, lead = prompt.text.to(model.device), prompt.question(REPEAT).to(model.device)
-    chunk = chunk_of(config.chunk if config.chunk >= 0 else None, ids.shape[1])
-    if chunk:
+    recipe = config.recipe.settled(ids.shape[1])
+    if recipe.chunk:
 
         def chunked(method: Method, budget: str) -> Ready:
-            done = read_in_chunks(model, ids, method, budget, chunk, lead, config.seed, config.reference)
-            compress = done.cache.report().compress_seconds
-            return Ready(done.cache, ids, {"read": done.seconds, "repeat": done.repeat_cost(method), "compress": compress})
+            reading = read_in_chunks(model, ids, method, replace(recipe, budget=budget), lead)
+            compress = reading.cache.report().compress_seconds
+            seconds = {"read": reading.seconds, "repeat": reading.repeat_cost(method), "compress": compress}
+            return Ready(reading.cache, ids, seconds)
 
         return chunked
-    once = read(model, ids, host.table, lead, config.seed, config.reference)
+    once = read(model, ids, host.table, recipe, lead)
 
     def whole(method: Method, budget: str) -> Ready:
         cache = once.of(method).compress(budget, method)
@@ -141,7 +143,8 @@ def live(host: Host, method: Method, budget: str, tokens: int) -> KeepCache:
     """A cache that folds every `period` tokens; a share is that of all the tokens it will have read."""
     limit = Budget.parse(budget)
     count = str(max(1, int(limit.amount * tokens))) if limit.kind == "fraction" else budget
-    return KeepCache(host.model, count, method, chunk=CHUNK, period=host.config.period, seed=host.config.seed)
+    config = host.config
+    return KeepCache.of(host.model, replace(config.recipe, budget=count, method=method, chunk=CHUNK, period=config.period))
 
 
 def _ask(host: Host, ready: Ready, asked: Tensor, question: Question) -> Outcome:
@@ -186,8 +189,7 @@ def continued(host: Host, sample: Sample) -> Opened:
     """
     ids = host.tokens(sample.text)
     context, future = ids[:, :-CONTINUATION], ids[:, -CONTINUATION:]
-    config = host.config
-    once = read(host.model, context, host.table, seed=config.seed, reference="context")
+    once = read(host.model, context, host.table, replace(host.config.recipe, repeat="never"))
     full = memo(lambda: fidelity.log_probs(host.model, once.cache.fork().compress("100%"), future))
 
     def opened(method: Method, budget: str) -> list[Outcome]:

@@ -16,6 +16,7 @@ from keepkv.cache import KeepCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.report import Head, Report
 from keepkv.errors import InputError
+from keepkv.recipe import Recipe
 from keepkv.text.prompt import Prompt
 from keepkv.text.reading import REPEAT, Phase, read, silent
 
@@ -39,7 +40,7 @@ class Anatomy:
     """One text, compressed. tokens: the text piece by piece; heads: layer by layer, with the model's own layer indices."""
 
     model: str
-    reference: str
+    repeated: bool
     report: Report
     tokens: tuple[str, ...]
     heads: tuple[Slotted, ...]
@@ -88,7 +89,7 @@ class Anatomy:
             "model": self.model,
             "method": report.method,
             "budget": report.budget,
-            "reference": self.reference,
+            "repeated": self.repeated,
             "slots": report.slots,
             "kv_bytes_full": report.kv_bytes_full,
             "kv_bytes": report.kv_bytes,
@@ -114,27 +115,23 @@ class Anatomy:
 
 @torch.inference_mode()
 def inspect(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    name: str,
-    method: str = "keepkv",
-    budget: str = "0.1",
-    seed: int = 0,
-    reference: str = "auto",
-    keep: Sequence[str] = (),
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str, recipe: Recipe | None = None,
     phase: Phase = silent,
-) -> Anatomy:
-    """Reads prompt.text and compresses it as `ask` does; name: what the model is called. Raises BudgetError, InputError."""
-    torch.manual_seed(seed)
-    row, ids = methods.get(method), prompt.text.to(model.device)
-    spans = prompt.spans(*keep)
-    done = read(model, ids, [row], prompt.question(REPEAT).to(model.device), seed, reference, phase)
-    cache = done.of(row).compress(budget, row, phase(f"compressing ({row.name})"), spans)
-    return of(cache, pieces(tokenizer, ids[0].tolist()), name, done.reference(row))
+) -> Anatomy:  # fmt: skip
+    """Reads prompt.text at once and compresses it by the recipe; name: what the model is called.
+
+    Raises BudgetError, MethodError, InputError.
+    """
+    recipe = recipe or Recipe()
+    torch.manual_seed(recipe.seed)
+    method, ids = methods.get(recipe.method), prompt.text.to(model.device)
+    spans = prompt.spans(*recipe.keep)
+    reading = read(model, ids, [method], recipe, prompt.question(REPEAT).to(model.device), phase)
+    cache = reading.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
+    return of(cache, pieces(tokenizer, ids[0].tolist()), name, reading.is_repeated(method))
 
 
-def of(cache: KeepCache, tokens: Sequence[str], model: str = "", reference: str = "context") -> Anatomy:
+def of(cache: KeepCache, tokens: Sequence[str], model: str = "", repeated: bool = False) -> Anatomy:
     """The anatomy of a compressed cache of one row that has read `tokens`. Raises InputError if nothing was compressed."""
     report = cache.report()
     if not report.heads:
@@ -146,7 +143,7 @@ def of(cache: KeepCache, tokens: Sequence[str], model: str = "", reference: str 
         positions, votes = slots.positions.tolist(), slots.bias.exp().tolist()
         for head, (lo, hi) in enumerate(pairwise(bounds)):
             heads.append(Slotted(index, head, made[head], tuple(positions[lo:hi]), tuple(votes[lo:hi])))
-    return Anatomy(model, reference, report, tuple(tokens), tuple(heads))
+    return Anatomy(model, repeated, report, tuple(tokens), tuple(heads))
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

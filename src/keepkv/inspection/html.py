@@ -56,7 +56,7 @@ def page(anatomy: Anatomy) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>keepkv: {title}</title><style>{_STYLE}</style></head><body><main><h1>{title}</h1>"
         f"<p class=soft>{escape(anatomy.model)} · method {escape(report.method)} · budget {escape(report.budget)} · "
-        f"reference {escape(anatomy.reference)}</p>{_facts(anatomy)}{figures}"
+        f"text {'repeated' if anatomy.repeated else 'not repeated'}</p>{_facts(anatomy)}{figures}"
         f"<h2>What was kept of the text</h2><p class=soft>{_KEPT.format(heads=len(anatomy.heads))}</p>"
         f'<p class=key>{_shades()}</p><div class=text lang="" dir="auto">{_text(anatomy)}</div>'
         f"<h2>All numbers</h2><details><summary>One row per layer and KV head</summary>{_table(anatomy)}</details>"

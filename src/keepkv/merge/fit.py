@@ -16,14 +16,14 @@ from torch import Tensor
 from keepkv.merge.merged import Merged
 from keepkv.ops import least_squares
 from keepkv.ops.ragged import Ragged
-from keepkv.types import Rows
+from keepkv.types import ReferenceRows
 
 HOLD_OUT = 8  # every 8th reference row judges the fit instead of making it
 BLOCK = 512  # slots fitted at once
 
 
 def fit(
-    values: Tensor, kept: Sequence[Tensor], rows: Rows, verbatim: Tensor | None = None, strength: float = 1e-3,
+    values: Tensor, kept: Sequence[Tensor], rows: ReferenceRows, verbatim: Tensor | None = None, strength: float = 1e-3,
     trust: float = 1.0,
 ) -> list[Merged]:  # fmt: skip
     """Votes and values fitted together over reference rows, keys in place. DESIGN section 5; after arXiv 2602.16284.
@@ -46,10 +46,10 @@ def fit(
     train = torch.arange(count - count // HOLD_OUT, device=device)
     train, judge = train + train // (HOLD_OUT - 1), torch.arange(HOLD_OUT - 1, count, HOLD_OUT, device=device)
     trained, judged = rows.take(train), rows.take(judge)
-    recall = slots.pick(rows.recall) * slots.real
-    votes, fitted = _fitted(trained.on(slots), own, trained.outputs, recall, free, strength)
+    repeat_share = slots.pick(rows.repeat_share) * slots.real
+    votes, fitted = _fitted(trained.on(slots), own, trained.outputs, repeat_share, free, strength)
     share, outputs = judged.on(slots), judged.outputs
-    unasked = rows.recall.square().sum(1) - recall.square().sum(1)  # what dropped tokens were asked for
+    unasked = rows.repeat_share.square().sum(1) - repeat_share.square().sum(1)  # what dropped tokens were asked for
     error, mass_error = _lost(share, votes, fitted, outputs)
     evict_error, evict_mass_error = _lost(share, torch.ones_like(votes), own, outputs)
     some = free.any(1)
@@ -68,18 +68,18 @@ def fit(
 
 
 def _fitted(
-    share: Tensor, values: Tensor, outputs: Tensor, recall: Tensor, free: Tensor, strength: float
+    share: Tensor, values: Tensor, outputs: Tensor, repeat_share: Tensor, free: Tensor, strength: float
 ) -> tuple[Tensor, Tensor]:
     """Votes [h, n] and values [h, n, d_v] from shares [h, R, n] and exact outputs [h, R, d_v], block by block; see `fit`."""
-    votes, fitted, mass = torch.ones_like(recall), values.clone(), share.sum(2)
-    alone, slots = share.shape[1] * recall.square(), share.shape[2]
+    votes, fitted, mass = torch.ones_like(repeat_share), values.clone(), share.sum(2)
+    alone, slots = share.shape[1] * repeat_share.square(), share.shape[2]
     blocks = torch.arange(slots).tensor_split(-(-slots // BLOCK))
     ranges = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]
     grams = []
     for block in ranges:
         part = share[:, :, block]
         wanted = 1 - mass + part.sum(2)  # what the other slots leave over
-        gram, target = least_squares.normal(part, recall[:, block], wanted[..., None])
+        gram, target = least_squares.normal(part, repeat_share[:, block], wanted[..., None])
         votes[:, block] = least_squares.votes(gram, (target[..., 0] + alone[:, block]).clamp(min=0), free[:, block])
         mass += (part @ (votes[:, block, None] - 1))[..., 0]
         grams.append(gram)
@@ -107,7 +107,7 @@ def _lost(share: Tensor, votes: Tensor, values: Tensor, outputs: Tensor) -> tupl
     return lost.clamp(max=1).mean(1), (mass - 1).square().mean(1).sqrt()
 
 
-def _slots(kept: Sequence[Tensor], rows: Rows, verbatim: Tensor | None) -> tuple[Ragged, Tensor, Tensor]:
+def _slots(kept: Sequence[Tensor], rows: ReferenceRows, verbatim: Tensor | None) -> tuple[Ragged, Tensor, Tensor]:
     """The slots, which of them are free to be fitted, bool [h, n], and the votes' logs that they have already [h, n].
 
     A head that keeps all its entries has nothing to fit.
@@ -117,4 +117,4 @@ def _slots(kept: Sequence[Tensor], rows: Rows, verbatim: Tensor | None) -> tuple
     free = slots.real & (slots.real.sum(1, keepdim=True) < have)
     if verbatim is not None:
         free &= ~slots.pick(verbatim)
-    return slots, free, slots.pick(torch.zeros_like(rows.recall) if rows.bias is None else rows.bias)
+    return slots, free, slots.pick(torch.zeros_like(rows.repeat_share) if rows.bias is None else rows.bias)

@@ -13,7 +13,9 @@ class Merged(NamedTuple):
     values: Tensor
     bias: Tensor
     fallbacks: int = 0
-    error: float = 0.0  # share of the output lost on held-out reference rows and on recall rows; 0 where nothing is held out
+    error: float = (
+        0.0  # share of the output lost on held-out reference rows and on the repetition's; 0 where nothing is held out
+    )
     mass_error: float = 0.0  # rms error of the slots' mass there, as a share of the true mass
     evict_error: float = 0.0  # error, had the head been evicted
 

@@ -16,11 +16,11 @@ from keepkv.methods.base import Method
 from keepkv.observe.references import attend_all
 from keepkv.observe.repetition import WHOLE
 from keepkv.ops import least_squares
-from keepkv.types import Observation, Reference, Rows
+from keepkv.types import Observation, ReferenceRows, References
 
 
 def match(
-    values: Tensor, kept: Sequence[Tensor], rows: Rows, verbatim: Tensor | None = None, strength: float = 1e-3
+    values: Tensor, kept: Sequence[Tensor], rows: ReferenceRows, verbatim: Tensor | None = None, strength: float = 1e-3
 ) -> list[Merged]:
     """Attention Matching's fast fit, keys in place, arguments as of `fit`. arXiv 2602.16284; SYSTEMS 6.6, steps 3 and 4.
 
@@ -50,7 +50,7 @@ def match(
     return [Merged(k[:n], v[:n], b[:n]) for k, v, b, n in zip(keys, fitted, before + beta, map(len, kept), strict=True)]
 
 
-def repeated(observation: Observation) -> Reference:
+def repeated(observation: Observation) -> References:
     """The queries of a repetition of the text, as they were asked after it. Attention Matching, arXiv 2602.16284."""
     assert observation.repeated is not None, "the method table has the text repeated, and its queries kept"
     queries = observation.repeated.float().flatten(1, 2) * observation.scale
@@ -59,8 +59,8 @@ def repeated(observation: Observation) -> Reference:
 
 def answered_most(observation: Observation) -> Tensor:
     """sqrt(mean over reference rows of share²): the highest attention keys. Attention Matching, arXiv 2602.16284, section 3."""
-    assert observation.reference is not None, "the method table names a reference"
-    return observation.reference.rms_share
+    assert observation.references is not None, "the method table names references"
+    return observation.references.rms_share
 
 
 METHODS = (
@@ -72,7 +72,7 @@ METHODS = (
         partial(allot.everywhere, floor=0.3),
         recent=0,
         merge=fitted(match),
-        reference=repeated,
+        references=repeated,
         repeat=WHOLE,
         cost="reading the text again over its full cache, and two least-squares problems per head",
         good="understanding at small budgets",

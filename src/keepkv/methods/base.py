@@ -10,13 +10,13 @@ from torch import Tensor
 from keepkv import allot, choose
 from keepkv.merge.per_head import Merge, evict
 from keepkv.observe.repetition import Repeat
-from keepkv.slots.layer_pairs import Pairs
-from keepkv.types import Choice, Observation, Reference
+from keepkv.slots.layer_pairs import LayerPairs
+from keepkv.types import Choice, Observation, References
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: observe (reference, column_mass, repeat), score, allot, choose (sinks, recent, choose), merge.
+    """One row of the table: observe (references, column_mass, repeat), score, allot, choose (sinks, recent, choose), merge.
 
     cost, good and bad are for its page: what it costs, what it is good for, what it is bad at.
     """
@@ -31,13 +31,13 @@ class Method:
     choose: Callable[[Observation, Tensor, Sequence[int]], list[Choice]] = choose.top
     merge: Merge = evict
     midway: Merge | None = None  # how, in the middle of a prompt that is repeated, if otherwise
-    reference: Callable[[Observation], Reference] | None = None
+    references: Callable[[Observation], References] | None = None
     column_mass: bool = False  # all queries' attention must be summed while reading
     repeat: Repeat | None = None  # how the text is repeated, for methods that use what that asks for
     judged: bool = False  # measures its own error on held-out queries
     trial: int = 0  # slots per head of a first compression whose errors, if judged, correct the budgets
     keeps_all: bool = False  # whatever the budget
-    share: Pairs | None = None  # neighbouring layers store their slots together
+    layer_pairs: LayerPairs | None = None  # neighbouring layers store their slots together
     cost: str = ""
     good: str = ""
     bad: str = ""

@@ -8,7 +8,7 @@ from torch.linalg import vector_norm
 
 from keepkv.methods.base import Method
 from keepkv.observe.references import FUTURE
-from keepkv.ops.rope import rotate, turn
+from keepkv.ops.rope import apply_rotary, rotate
 from keepkv.types import Observation
 
 
@@ -27,8 +27,8 @@ def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
     ahead = torch.arange(tokens, tokens + FUTURE, device=inv_freq.device, dtype=torch.float64)
     angle = ahead[:, None] * inv_freq.double()
     cos, sin = angle.cos().mean(0).float(), angle.sin().mean(0).float()
-    mean = turn(mean, cos, sin)
-    covariance = turn(turn(covariance, cos, sin).transpose(-1, -2), cos, sin)
+    mean = apply_rotary(mean, cos, sin)
+    covariance = apply_rotary(apply_rotary(covariance, cos, sin).transpose(-1, -2), cos, sin)
     keys = observation.keys.float()
     logits = mean @ keys.transpose(-1, -2) + ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) / 2
     if observation.bias is not None:

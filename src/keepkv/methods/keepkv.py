@@ -22,7 +22,7 @@ METHODS = (
         choose=choose.eliminate,
         merge=fitted(fit.fit),
         midway=fitted(partial(fit.fit, trust=0.1)),
-        reference=references.context,
+        references=references.context,
         repeat=Repeat(),
         judged=True,
         trial=32,

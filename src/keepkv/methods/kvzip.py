@@ -16,10 +16,10 @@ def asked_again(observation: Observation) -> Tensor:
     """The largest share that a token got, over the group and all queries of a repetition of the text. KVzip, arXiv 2505.23416.
 
     Each piece of the text is repeated over the full cache, and shares are counted among the first 4 tokens, the piece and its
-    repetition (`recall.Repeat`). What came later and was not repeated scores 0.
+    repetition (`repeat_peak.Repeat`). What came later and was not repeated scores 0.
     """
-    assert observation.recall is not None, "the method table has the text repeated"
-    return observation.recall
+    assert observation.repeat_peak is not None, "the method table has the text repeated"
+    return observation.repeat_peak
 
 
 METHODS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from keepkv import allot, score
 from keepkv.methods.base import Method
-from keepkv.slots.layer_pairs import Pairs
+from keepkv.slots.layer_pairs import LayerPairs
 
 METHODS = (
     Method(
@@ -14,7 +14,7 @@ METHODS = (
         score.pooled_window,
         allot.alike,
         sinks=0,
-        share=Pairs(),
+        layer_pairs=LayerPairs(),
         cost="one pass over the kept keys and values; they are restored at every step",
         good="about a third more tokens for the same bytes",
         bad="layers that do not resemble each other",

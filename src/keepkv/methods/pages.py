@@ -11,7 +11,7 @@ from typing import Any
 from keepkv.methods.base import Method
 
 _PACKAGE = Path(__file__).parents[1]
-AXES = ("reference", "score", "allot", "choose", "merge")
+AXES = ("references", "score", "allot", "choose", "merge")
 
 
 def page(method: Method) -> str:
@@ -27,14 +27,14 @@ def page(method: Method) -> str:
             continue
         name, place, text, options = _told(function)
         lines += ["", f"## {axis.capitalize()}: `{name}`{options}", "", f"In [`{place}`](../../src/keepkv/{place})", "", text]
-    if method.share is not None:
+    if method.layer_pairs is not None:
         lines += [
             "",
-            "## Share: `Pairs`",
+            "## Share: `LayerPairs`",
             "",
             "In [`slots/layer_pairs.py`](../../src/keepkv/slots/layer_pairs.py)",
             "",
-            _text(method.share),
+            _text(method.layer_pairs),
         ]
     return "\n".join(lines) + "\n"
 
@@ -84,11 +84,11 @@ def _memory(method: Method) -> str:
         return "that of all tokens"
     slots = "as many slots as the budget allows, each a key, a value, a vote and a position"
     extra = []
-    if method.share is not None:
+    if method.layer_pairs is not None:
         slots = "the bytes of the budget; slots of paired layers share their directions"
     if method.column_mass:
         extra.append("while reading, a number per token and head")
-    if method.reference is not None:
+    if method.references is not None:
         extra.append("while compressing, a layer's reference rows")
     if method.repeat is not None and method.repeat.queries:
         extra.append("the repetition's queries")

@@ -14,7 +14,7 @@ from keepkv.types import Choice, Observation
 
 
 def closed_up(seen: Observation, choices: Sequence[Choice]) -> list[Merged]:
-    """Keys turned as if what is kept stood without gaps right before what comes next. StreamingLLM, arXiv 2309.17453.
+    """Keys rotated as if what is kept stood without gaps right before what comes next. StreamingLLM, arXiv 2309.17453.
 
     Key i of n is rotated from where it stood to T - n + i, T tokens read, so that distances are those within the cache.
     What is kept after earlier compressions stands without gaps already.

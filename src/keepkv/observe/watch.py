@@ -23,7 +23,7 @@ PENDING = 256  # queries that wait to be banked: one by one would cost a copy of
 _TILE = 1 << 24  # logits held at once
 
 
-class Held(NamedTuple):
+class LayerState(NamedTuple):
     """What a layer holds: slots, or None, and the tail keys, values [B, H, n, ...]: the newest of `seen` columns."""
 
     slots: Slots | None
@@ -60,8 +60,8 @@ class Watch:
     starts, each row's first real token. rounded: queries are kept in bfloat16, as good for references and half the memory.
 
     pending [B, H, G, n, d] are the newest queries, of `waiting` tokens, not in the banks yet. column_mass, per row, and
-    recall, for one row, [H, T'], are of the first T' entries of what the layer holds. repeated: at most `limit` queries of a
-    repetition of the text, for one row.
+    repeat_peak, for one row, [H, T'], are of the first T' entries of what the layer holds. repeated: at most `limit` queries of
+    a repetition of the text, for one row.
     """
 
     layer: int
@@ -76,16 +76,16 @@ class Watch:
     waiting: int = 0
     old: int = 0
     column_mass: tuple[Tensor, ...] | None = None
-    recall: Tensor | None = None
+    repeat_peak: Tensor | None = None
     repeated: Bank | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         every = (*self.banks, self.repeated) if self.repeated else self.banks
         banks = [x for bank in every for x in (bank.queries, bank.positions)]
-        return [*banks, *self.pending, *(self.column_mass or ()), *([] if self.recall is None else [self.recall])]
+        return [*banks, *self.pending, *(self.column_mass or ()), *([] if self.repeat_peak is None else [self.repeat_peak])]
 
-    def see(self, queries: Tensor, held: Held, mask: Tensor | None) -> Watch:
+    def see(self, queries: Tensor, held: LayerState, mask: Tensor | None) -> Watch:
         """After a forward pass: queries [B, H, G, new, d], what the layer holds now, a mask for the newest columns."""
         batch, new = len(queries), queries.shape[3]
         starts = self.starts
@@ -96,7 +96,7 @@ class Watch:
         watch = replace(self, starts=starts, pending=(*self.pending, queries), waiting=self.waiting + new)
         return watch.banked(held) if watch.waiting >= PENDING else watch
 
-    def banked(self, held: Held) -> Watch:
+    def banked(self, held: LayerState) -> Watch:
         """The pending queries moved into the banks, and, if wanted, their attention summed."""
         if not self.pending:
             return self
@@ -115,40 +115,42 @@ class Watch:
                 masses.append(mass if self.column_mass is None else mass + _grown(self.column_mass[row], mass.shape[1]))
         return replace(self, banks=tuple(banks), pending=(), waiting=0, column_mass=tuple(masses) if masses else None)
 
-    def rehearse(self, peak: Tensor, held: Held) -> Watch:
+    def repeat(self, peak: Tensor, held: LayerState) -> Watch:
         """After a piece of the text was repeated: peak [H, n], the largest share each token of the tail got."""
         peak = pad(peak, (held.width - peak.shape[1], 0))
-        return replace(self, recall=peak if self.recall is None else torch.maximum(_grown(self.recall, held.width), peak))
+        return replace(
+            self, repeat_peak=peak if self.repeat_peak is None else torch.maximum(_grown(self.repeat_peak, held.width), peak)
+        )
 
     def keep_repeated(self, queries: Tensor, positions: Tensor) -> Watch:
         """After a piece of the text, tokens `positions` [n], was repeated: queries [H, G, n, d] as they were asked."""
         before = self.repeated or Bank(queries[:, :, :0], positions[:0])
         return replace(self, repeated=before.add(queries, positions, self.limit, self.seed))
 
-    def observation(self, row: int, held: Held, inv_freq: Tensor) -> Observation:
+    def observation(self, row: int, held: LayerState, inv_freq: Tensor) -> Observation:
         """The Observation of one batch row."""
         watch = self.banked(held)
         start, bank = watch.starts[row], watch.banks[row]
         keys, values, bias, places = held.entries(row, start)
         mass = None if watch.column_mass is None else _grown(watch.column_mass[row], keys.shape[1])
-        recall = None if watch.recall is None else _grown(watch.recall, keys.shape[1])
+        repeat_peak = None if watch.repeat_peak is None else _grown(watch.repeat_peak, keys.shape[1])
         return Observation(
-            keys, values, bank.queries, bank.positions, inv_freq, self.scale, self.layer, self.seed, mass, recall,
+            keys, values, bank.queries, bank.positions, inv_freq, self.scale, self.layer, self.seed, mass, repeat_peak,
             None if watch.repeated is None else watch.repeated.queries, bias=bias, places=places, read=held.seen - start,
         )  # fmt: skip
 
-    def compacted(self, kept: Sequence[Sequence[Tensor]], held: Held) -> Watch:
+    def compacted(self, kept: Sequence[Sequence[Tensor]], held: LayerState) -> Watch:
         """After a compression of what was held, kept [row][head] its entries that stay. Half of the queries are remembered."""
         watch = self.banked(held)
         banks = tuple(bank.add(bank.queries[:, :, :0], bank.positions[:0], self.limit // 2, self.seed) for bank in watch.banks)
         mass = watch.column_mass and tuple(_kept(x, heads) for x, heads in zip(watch.column_mass, kept, strict=True))
-        recall = watch.recall
-        if recall is not None:
-            recall = _kept(_grown(recall, 1 + max(int(head[-1]) if len(head) else 0 for head in kept[0])), kept[0])
+        repeat_peak = watch.repeat_peak
+        if repeat_peak is not None:
+            repeat_peak = _kept(_grown(repeat_peak, 1 + max(int(head[-1]) if len(head) else 0 for head in kept[0])), kept[0])
         old = max(len(bank.positions) for bank in banks)
-        return replace(watch, banks=banks, old=old, column_mass=mass, recall=recall)
+        return replace(watch, banks=banks, old=old, column_mass=mass, repeat_peak=repeat_peak)
 
-    def cropped(self, held: Held, count: int) -> Watch:
+    def cropped(self, held: LayerState, count: int) -> Watch:
         """Without the newest `count` columns of what is held. Raises KeepKVError where their attention is summed already."""
         pending, left = list(self.pending), count
         while left and pending:
@@ -164,8 +166,8 @@ class Watch:
         banks = self.banks
         if left:
             banks = tuple(bank.before(end - start) for bank, start in zip(banks, self.starts, strict=True))
-        recall = None if self.recall is None else self.recall[:, : held.width - count]
-        return replace(self, pending=tuple(pending), waiting=max(0, self.waiting - count), banks=banks, recall=recall)
+        repeat_peak = None if self.repeat_peak is None else self.repeat_peak[:, : held.width - count]
+        return replace(self, pending=tuple(pending), waiting=max(0, self.waiting - count), banks=banks, repeat_peak=repeat_peak)
 
     def rows(self, indices: Tensor) -> Watch:
         """The given batch rows, in that order."""

@@ -13,17 +13,17 @@ LEAST, MOST = 1e-6, 1e4  # bounds of a vote
 _COLUMNS = 192  # of a Gram matrix, computed at once
 
 
-def normal(share: Tensor, recall: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def normal(share: Tensor, repeat_share: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """AᵀA [..., n, n] and AᵀY [..., n, k] of shares A [..., R, n], wanted Y [..., R, k], and of R more rows of one slot.
 
-    recall [..., n] is the rms share of those: they add R recall² to the diagonal; what they want is the caller's to add.
+    repeat_share [..., n] is the rms share of those: they add R recall² to the diagonal; what they want is the caller's to add.
     """
-    gram = share.new_zeros(*recall.shape, recall.shape[-1])
-    for lo in range(0, recall.shape[-1], _COLUMNS):
+    gram = share.new_zeros(*repeat_share.shape, repeat_share.shape[-1])
+    for lo in range(0, repeat_share.shape[-1], _COLUMNS):
         hi = lo + _COLUMNS
         gram[..., lo:hi, :hi] = share[..., lo:hi].mT @ share[..., :hi]
     gram = gram.tril() + gram.tril(-1).mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(share.shape[-2] * recall.square())
+    gram.diagonal(dim1=-2, dim2=-1).add_(share.shape[-2] * repeat_share.square())
     return gram, share.mT @ wanted
 
 

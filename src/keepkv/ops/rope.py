@@ -9,14 +9,14 @@ from torch import Tensor
 def rotate(x: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
     """Rotates x by `shift` positions: R(p + shift) q from R(p) q, whatever p and the model's attention scaling are.
 
-    x [..., N, d] (float32 or better), shift [N] integers, inv_freq [r/2]; the first r dimensions turn, in the
+    x [..., N, d] (float32 or better), shift [N] integers, inv_freq [r/2]; the first r dimensions rotate, in the
     rotate-half layout of Llama, Qwen, Mistral, Phi-3 and Gemma, the others stay. RoFormer, arXiv 2104.09864, 3.2.
     """
     angle = shift.to(torch.float64)[:, None] * inv_freq.to(torch.float64)  # long contexts lose float32 angles
-    return turn(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+    return apply_rotary(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies cos and sin [..., r/2] to the r first dimensions of x: a rotation, or a mean of rotations."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

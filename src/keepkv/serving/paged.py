@@ -114,7 +114,7 @@ def step(pages: Pages, table: Tensor, query: Tensor, before: int, lot: Lot, watc
         causal = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(before)[None, None] if new > 1 else None
         output = attend_tail(grouped.flatten(2, 3), layer.keys, layer.values, causal, lot.scale)[0].to(query.dtype)
         output = output.reshape(*asked.shape[:-1], -1)
-    layer.watch = watch.see(grouped.clone(), layer.held, None)  # the engine's buffers are used again
+    layer.watch = watch.see(grouped.clone(), layer.state, None)  # the engine's buffers are used again
     then = settings.covered(seen)
     if then > covered:
         _compact(layer, pages, table, seen - then, lot)
@@ -124,8 +124,8 @@ def step(pages: Pages, table: Tensor, query: Tensor, before: int, lot: Lot, watc
 def _compact(layer: KeepLayer, pages: Pages, table: Tensor, tail: int, lot: Lot) -> None:
     """All but the newest `tail` tokens become slots, in the request's first pages; the layer's watch is told."""
     assert layer.watch is not None
-    layer.watch = layer.watch.banked(layer.held)
+    layer.watch = layer.watch.banked(layer.state)
     observations = Observations([layer], 0, lot.inv_freq, [None], tail=tail)
     made = compress(observations, lot.row, (lot.settings.budget + tail) * layer.heads)
     pages.store(table, lot.settings.budget, made.slots[0].newest_off(tail))
-    layer.watch = layer.watch.compacted([made.plan.kept[0]], layer.held)
+    layer.watch = layer.watch.compacted([made.plan.kept[0]], layer.state)

@@ -55,7 +55,7 @@ class Settings:
             raise InputError("full keeps every token: leave keepkv's settings out, and nothing is changed")
         for trouble, reason in (
             (row.repeat is not None and row.repeat.needed, "must see the text repeated, and a server reads it once"),
-            (row.share is not None, "stores layers together, and an engine's pages are one layer's"),
+            (row.layer_pairs is not None, "stores layers together, and an engine's pages are one layer's"),
             (row.name == "criticalkv", "needs the output projections, which an engine's attention does not see"),
         ):
             if trouble:

@@ -9,7 +9,6 @@ import inspect
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,30 +18,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keepkv.cache import KeepCache
 from keepkv.cache.report import Report
 from keepkv.errors import InputError
-from keepkv.text.reading import CHUNK, LONG
+from keepkv.recipe import SERVER, Recipe
 
 Told = Callable[
     [int, int, Report, float], None
 ]  # tokens of the prompt, tokens read now, the cache's report, seconds of reading
 
 
-@dataclass(frozen=True)
-class Limits:
-    """conversations: how many prompts' caches are kept for their next turn; the others as in KeepCache."""
-
-    budget: str = "10%"
-    method: str = "keepkv"
-    slots: str = "float"
-    period: int = 512
-    seed: int = 0
-    conversations: int = 8
+CONVERSATIONS = 8  # prompts whose caches are kept for their next turn
 
 
-class Shelf:
+class PromptCaches:
     """The compressed caches of the last prompts: a prompt that begins with one of them goes on from its cache."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, recipe: Recipe = SERVER, conversations: int = CONVERSATIONS) -> None:
+        self.recipe, self.conversations = recipe, conversations
         self._caches: OrderedDict[tuple[int, ...], KeepCache] = OrderedDict()
 
     def read(self, model: PreTrainedModel, ids: Tensor) -> tuple[KeepCache, int]:
@@ -53,16 +43,12 @@ class Shelf:
             self._caches.move_to_end(known)
             cache = self._caches[known].fork()
         else:
-            chunk = CHUNK if len(told) > LONG else None
-            limits = self.limits
-            cache = KeepCache(
-                model, limits.budget, limits.method, period=limits.period, chunk=chunk, seed=limits.seed, slots=limits.slots
-            )
+            cache = KeepCache.of(model, self.recipe.settled(len(told)))
         if len(told) > len(known):
             cache.read(model, ids[:, len(known) : -1])
-        if self.limits.conversations and told:
+        if self.conversations and told:
             self._caches[told] = cache.fork()
-            while len(self._caches) > self.limits.conversations:
+            while len(self._caches) > self.conversations:
                 self._caches.popitem(last=False)
         return cache, len(told) - len(known)
 
@@ -70,8 +56,10 @@ class Shelf:
 class Compressing:
     """A model for the server: everything is the model's own, but `generate` writes into a compressed cache."""
 
-    def __init__(self, model: PreTrainedModel, limits: Limits, told: Told = lambda prompt, read, report, seconds: None) -> None:
-        self._model, self._shelf, self._told = model, Shelf(limits), told
+    def __init__(
+        self, model: PreTrainedModel, caches: PromptCaches, told: Told = lambda prompt, read, report, seconds: None
+    ) -> None:
+        self._model, self._caches, self._told = model, caches, told
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -80,7 +68,7 @@ class Compressing:
     def generate(self, **kwargs: Any) -> Any:
         """model.generate, the prompt read and compressed first. Runs in the server's inference thread, one at a time."""
         ids, start = kwargs["input_ids"], time.perf_counter()
-        cache, read = self._shelf.read(self._model, ids)
+        cache, read = self._caches.read(self._model, ids)
         seconds = time.perf_counter() - start
         model: Any = self._model
         answer = model.generate(**kwargs, past_key_values=cache)
@@ -88,7 +76,7 @@ class Compressing:
         return answer
 
 
-def application(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, limits: Limits, told: Told) -> Any:
+def application(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, caches: PromptCaches, told: Told) -> Any:
     """The server's FastAPI application, for this one model, called `name`. Raises InputError without what it needs."""
     try:
         from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
@@ -97,7 +85,7 @@ def application(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
         raise InputError("keepkv serve needs a newer transformers: pip install -U transformers") from error
     if not is_serve_available():
         raise InputError("keepkv serve needs a web server: pip install 'keepkv[serve]'")
-    served = Compressing(model, limits, told)
+    served = Compressing(model, caches, told)
 
     class Manager(model_manager.ModelManager):
         """Has the one model."""

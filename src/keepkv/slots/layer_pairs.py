@@ -1,4 +1,4 @@
-"""Pairs: two layers store their slots together. MiniCache, arXiv 2405.14366."""
+"""LayerPairs: two layers store their slots together. MiniCache, arXiv 2405.14366."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keepkv.slots.slots import Slots
 
 
 @dataclass(frozen=True)
-class Pairs:
+class LayerPairs:
     """Neighbouring layers, from `start` of the depth on, share their slots' directions, two by two.
 
     For vectors x, y of the same token in the lower and the upper layer, at an angle Ω:
@@ -74,8 +74,8 @@ class Pairs:
         place[~apart] = torch.arange(len(x) - kept, dtype=torch.int32, device=x.device)
         own = torch.arange(len(x) - kept, len(x), dtype=torch.int32, device=x.device)
         lower, upper = (
-            Shared((Block(pool, place.masked_scatter(apart, own + turn * kept), norm.masked_fill(apart, 1)),))
-            for turn, norm in enumerate(norms)
+            Shared((Block(pool, place.masked_scatter(apart, own + which * kept), norm.masked_fill(apart, 1)),))
+            for which, norm in enumerate(norms)
         )
         return lower, upper
 

@@ -1,7 +1,7 @@
-"""Quantised: slots' keys and values as integers of 8 or 4 bits, each vector with a step of its own.
+"""Quantized: slots' keys and values as integers of 8 or 4 bits, each vector with a step of its own.
 
-After KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079), which quantise full caches; here, what a compression has left.
-Rotated keys have a few channels that are much larger than the others and would take all levels, so the vectors are turned by a
+After KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079), which quantize full caches; here, what a compression has left.
+Rotated keys have a few channels that are much larger than the others and would take all levels, so the vectors are rotated by a
 Hadamard matrix first, which spreads them evenly (QuaRot, arXiv 2404.00456); docs/log.md has what else was tried.
 """
 
@@ -21,7 +21,7 @@ from keepkv.slots.vectors import Stack, Stored
 
 
 @dataclass(frozen=True)
-class Format:
+class SlotDtype:
     """How slots' vectors are stored: as they are (bits 0), or as integers of 8 or 4 bits."""
 
     name: str
@@ -29,7 +29,7 @@ class Format:
 
     def store(self, vectors: Tensor) -> Stack:
         """Vectors [n, d] in this format."""
-        return Quantised.of(vectors, self) if self.bits else vectors
+        return Quantized.of(vectors, self) if self.bits else vectors
 
     def round(self, vectors: Tensor) -> Tensor:
         """Vectors [..., d] as they will be read."""
@@ -40,19 +40,19 @@ class Format:
         return -(-size * self.bits // 8) + 2 if self.bits else size * element
 
 
-FLOAT = Format("float")
-FORMATS = {form.name: form for form in (FLOAT, Format("int8", 8), Format("int4", 4))}
+FLOAT = SlotDtype("float")
+SLOT_DTYPES = {slot_dtype.name: slot_dtype for slot_dtype in (FLOAT, SlotDtype("int8", 8), SlotDtype("int4", 4))}
 
 
-def format_of(name: str) -> Format:
+def slot_dtype_of(name: str) -> SlotDtype:
     """The format of that name. Raises InputError."""
-    if name not in FORMATS:
-        raise InputError(f"slots {name!r}: {nearest(name, FORMATS)}")
-    return FORMATS[name]
+    if name not in SLOT_DTYPES:
+        raise InputError(f"slots {name!r}: {nearest(name, SLOT_DTYPES)}")
+    return SLOT_DTYPES[name]
 
 
 @dataclass(frozen=True)
-class Quantised(Stored):
+class Quantized(Stored):
     """Vectors x = s (c - m/2) H in `read_as`, m = 2^bits - 1: all 2^bits levels are used, evenly on both sides of 0.
 
     s = 2/m max |x Hᵀ|, rounded to bfloat16; c = round(x Hᵀ / s + m/2). So no number of x Hᵀ is wrong by more than s/2, and the
@@ -63,19 +63,19 @@ class Quantised(Stored):
 
     codes: Tensor
     steps: Tensor
-    form: Format
+    slot_dtype: SlotDtype
     size: int
     read_as: torch.dtype
 
     @staticmethod
-    def of(vectors: Tensor, form: Format) -> Quantised:
+    def of(vectors: Tensor, slot_dtype: SlotDtype) -> Quantized:
         """Vectors [n, d], rounded."""
-        size, top = vectors.shape[1], 2**form.bits - 1
+        size, top = vectors.shape[1], 2**slot_dtype.bits - 1
         x = vectors.to(wide(vectors.dtype)) @ hadamard(size, wide(vectors.dtype), vectors.device).T
         steps = (x.abs().amax(1) * (2 / top)).bfloat16()
         exact = steps.to(x.dtype)[:, None]
         codes = (x / exact.masked_fill(exact == 0, 1) + top / 2).round_().clamp_(0, top).to(torch.uint8)
-        return Quantised(_packed(codes) if form.bits == 4 else codes, steps, form, size, vectors.dtype)
+        return Quantized(_packed(codes) if slot_dtype.bits == 4 else codes, steps, slot_dtype, size, vectors.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,22 +90,22 @@ class Quantised(Stored):
         return [self.codes, self.steps]
 
     @property
-    def turn(self) -> Tensor:
+    def rotation(self) -> Tensor:
         return hadamard(self.size, wide(self.read_as), self.device)
 
-    def unturned(self) -> Tensor:
+    def unrotated(self) -> Tensor:
         dtype = wide(self.read_as)
-        codes = _unpacked(self.codes, self.size) if self.form.bits == 4 else self.codes
-        return codes.to(dtype).sub_((2**self.form.bits - 1) / 2).mul_(self.steps.to(dtype)[:, None])
+        codes = _unpacked(self.codes, self.size) if self.slot_dtype.bits == 4 else self.codes
+        return codes.to(dtype).sub_((2**self.slot_dtype.bits - 1) / 2).mul_(self.steps.to(dtype)[:, None])
 
-    def cut(self, lo: int, hi: int) -> Quantised:
+    def cut(self, lo: int, hi: int) -> Quantized:
         return replace(self, codes=self.codes[lo:hi], steps=self.steps[lo:hi])
 
-    def to(self, device: torch.device) -> Quantised:
+    def to(self, device: torch.device) -> Quantized:
         return replace(self, codes=self.codes.to(device), steps=self.steps.to(device))
 
     @classmethod
-    def cat(cls, parts: Sequence[Quantised]) -> Quantised:
+    def cat(cls, parts: Sequence[Quantized]) -> Quantized:
         codes, steps = ([getattr(part, name) for part in parts] for name in ("codes", "steps"))
         return replace(parts[0], codes=torch.cat(codes), steps=torch.cat(steps))
 

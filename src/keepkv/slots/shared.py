@@ -42,7 +42,7 @@ class Shared(Stored):
     def tensors(self) -> list[Tensor]:
         return [x for block in self.blocks for x in block]
 
-    def unturned(self) -> Tensor:
+    def unrotated(self) -> Tensor:
         return torch.cat([block.read() for block in self.blocks])
 
     def cut(self, lo: int, hi: int) -> Shared:

@@ -21,7 +21,7 @@ class Slots:
     """The compact part of one layer, ragged and flat: row b and KV head h own offsets[b*H+h] : offsets[b*H+h+1].
 
     keys [total, d] and values [total, d_v], keys[lo:hi] a tensor in the model's dtype also where two layers share them or they
-    are quantised; bias [total] float32, the log of each slot's vote, added to its logit; positions [total] int32, the token
+    are quantized; bias [total] float32, the log of each slot's vote, added to its logit; positions [total] int32, the token
     each slot's key comes from; offsets, rows*H + 1 integers.
     """
 
@@ -50,15 +50,15 @@ class Slots:
         plain = isinstance(self.keys, Tensor) and isinstance(self.values, Tensor)
         return self if plain else replace(self, keys=self.keys[:], values=self.values[:])
 
-    def unturned(self) -> Slots:
-        """With plain tensors for keys and values, not turned where they are: see `turns`."""
-        keys, values = vectors.unturned(self.keys), vectors.unturned(self.values)
+    def unrotated(self) -> Slots:
+        """With plain tensors for keys and values, not rotated where the format rotates: see `rotations`."""
+        keys, values = vectors.unrotated(self.keys), vectors.unrotated(self.values)
         return self if keys is self.keys and values is self.values else replace(self, keys=keys, values=values)
 
     @property
-    def turns(self) -> tuple[Tensor | None, Tensor | None]:
-        """The H of keys and of values: see `Stored.turn`."""
-        return vectors.turn(self.keys), vectors.turn(self.values)
+    def rotations(self) -> tuple[Tensor | None, Tensor | None]:
+        """The H of keys and of values: see `Stored.rotation`."""
+        return vectors.rotation(self.keys), vectors.rotation(self.values)
 
     @cached_property
     def per_head(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -29,17 +29,17 @@ class Stored(ABC):
     def tensors(self) -> list[Tensor]: ...
 
     @abstractmethod
-    def unturned(self) -> Tensor:
+    def unrotated(self) -> Tensor:
         """C [n, d], where the vectors are C H; in `dtype`, or float32 if that is less and there is an H."""
 
     @property
-    def turn(self) -> Tensor | None:
-        """H, orthogonal [d, d]: whoever asks in turned space, q·(C H) = (q Hᵀ)·C, needs not turn all vectors. None: 1."""
+    def rotation(self) -> Tensor | None:
+        """H, orthogonal [d, d]: rotate the query instead of the stored vectors, q·(C H) = (q Hᵀ)·C; None means no rotation."""
         return None
 
     def read(self) -> Tensor:
         """All vectors, [n, d]."""
-        return (self.unturned() if self.turn is None else self.unturned() @ self.turn).to(self.dtype)
+        return (self.unrotated() if self.rotation is None else self.unrotated() @ self.rotation).to(self.dtype)
 
     @abstractmethod
     def cut(self, lo: int, hi: int) -> Stored:
@@ -73,14 +73,14 @@ def tensors(stack: Stack) -> list[Tensor]:
     return [stack] if isinstance(stack, Tensor) else stack.tensors
 
 
-def unturned(stack: Stack) -> Tensor:
-    """See `Stored.unturned`."""
-    return stack if isinstance(stack, Tensor) else stack.unturned()
+def unrotated(stack: Stack) -> Tensor:
+    """See `Stored.unrotated`."""
+    return stack if isinstance(stack, Tensor) else stack.unrotated()
 
 
-def turn(stack: Stack) -> Tensor | None:
-    """See `Stored.turn`."""
-    return None if isinstance(stack, Tensor) else stack.turn
+def rotation(stack: Stack) -> Tensor | None:
+    """See `Stored.rotation`."""
+    return None if isinstance(stack, Tensor) else stack.rotation
 
 
 def cut(stack: Stack, lo: int, hi: int) -> Stack:

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from keepkv import methods
-from keepkv.budget import TOLERANCE
 from keepkv.cache import KeepCache
 from keepkv.cache.auto_budget import check, smallest
 from keepkv.cache.report import Report
 from keepkv.errors import InputError
+from keepkv.recipe import Recipe
 from keepkv.text.prompt import Prompt
 from keepkv.text.reading import REPEAT, Phase, read, read_in_chunks, silent
 
@@ -36,7 +36,7 @@ class Answer:
 class Asked:
     """What one method made of the text: the cache right after compression, and the answers from it.
 
-    compress_seconds: everything between reading and answering; reference "recall" if the text was repeated in it.
+    compress_seconds: everything between reading and answering; repeated: whether the text was repeated in it.
     alike: of the words (tokens) of the full cache's answers, the share that this cache would have chosen too at the
     same place; None where no full cache was asked. loaded: the cache came out of a file, and prefill_seconds is what that took.
     """
@@ -46,7 +46,7 @@ class Asked:
     prefill_seconds: float
     compress_seconds: float
     answers: tuple[Answer, ...]
-    reference: str = "context"
+    repeated: bool = False
     alike: float | None = None
     loaded: bool = False
 
@@ -62,10 +62,10 @@ class Asked:
         return {
             "method": self.method,
             "budget": report.budget,
-            "reference": self.reference,
+            "repeated": self.repeated,
             "tokens": report.tokens[0],
             "slots": float(report.tokens[0]) if whole else report.slots,
-            "form": report.form,
+            "slot_dtype": report.slot_dtype,
             "kv_bytes_full": report.kv_bytes_full,
             "kv_bytes": report.kv_bytes,
             "loading_seconds" if self.loaded else "prefill_seconds": self.prefill_seconds,
@@ -84,53 +84,57 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     questions: Sequence[str],
-    method_names: Sequence[str],
-    budget: str,
+    recipe: Recipe | None = None,
+    compare: Sequence[str] = (),
     max_new_tokens: int = 64,
-    seed: int = 0,
-    reference: str = "auto",
-    keep: Sequence[str] = (),
-    tolerance: float = TOLERANCE,
-    chunk: int = 0,
     phase: Phase = silent,
-    slots: str = "float",
 ) -> list[Asked]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
-    reference: "recall" also repeats the text over its own cache and keeps what that asks for, for methods that can use
-    it (about one more reading, and details survive); "context" does not; "auto" does where the repetition still fits into
-    the trained length. keep: regular expressions; what they match stays verbatim. budget "auto": the smallest at which the
-    first method loses at most `tolerance` (see `smallest`). chunk: read so many tokens at a time and compress on the way,
-    once for each method; 0 reads all at once, for all methods together. slots: how they are stored, see `KeepCache`.
-    phase(title) starts a phase and returns what to tell its progress to. A method named "full" is what the others' `alike`
-    is measured against.
-    Raises BudgetError, MethodError, InputError.
+    Args:
+        model: Any supported model.
+        tokenizer: Its tokenizer.
+        prompt: The text.
+        questions: Each is asked on its own, right after the text.
+        recipe: How the text is compressed. With a chunk it is read so many tokens at a time, once for each method; with 0 it
+            is read at once, for all methods together.
+        compare: Names of more methods, with the same budget. What a method named "full" answers is what the others' `alike`
+            is measured against.
+        max_new_tokens: Of each answer, at most.
+        phase: phase(title) starts a phase and returns what to tell its progress to.
+
+    Returns:
+        What each method made of the text, the recipe's first.
+
+    Raises:
+        BudgetError, MethodError, InputError: for a recipe that this text cannot be compressed with.
     """
-    table = [methods.get(name) for name in method_names]
-    if budget == "auto":
-        check(table[0], tolerance)
-        if chunk:
+    recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
+    table = [methods.get(name) for name in (recipe.method, *compare)]
+    if recipe.auto_budget:
+        check(table[0], recipe.tolerance)
+        if recipe.chunk:
             raise InputError("a budget is found by trying several on the whole text: give one, or read all at once (--chunk 0)")
-    spans = prompt.spans(*keep)
-    torch.manual_seed(seed)
+    spans = prompt.spans(*recipe.keep)
+    torch.manual_seed(recipe.seed)
     ids = prompt.text.to(model.device)
     lead = prompt.question(REPEAT).to(model.device)
-    if not chunk:
-        done = read(model, ids, table, lead, seed, reference, phase, slots)
+    if not recipe.chunk:
+        reading = read(model, ids, table, recipe, lead, phase)
 
     asked, caches = [], []
     for method in table:
-        if chunk:
-            done = read_in_chunks(model, ids, method, budget, chunk, lead, seed, reference, spans, phase, slots)
-            cache, compressing = done.cache, done.cache.report().compress_seconds
+        if recipe.chunk:
+            reading = read_in_chunks(model, ids, method, recipe, lead, spans, phase)
+            cache, compressing = reading.cache, reading.cache.report().compress_seconds
         else:
             tell = phase(f"compressing ({method.name})")
             start = time.perf_counter()
-            if budget == "auto":
-                cache = smallest(done.of(method), method, tolerance, tell, spans)
-                budget = cache.report().budget  # the other methods get as much
+            if recipe.auto_budget:
+                cache = smallest(reading.of(method), method, recipe.tolerance, tell, spans)
+                recipe = replace(recipe, budget=cache.report().budget)  # the other methods get as much
             else:
-                cache = done.of(method).compress(budget, method, tell, spans)
+                cache = reading.of(method).compress(recipe.budget, method, tell, spans)
             compressing = time.perf_counter() - start
         caches.append(cache)
         report, answers = cache.report(), []
@@ -139,8 +143,8 @@ def ask(
             later = prompt.question(question).to(model.device)
             answers.append(greedy(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
             tell(index + 1, len(questions))
-        seconds = compressing + done.repeat_cost(method)
-        asked.append(Asked(method.name, report, done.seconds, seconds, tuple(answers), done.reference(method)))
+        seconds = compressing + reading.repeat_cost(method)
+        asked.append(Asked(method.name, report, reading.seconds, seconds, tuple(answers), reading.is_repeated(method)))
 
     full = next((result for result in asked if result.method == "full"), None)
     if full is None:

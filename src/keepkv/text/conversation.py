@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.errors import InputError
+from keepkv.recipe import CONVERSATION, Recipe
 from keepkv.text.ask import generation
-from keepkv.text.reading import CHUNK, Phase, silent
+from keepkv.text.reading import Phase, silent
 
 FORMAT = "keepkv conversation 1"
 _MARKS = ("\u2402keepkv-0\u2403", "\u2402keepkv-1\u2403", "\u2402keepkv-2\u2403")
@@ -39,18 +40,10 @@ class Conversation:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        budget: str = "1024",
-        method: str = "keepkv",
-        system: str = "",
-        period: int = 512,
-        seed: int = 0,
-        slots: str = "float",
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe = CONVERSATION, system: str = ""
     ) -> None:
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.cache = KeepCache(model, budget, method, chunk=CHUNK, period=period, seed=seed, slots=slots)
+        self.cache = KeepCache.of(model, recipe)
         self.turns: list[Turn] = []
         self.ids = torch.empty(1, 0, dtype=torch.int64, device=model.device)  # all that was said, in tokens
         self._before: tuple[KeepCache, Tensor] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,9 +15,8 @@ from keepkv.compress import Progress
 from keepkv.methods import Method
 from keepkv.models.families import trained_length
 from keepkv.observe.repetition import Repeat
+from keepkv.recipe import Recipe, RepeatMode
 
-CHUNK = 2048  # tokens of a chunk, where a text is read in chunks
-LONG = 8192  # tokens from which on it is, unless something else is asked for
 REPEAT = "Repeat the text above, word for word."
 _REPEAT_ROOM = 512  # one repeated piece and the instruction
 Phase = Callable[[str], Progress]  # starts a phase of that title; returns what to tell its progress to
@@ -41,9 +41,9 @@ class Reading(NamedTuple):
         """A fork of the cache, as the method wants it."""
         return self._of(method)[0].fork()
 
-    def reference(self, method: Method) -> str:
-        """Which queries the method is given, "recall" or "context"."""
-        return "recall" if method.repeat in self.repeated else "context"
+    def is_repeated(self, method: Method) -> bool:
+        """Whether the method is given what a repetition of the text asked for."""
+        return method.repeat in self.repeated
 
     def repeat_cost(self, method: Method) -> float:
         """Seconds of the repetition, if the method uses it."""
@@ -54,49 +54,36 @@ class Reading(NamedTuple):
 
 
 def read(
-    model: PreTrainedModel,
-    ids: Tensor,
-    table: Sequence[Method],
-    lead: Tensor | None = None,
-    seed: int = 0,
-    reference: str = "auto",
+    model: PreTrainedModel, ids: Tensor, methods: Sequence[Method], recipe: Recipe, lead: Tensor | None = None,
     phase: Phase = silent,
-    slots: str = "float",
-) -> Reading:
-    """Reads ids [1, T] and repeats them after lead [1, n] where `repeats` says so, for all the methods of the table."""
-    cache = KeepCache(model, seed=seed, column_mass=any(method.column_mass for method in table), slots=slots, auto=False)
+) -> Reading:  # fmt: skip
+    """Reads ids [1, T] at once, and repeats them after lead [1, n] where `repeats` says so, for all the methods together."""
+    settings = replace(recipe, budget="100%", chunk=0)  # every method is given its budget when it compresses
+    column_mass = any(method.column_mass for method in methods)
+    cache = KeepCache.of(model, settings, column_mass=column_mass, auto=False)
     phase(f"reading {ids.shape[1]:,} tokens")
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
     seconds, repeated = time.perf_counter() - start, {}
-    for how in dict.fromkeys(method.repeat for method in table):
-        if how is not None and repeats(reference, model, how, ids.shape[1]):
+    for how in dict.fromkeys(method.repeat for method in methods):
+        if how is not None and repeats(recipe.repeat, model, how, ids.shape[1]):
             start, twin = time.perf_counter(), cache.fork()
-            twin.rehearse(model, ids, lead, how, phase("repeating the text"))
+            twin.repeat(model, ids, lead, how, phase("repeating the text"))
             repeated[how] = twin, time.perf_counter() - start
     return Reading(cache, seconds, repeated)
 
 
 def read_in_chunks(
-    model: PreTrainedModel,
-    ids: Tensor,
-    method: Method,
-    budget: str,
-    chunk: int,
-    lead: Tensor | None = None,
-    seed: int = 0,
-    reference: str = "auto",
-    keep: Sequence[tuple[int, int]] = (),
-    phase: Phase = silent,
-    slots: str = "float",
-) -> Reading:
-    """Reads ids [1, T] `chunk` tokens at a time, compressing as it goes, so that memory does not grow with the text."""
-    cache = KeepCache(model, budget, method, chunk=chunk, seed=seed, slots=slots)
+    model: PreTrainedModel, ids: Tensor, method: Method, recipe: Recipe, lead: Tensor | None = None,
+    spans: Sequence[tuple[int, int]] = (), phase: Phase = silent,
+) -> Reading:  # fmt: skip
+    """Reads ids [1, T] `recipe.chunk` tokens at a time, compressing as it goes: memory does not grow with the text."""
+    cache = KeepCache.of(model, replace(recipe, method=method))
     how = method.repeat
-    again = how is not None and repeats(reference, model, how, ids.shape[1])
+    again = how is not None and repeats(recipe.repeat, model, how, ids.shape[1])
     start = time.perf_counter()
     cache.read(
-        model, ids, repeat=lead if again else None, keep=keep,
+        model, ids, repeat=lead if again else None, keep=spans,
         progress=phase(f"reading {ids.shape[1]:,} tokens in chunks ({method.name})"),
     )  # fmt: skip
     seconds, report = time.perf_counter() - start, cache.report()
@@ -104,16 +91,9 @@ def read_in_chunks(
     return Reading(cache, seconds - report.compress_seconds - report.repeat_seconds, repeated)
 
 
-def repeats(reference: str, model: PreTrainedModel, how: Repeat, tokens: int) -> bool:
-    """Whether to rehearse a text of so many tokens: it is needed, or wanted, or ("auto") within the trained length."""
-    if reference != "auto" or how.needed:
-        return how.needed or reference == "recall"
+def repeats(mode: RepeatMode, model: PreTrainedModel, how: Repeat, tokens: int) -> bool:
+    """Whether to repeat a text of so many tokens: it is needed, or wanted, or ("auto") within the trained length."""
+    if mode != "auto" or how.needed:
+        return how.needed or mode == "always"
     trained = trained_length(model)
     return trained is None or tokens + _REPEAT_ROOM <= trained
-
-
-def chunk_of(chunk: int | None, tokens: int, budget: str = "") -> int:
-    """How many tokens to read at a time: what was asked for, or the default for a text of that length; 0 is all at once."""
-    if chunk is not None:
-        return chunk
-    return CHUNK if tokens > LONG and budget != "auto" else 0

@@ -1,7 +1,7 @@
 """Join: caches of texts that were read alone, one behind the other in one cache.
 
-A key at position p that moves to p + s turns by R(s): exact, since R(p + s) = R(s) R(p). Votes and values stay: a slot is to a
-later query what it was, at the distance it has now. What the chat template puts before every text is kept once, with the
+A key at position p that moves to p + s is rotated by R(s): exact, since R(p + s) = R(s) R(p). Votes and values stay: a slot is
+to a later query what it was, at the distance it has now. What the chat template puts before every text is kept once, with the
 attention sinks among it, and with the votes that they have from every text (`with_lead`).
 """
 
@@ -21,7 +21,6 @@ from keepkv.cache import KeepCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.report import Head, Report
 from keepkv.errors import InputError
-from keepkv.models import families
 from keepkv.ops.rope import rotate
 from keepkv.slots.slots import Slots
 
@@ -59,14 +58,14 @@ def join(model: PreTrainedModel, caches: Sequence[KeepCache], leads: Sequence[in
     parts = placed(caches, leads)
     joined = KeepCache(model, 1.0, "full", auto=False)
     total = parts[-1].shift + parts[-1].cache.get_seq_length()
-    full, local = families.frequencies(joined._rotary), families.local_frequencies(joined._rotary)
+    full, local = joined.inv_freq, joined.local_inv_freq
     for index, layer in enumerate(joined.layers):
         old = [part.cache.layers[index] for part in parts]
         if isinstance(layer, KeepLayer):
             _stack(layer, old, parts, full, total)
         else:
             _window(layer, old, parts, local, total)
-    joined._report = report_of(parts)
+    joined.restore(report_of(parts))
     return joined
 
 
@@ -82,7 +81,7 @@ def check(model: PreTrainedModel) -> None:
 
 
 def moved(keys: Tensor, shift: int, inv_freq: Tensor) -> Tensor:
-    """Keys [..., n, d] turned by `shift` positions, in float32 or better."""
+    """Keys [..., n, d] rotated by `shift` positions, in float32 or better."""
     if not shift or not keys.shape[-2]:
         return keys
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32))

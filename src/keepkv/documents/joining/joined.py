@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from keepkv.budget import BudgetLike
 from keepkv.cache import KeepCache
 from keepkv.cache.layer import KeepLayer
-from keepkv.cache.policy import Limits
 from keepkv.compress import Progress
 from keepkv.documents.document import Document
 from keepkv.documents.joining import cachecraft
@@ -19,10 +19,9 @@ from keepkv.documents.joining.cacheblend import Renewed, Text, Variant, renew
 from keepkv.documents.joining.join import Part, check, join, leading, moved, placed, report_of, slots_of, stacked, with_lead
 from keepkv.errors import InputError
 from keepkv.methods import Method
-from keepkv.models import families
 from keepkv.observe.bank import Bank
 from keepkv.observe.watch import Watch
-from keepkv.slots.quantized import FORMATS, Format
+from keepkv.slots.quantized import SLOT_DTYPES, SlotDtype
 from keepkv.slots.slots import Slots
 
 REFERENCES = 2048  # queries that are remembered at most for a compression
@@ -32,7 +31,7 @@ def joined(
     model: PreTrainedModel, parts: Sequence[Document], repair: float = 0.0,
     progress: Progress = lambda done, of: None, variant: Variant = "repository",
     crafts: Sequence[Sequence[cachecraft.Variant]] = (), keys: Sequence[str] = (),
-    budget: Limits | None = None, method: str | Method = "keepkv",
+    budget: BudgetLike | None = None, method: str | Method = "keepkv",
 ) -> Document:  # fmt: skip
     """Several documents as one prompt, in that order. repair: the share of the later documents' tokens that is read again with
     the earlier ones in view (CacheBlend); it needs each later document's exact keys and values (compile --exact).
@@ -43,7 +42,7 @@ def joined(
     budget, method: compresses what was repaired, for documents that are not compressed; the context queries are those of the
     tokens that were read again.
 
-    Compressed documents stay compressed, and quantised if all are so in one way: of a token that was read again and has a slot,
+    Compressed documents stay compressed, and quantized if all are so in one way: of a token that was read again and has a slot,
     the slot takes the fresh key, and its value moves by what the token's value changed. Raises InputError for a model without
     full attention in every layer.
     """
@@ -59,24 +58,24 @@ def joined(
     elif not _whole(cache) or any(layer.watch is None for layer in cache.keep_layers):
         raise InputError("only documents that are not compressed, and were repaired, can be compressed after they were joined")
     else:
-        cache._report = None
+        cache.restore(None)
         cache.compress(budget, method)
-    forms = {part.cache.report().form for part in parts}
-    if len(forms) == 1:
-        _store(cache, FORMATS[forms.pop()])
+    slot_dtypes = {part.cache.report().slot_dtype for part in parts}
+    if len(slot_dtypes) == 1:
+        _store(cache, SLOT_DTYPES[slot_dtypes.pop()])
     ids = None
     if all(part.ids is not None for part in parts):
         ids = torch.cat([part.ids[:, part.lead if n else 0 :] for n, part in enumerate(parts) if part.ids is not None], 1)
     return replace(parts[0], cache=cache, ids=ids, source=", ".join(part.source for part in parts), exact=None)
 
 
-def _store(cache: KeepCache, form: Format) -> None:
+def _store(cache: KeepCache, slot_dtype: SlotDtype) -> None:
     """Stores the slots, which were read to be moved, in a format again."""
-    for layer in cache.keep_layers if form.bits else ():
+    for layer in cache.keep_layers if slot_dtype.bits else ():
         slots = layer.slots
-        layer.slots = slots and replace(slots, keys=form.store(slots.keys[:]), values=form.store(slots.values[:]))
-    if cache._report is not None:
-        cache._report = replace(cache._report, form=form.name)
+        layer.slots = slots and replace(slots, keys=slot_dtype.store(slots.keys[:]), values=slot_dtype.store(slots.values[:]))
+    if cache.compressed:
+        cache.restore(replace(cache.report(), slot_dtype=slot_dtype.name))
 
 
 def _repaired(
@@ -87,7 +86,7 @@ def _repaired(
     cache = parts[0].cache.fork()
     if len(cache.keep_layers) < len(cache.layers):
         raise InputError("this model has sliding windows: its joined documents cannot be repaired (join them without --repair)")
-    inv_freq = families.frequencies(cache._rotary)
+    inv_freq = cache.inv_freq
     places = placed([part.cache for part in parts], [part.lead for part in parts])
     for number, (document, place) in enumerate(zip(parts[1:], places[1:], strict=True)):
         if document.ids is None or not (document.exact or _whole(document.cache)):
@@ -105,7 +104,7 @@ def _repaired(
         cache = _appended(cache, document, place, exact, renewed, inv_freq)
         progress(number + 1, len(parts) - 1)
     whole = report_of(places)
-    cache._report = replace(whole, note=f"{whole.note}, {100 * share:g}% read again")
+    cache.restore(replace(whole, note=f"{whole.note}, {100 * share:g}% read again"))
     return cache
 
 
@@ -137,7 +136,7 @@ def _appended(
         if dense:
             new_keys, new_values = old_keys.clone(), old_values.clone()
             new_keys[:, :, tokens], new_values[:, :, tokens] = keys, values
-            layer.watch = _watched(layer, index, renewed, cache.seed)
+            layer.watch = _watched(layer, index, renewed, cache.recipe.seed)
             layer.keys, layer.values = torch.cat([layer.keys, new_keys], 2), torch.cat([layer.values, new_values], 2)
         else:
             start = layer.seen

@@ -51,7 +51,7 @@ def asked() -> bool:
         (config.kv_transfer_config is not None, "a KV connector"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"), "a quantised KV cache"),
+        (config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"), "a quantized KV cache"),
     ):
         if trouble:
             raise InputError(f"keepkv does not work with {name} yet: leave one of the two out")

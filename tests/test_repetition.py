@@ -23,13 +23,13 @@ def read(model, ids) -> KeepCache:
 def test_peaks_are_the_largest_shares_of_a_repetition(family: str) -> None:
     """Against eager attention over text + lead + text: one piece sees everything as it is."""
     model, ids, lead = make_model(family, torch.float32), tokens(1, 60), tokens(1, 5, seed=4)
-    cache = read(model, ids).rehearse(model, ids, lead, Repeat(chunk=60))
+    cache = read(model, ids).repeat(model, ids, lead, Repeat(chunk=60))
     model.set_attn_implementation("eager")
     weights = model(torch.cat([ids, lead, ids], 1), output_attentions=True).attentions
     for layer in cache.keep_layers:
         share = weights[layer.watch.layer][0, :, 60:, :60]
         wanted = share.unflatten(0, (layer.heads, -1)).amax((1, 2))
-        torch.testing.assert_close(layer.watch.recall, wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(layer.watch.repeat_peak, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
@@ -38,7 +38,7 @@ def test_the_middle_of_a_prompt_is_asked_from_its_end(family: str) -> None:
     model, ids, lead = make_model(family, torch.float32), tokens(1, 60), tokens(1, 5, seed=4)
     cache = read(model, ids)
     cache._ahead = 40
-    cache.rehearse(model, ids, lead, Repeat(chunk=60))
+    cache.repeat(model, ids, lead, Repeat(chunk=60))
     model.set_attn_implementation("eager")
     causal = torch.zeros(125, 125).masked_fill(torch.ones(125, 125, dtype=torch.bool).triu(1), -torch.inf)[None, None]
     mask = causal
@@ -50,7 +50,7 @@ def test_the_middle_of_a_prompt_is_asked_from_its_end(family: str) -> None:
     weights = model(torch.cat([ids, lead, ids], 1), attention_mask=mask, position_ids=places, output_attentions=True).attentions
     for layer in cache.keep_layers:
         wanted = weights[layer.watch.layer][0, :, 60:, :60].unflatten(0, (layer.heads, -1)).amax((1, 2))
-        torch.testing.assert_close(layer.watch.recall, wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(layer.watch.repeat_peak, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_a_piece_over_a_draft_of_all_tokens_is_exact_attention() -> None:
@@ -71,18 +71,18 @@ def test_a_piece_over_a_draft_of_all_tokens_is_exact_attention() -> None:
 def test_pieces_gather_the_largest() -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 90)
     told: list[tuple[int, int]] = []
-    cache = read(model, ids).rehearse(model, ids, how=Repeat(chunk=40), progress=lambda done, of: told.append((done, of)))
+    cache = read(model, ids).repeat(model, ids, how=Repeat(chunk=40), progress=lambda done, of: told.append((done, of)))
     assert told == [(40, 90), (80, 90), (90, 90)]
     for layer in cache.keep_layers:
-        assert layer.watch.recall.shape == (2, 90)
-        assert ((layer.watch.recall > 0) & (layer.watch.recall <= 1)).all()
+        assert layer.watch.repeat_peak.shape == (2, 90)
+        assert ((layer.watch.repeat_peak > 0) & (layer.watch.repeat_peak <= 1)).all()
 
 
-def test_rehearsing_leaves_the_cache_as_it_was() -> None:
+def test_repeating_leaves_the_cache_as_it_was() -> None:
     model, ids = make_model(), tokens(1, 70)
     cache = read(model, ids)
-    before = [(layer.keys, layer.values, layer.seen, layer.watch.banked(layer.held).banks) for layer in cache.keep_layers]
-    cache.rehearse(model, ids)
+    before = [(layer.keys, layer.values, layer.seen, layer.watch.banked(layer.state).banks) for layer in cache.keep_layers]
+    cache.repeat(model, ids)
     after = [(layer.keys, layer.values, layer.seen, layer.watch.banks) for layer in cache.keep_layers]
     for (*old, known), (*new, asked) in zip(before, after, strict=True):
         assert all(a is b for a, b in zip(old, new, strict=True))
@@ -95,12 +95,12 @@ def test_rehearsing_leaves_the_cache_as_it_was() -> None:
 def test_what_the_repetition_asks_for_is_kept_and_keeps_its_value() -> None:
     """A token that some head gave all its attention gets a slot there, with a vote near 1 and a value near its own."""
     model, ids = make_model("llama", torch.float32), tokens(1, 200)
-    cache, plain = read(model, ids).rehearse(model, ids), read(model, ids)
+    cache, plain = read(model, ids).repeat(model, ids), read(model, ids)
     wanted = 77
     for layer in cache.keep_layers:
         peak = torch.zeros(2, 200)
         peak[1, wanted] = 100.0
-        layer.watch = replace(layer.watch, recall=peak)
+        layer.watch = replace(layer.watch, repeat_peak=peak)
     for layer, before in zip(cache.compress(0.1).keep_layers, plain.keep_layers, strict=True):
         positions = layer.slots.positions[layer.slots.offsets[1] :].tolist()
         assert wanted in positions
@@ -111,9 +111,9 @@ def test_what_the_repetition_asks_for_is_kept_and_keeps_its_value() -> None:
 
 def test_a_repetition_that_asks_for_nothing_changes_nothing() -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 200)
-    cache = read(model, ids).rehearse(model, ids)
+    cache = read(model, ids).repeat(model, ids)
     for layer in cache.keep_layers:
-        layer.watch = replace(layer.watch, recall=torch.zeros(2, 200))
+        layer.watch = replace(layer.watch, repeat_peak=torch.zeros(2, 200))
     for ours, plain in zip(cache.compress(0.1).keep_layers, read(model, ids).compress(0.1).keep_layers, strict=True):
         assert torch.equal(ours.slots.positions, plain.slots.positions)
         torch.testing.assert_close(ours.slots.values, plain.slots.values, rtol=1e-4, atol=1e-5)
@@ -122,6 +122,6 @@ def test_a_repetition_that_asks_for_nothing_changes_nothing() -> None:
 def test_another_text_or_a_compressed_cache_is_refused() -> None:
     model, ids = make_model(), tokens(1, 70)
     with pytest.raises(KeepKVError, match=r"expected \[1, 70\]"):
-        read(model, ids).rehearse(model, ids[:, 1:])
+        read(model, ids).repeat(model, ids[:, 1:])
     with pytest.raises(KeepKVError, match="before compression"):
-        read(model, ids).compress(0.5).rehearse(model, ids)
+        read(model, ids).compress(0.5).repeat(model, ids)
