@@ -191,7 +191,7 @@ def main() -> None:
         sys.path.insert(0, str(root / "tests"))
         from triton.runtime import interpreter
 
-        from interpreter import patched
+        from attend.interpreter import patched
 
         interpreter._patch_lang_tensor = patched()
     device, dtype = torch.device("cpu" if args.tiny else "cuda"), torch.float32 if args.tiny else torch.bfloat16
@@ -203,7 +203,7 @@ def main() -> None:
         "-m",
         "pytest",
         "-q",
-        "tests/test_kernels.py",
+        "tests/attend/test_triton_kernels.py",
         *(["-k", "schedules or alone"] if args.tiny else []),
     ]
     seen = os.environ.get("PYTHONPATH")

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from conftest import make_model
+from helpers import make_model
 from keepkv import InputError, KeepCache, Method, Recipe
 from keepkv.cli.app import app
 from keepkv.methods import METHODS

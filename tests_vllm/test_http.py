@@ -14,7 +14,7 @@ from pathlib import Path
 
 from openai import AsyncOpenAI
 
-from test_vllm import SETTINGS, library, prompt
+from library import SETTINGS, library, prompt
 
 PORT = 8437
 PLAIN = urllib.request.build_opener(urllib.request.ProxyHandler({}))

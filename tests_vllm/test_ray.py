@@ -94,7 +94,7 @@ serve.shutdown()
 def test_ray_serve_llm_with_two_replicas(folder: str, tmp_path: Path) -> None:
     """A pool of 48 pages, in which stock vLLM does not start with this length (test_vllm.py), answers through Ray Serve."""
     pytest.importorskip("ray.serve.llm")
-    from test_vllm import SETTINGS, library, prompt
+    from library import SETTINGS, library, prompt
 
     settings = {**SETTINGS, "method": "snapkv"}  # whose choices do not hang on ties
 

@@ -6,20 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from library import SETTINGS, library, prompt
+
 ENGINE = Path(__file__).parents[1] / "benchmarks" / "vllm_engine.py"
-SETTINGS = {"budget": 128, "window": 64, "step": 128, "references": 128}
 BLOCK = 32
-
-
-def prompt(length: int, seed: int = 1) -> list[int]:
-    return torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def serve(
@@ -39,35 +35,6 @@ def serve(
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": bind}
     done = subprocess.run([sys.executable, str(ENGINE), str(out)], input=spec, capture_output=True, text=True, env=environment)
     return json.loads(out.read_text()) if done.returncode == 0 else done.stderr + done.stdout
-
-
-@torch.inference_mode()
-def library(
-    folder: str, ids: list[int], count: int, chunk: int = 256, settings: Any = SETTINGS
-) -> tuple[list[int], list[float]]:
-    """The same with KeepCache: chunk by chunk, compressed whenever the engine would."""
-    from transformers import AutoModelForCausalLM
-
-    from keepkv import KeepCache
-    from keepkv.serving.settings import Settings
-
-    rule = Settings(**settings)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    cache = KeepCache(model, rule.budget, rule.row, period=10**6, auto=False, references=rule.references)
-    todo, tokens, chances = [ids[i : i + chunk] for i in range(0, len(ids), chunk)], [], []
-    while len(tokens) < count:
-        before = cache.get_seq_length()
-        logits = model(torch.tensor([todo[0]]), past_key_values=cache, logits_to_keep=1).logits[0, -1].log_softmax(-1)
-        seen = cache.get_seq_length()
-        if rule.covered(seen) > rule.covered(before):
-            cache.recipe = replace(cache.recipe, tail=seen - rule.covered(seen))
-            cache.compress()
-        todo.pop(0)
-        if not todo:
-            tokens.append(int(logits.argmax()))
-            chances.append(float(logits.max()))
-            todo = [[tokens[-1]]]
-    return tokens, chances
 
 
 @pytest.mark.parametrize(

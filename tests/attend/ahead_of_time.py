@@ -1,0 +1,51 @@
+"""Compiles the Triton kernel for GPUs that are not there: `python tests/attend/ahead_of_time.py`, a line of JSON per variant.
+
+A process of its own, since Triton's interpreter, in which the other tests run it, replaces the compiler for good.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from itertools import product
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from keepkv.attend import triton_kernels
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+
+
+def signature(dtype: str, key_bits: int, value_bits: int) -> dict[str, str]:
+    """The types of `_attend`'s arguments for queries of a dtype and slots of so many bits (0: plain)."""
+    kinds = {"query": POINTERS[dtype], "bias": "*fp32", "parts": "*fp32", "masses": "*fp32", "bounds": "*i64", "scale": "fp32"}
+    for name, bits in (("key", key_bits), ("value", value_bits)):
+        kinds[f"{name}s"] = "*u8" if bits else POINTERS[dtype]
+        kinds[f"{name}_steps"] = "*bf16" if bits else POINTERS[dtype]
+    return {name: "constexpr" if name.isupper() else kinds.get(name, "i32") for name in triton_kernels._attend.arg_names}
+
+
+def compiled(dtype: str, bits: int, size: int, target: str) -> Any:
+    """The kernel as `attend_slots` launches it: what Triton's compiler makes of it, or its error."""
+    plan = triton_kernels.schedule(8, 4, 3200, size, 132)
+    width = max(16, triton.next_power_of_2(size))
+    constants = {
+        "BLOCK_R": plan.block_rows, "BLOCK_N": plan.block_keys, "BLOCK_D": width, "BLOCK_V": width,
+        "KEY_BITS": bits, "VALUE_BITS": bits, "WIDEN": False,
+    }  # fmt: skip
+    source = ASTSource(triton_kernels._attend, signature(dtype, bits, bits), constants)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": plan.warps})
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    for dtype, bits, target in product(POINTERS, (0, 8, 4), TARGETS):
+        try:
+            failed = "" if compiled(dtype, bits, 128, target).asm else "no code"
+        except Exception as error:  # the compiler has many
+            failed = f"{type(error).__name__}: {error}"
+        print(json.dumps({"variant": f"{dtype} bits={bits} {target}", "failed": failed}))

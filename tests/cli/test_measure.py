@@ -1,0 +1,80 @@
+"""keepkv fidelity, inspect and methods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from helpers import ROOT, Page, run
+from inspection.dissected import NASTY
+from keepkv import methods, render
+from keepkv.methods import registry
+
+
+def test_fidelity_records(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["fidelity", text, "--model", folder, "--methods", "keepkv,full,h2o", "--budgets", "25%,50%", "--json"]
+    sizes = ["--segments", "2", "--context-tokens", "300", "--continuation-tokens", "40"]
+    status, out, err = run(monkeypatch, capsys, *args, *sizes)
+    assert (status, err) == (0, "")
+    records = {(r["method"], r["budget"]): r for r in json.loads(out)}
+    assert len(records) == 6
+    wanted = {"method", "budget", "delta_nll", "kl", "top1", "kv_bytes", "kv_bytes_full", "compress_seconds", "prefill_seconds"}
+    assert all(wanted <= record.keys() for record in records.values())
+    full = records["full", "25%"]
+    assert (full["delta_nll"], full["kl"], full["top1"]) == (0.0, 0.0, 1.0)
+    assert 0 < records["keepkv", "50%"]["kl"] < records["keepkv", "25%"]["kl"]
+    assert records["keepkv", "25%"]["kv_bytes"] < 0.3 * full["kv_bytes_full"]
+
+
+def test_tables_for_people(monkeypatch, capsys, folder: str, text: str) -> None:
+    args = ["fidelity", text, "--model", folder, "--methods", "streaming", "--segments", "1", "--context-tokens", "64"]
+    assert "top-1" in run(monkeypatch, capsys, *args, "--continuation-tokens", "8")[1]
+    assert "AAAI" in run(monkeypatch, capsys, "methods")[1] or "2504.09936" in run(monkeypatch, capsys, "methods")[1]
+    names = [row["name"] for row in json.loads(run(monkeypatch, capsys, "methods", "--json")[1])]
+    assert names[0] == "full"
+    assert names[-1] == "keepkv"
+
+
+def test_a_method_from_a_file_is_measured_beside_the_table(monkeypatch, capsys, folder: str, text: str) -> None:
+    own = ROOT / "examples" / "own_method.py"
+    args = ["fidelity", text, "--model", folder, "--methods", f"{own}:LOUD,snapkv", "--budgets", "25%", "--segments", "1"]
+    monkeypatch.setattr(registry, "METHODS", dict(methods.METHODS))  # the file registers its row
+    status, out, _ = run(monkeypatch, capsys, *args, "--context-tokens", "120", "--continuation-tokens", "16", "--json")
+    assert status == 0
+    assert [row["method"] for row in json.loads(out)] == ["loud", "snapkv"]
+    status, _, said = run(monkeypatch, capsys, "fidelity", text, "--methods", f"{own}:LOUD,{own}:QUIET")
+    assert status == 2
+    assert "QUIET" in said
+
+
+def test_the_command_prints_and_writes(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    text, target = tmp_path / "text.txt", tmp_path / "page.html"
+    text.write_text(NASTY * 12)
+    args = ["inspect", str(text), "--model", folder, "--budget", "20%", "--html", str(target)]
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert (status, err) == (0, "")
+    joined = " ".join(out.split())
+    assert "largest vote" in joined
+    assert "Smaller: 4." in joined
+    assert NASTY.strip() in Page(target.read_text()).words
+
+    status, out, err = run(monkeypatch, capsys, *args[:-2], "--json", "--repeat", "always")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert (result["method"], result["repeated"]) == ("keepkv", True)
+    assert "".join(token["text"] for token in result["tokens"]).count("<script>") == 12
+    assert sum(len(head["positions"]) for head in result["heads"]) == sum(token["kept"] for token in result["tokens"])
+    wanted = {"layer", "head", "slots", "error", "mass_error", "evict_error", "fallbacks", "max_vote", "mean_vote", "votes"}
+    assert all(wanted <= head.keys() for head in result["heads"])
+    assert all(len(head["votes"]) == head["slots"] for head in result["heads"])
+
+
+def test_the_command_needs_no_matplotlib_but_for_a_picture(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    monkeypatch.setattr(render, "find_spec", lambda name: None)
+    text = tmp_path / "text.txt"
+    text.write_text(NASTY * 12)
+    args = ["inspect", str(text), "--model", folder, "--png", str(tmp_path / "figure.png")]
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert (status, out) == (2, "")
+    assert "pip install 'keepkv[plot]'" in err
+    assert "keepkv[plot]" in run(monkeypatch, capsys, "inspect", "--help")[1]

@@ -1,0 +1,99 @@
+"""The .keep format: what is damaged or forged is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from keepkv.documents import format, identity
+from keepkv.documents.document import load
+from keepkv.documents.packing import pack
+from keepkv.errors import InputError
+
+
+def same(file: Path, model, tokenizer, expected: dict[str, torch.Tensor]) -> bool:
+    """Whether a file is loaded at all; if so, it must be what was saved."""
+    try:
+        document = load(file, model, tokenizer, KNOWN)
+        _, tensors = pack(document.cache)
+        for index in range(3):
+            tensors[f"exact.{index}.keys"], tensors[f"exact.{index}.values"] = document.exact(index)
+    except InputError:
+        return False
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    return True
+
+
+KNOWN: dict[str, str] = {}
+
+
+def test_mutated_files_are_refused_or_equal(compiled, model_and_tokenizer, tmp_path: Path) -> None:
+    document, file = compiled
+    model, tokenizer = model_and_tokenizer
+    KNOWN.update(identity.of_model(model))
+    cut = identity.of_tokenizer(tokenizer)
+    _, expected = pack(document.cache)
+    for index in range(3):
+        expected[f"exact.{index}.keys"], expected[f"exact.{index}.values"] = document.exact(index)
+    raw, rng, bad = file.read_bytes(), random.Random(0), tmp_path / "bad.keep"
+    header = int.from_bytes(raw[:8], "little")
+    refused = 0
+    for number in range(250):
+        data = bytearray(raw)
+        kind = number % 5
+        if kind < 3:  # one byte: in the length, the header, anywhere
+            place = rng.randrange((8, 8 + header, len(data))[kind])
+            data[place] ^= rng.randrange(1, 256)
+        elif kind == 3:
+            del data[rng.randrange(len(data)) :]
+        else:
+            lo = rng.randrange(len(data))
+            data[lo : lo + rng.randrange(64)] = rng.randbytes(rng.randrange(64))
+        bad.write_bytes(data)
+        refused += not same(bad, model, cut, expected)
+    assert refused > 240  # the others changed nothing that matters
+    bad.write_bytes(raw)
+    assert same(bad, model, cut, expected)
+
+
+def test_forged_files_are_refused(compiled, model_and_tokenizer, tmp_path: Path) -> None:
+    """Files whose digests are right and whose content is not: nothing is trusted because it is signed with itself."""
+    _, file = compiled
+    bad = tmp_path / "bad.keep"
+    whole = format.Contents(file)
+    tensors = load_file(file)
+
+    def forged(**changes: object) -> None:
+        header = {k: v for k, v in whole.header.items() if k not in ("tensors", "format")}
+        format.write(bad, {**header, **changes.pop("header", {})}, {**tensors, **changes})
+        with pytest.raises(InputError, match="is not a whole"):
+            load(bad, *model_and_tokenizer)
+
+    name = "layer.0.slots"
+    offsets = tensors[f"{name}.offsets"]
+    forged(**{f"{name}.offsets": offsets.flip(0)})
+    forged(**{f"{name}.offsets": offsets * 2})
+    forged(**{f"{name}.positions": tensors[f"{name}.positions"] + 10**6})
+    forged(**{f"{name}.bias": tensors[f"{name}.bias"][:-1]})
+    forged(**{f"{name}.keys": tensors[f"{name}.keys"].half()})
+    forged(**{"layer.1.keys": torch.zeros(1, 10**6, 0, 16)})
+    forged(ids=tensors["ids"] + 256)
+    forged(header={"seen": 10**12})
+    forged(header={"layers": [{}] * 3})
+    forged(header={"recipe": {"budget": 1}})
+    forged(header={"report": None})
+    for data in (b"", b"PK\x03\x04", (2**60).to_bytes(8, "little") + b"{}", (30).to_bytes(8, "little") + b"[" * 30):
+        bad.write_bytes(data)
+        with pytest.raises(InputError, match="is not a whole"):
+            format.Contents(bad)
+    save_file({"x": torch.zeros(1)}, bad, {"keepkv": json.dumps({"format": 99})})
+    with pytest.raises(InputError, match="newer keepkv"):
+        format.Contents(bad)
+    with pytest.raises(InputError, match="cannot be read"):
+        format.Contents(tmp_path / "none.keep")
