@@ -60,8 +60,8 @@ def test_heads_together_are_as_heads_alone(name: str, voted: bool, together) -> 
     alone = made()
     together()
     at_once = made()
-    torch.testing.assert_close(at_once[0].reference.rms_share, alone[0].reference.rms_share)
-    torch.testing.assert_close(at_once[0].reference.outputs, alone[0].reference.outputs)
+    torch.testing.assert_close(at_once[0].references.rms_share, alone[0].references.rms_share)
+    torch.testing.assert_close(at_once[0].references.outputs, alone[0].references.outputs)
     for head, (ours, theirs) in enumerate(zip(at_once[1], alone[1], strict=True)):
         assert torch.equal(ours.kept, theirs.kept)
         ours, theirs = at_once[2][head], alone[2][head]

@@ -82,5 +82,5 @@ def test_backends_that_cannot_are_refused() -> None:
         attend_slots(query, slots_of([3]), 1.0, "sdpa")
     with pytest.raises(BackendError, match="one size, not 16 and 24"):
         attend_slots(query.float(), slots_of([3], dtype=torch.float32), 1.0, "sdpa")
-    with pytest.raises(BackendError, match=r"keepkv\.spare\.widen"):
+    with pytest.raises(BackendError, match=r"keepkv\.attend\.bias_in_keys\.widen"):
         attend_slots(query.float(), slots_of([3], 16, 16, torch.float32), 1.0, "bias_in_keys")

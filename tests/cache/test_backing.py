@@ -32,7 +32,7 @@ def test_a_refresh_is_a_compression_of_the_exact_history(backing: str, tail: int
     assert live.report().compressions > 1
     assert live.report().backing_bytes > 0
     for a, b in zip(live.keep_layers, once.keep_layers, strict=True):  # remembered queries are rounded, so: the same ones
-        b.watch = replace(b.watch, banks=a.watch.banked(a.held).banks, pending=(), waiting=0)
+        b.watch = replace(b.watch, banks=a.watch.banked(a.state).banks, pending=(), waiting=0)
     live.policy = once.policy
     live.refresh()
     once.compress()
