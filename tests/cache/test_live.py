@@ -258,22 +258,22 @@ def test_forks_share_what_they_hold_and_go_their_own_ways() -> None:
     model = make_model()
     trunk = KeepCache(model, 30, period=20, backing="cpu")
     model(tokens(1, 100), past_key_values=trunk)
-    stored = [(layer.slots, layer.keys, layer.history) for layer in trunk.keep_layers]
+    stored = [(layer.slots, layer.keys, layer.backing) for layer in trunk.keep_layers]
     branches = [trunk.fork() for _ in range(3)]
     for branch in branches:
-        for layer, (slots, keys, history) in zip(branch.keep_layers, stored, strict=True):
+        for layer, (slots, keys, backing) in zip(branch.keep_layers, stored, strict=True):
             assert layer.slots is slots
             assert layer.keys is keys
-            assert layer.history is history
+            assert layer.backing is backing
     for number, branch in enumerate(branches):
         for step in range(25):
             model(tokens(1, 1, seed=100 * number + step), past_key_values=branch)
         assert branch.report().compressions == 2
     assert trunk.get_seq_length() == 100
-    for layer, (slots, keys, history) in zip(trunk.keep_layers, stored, strict=True):
+    for layer, (slots, keys, backing) in zip(trunk.keep_layers, stored, strict=True):
         assert layer.slots is slots
         assert layer.keys is keys
-        assert layer.history is history
+        assert layer.backing is backing
 
 
 def test_a_forward_pass_larger_than_the_chunk_is_refused_with_the_way_out() -> None:

@@ -26,7 +26,7 @@ def test_slots_may_be_quantized_by_every_command(monkeypatch, capsys, folder: st
     assert (status, err, json.loads(out)["slot_dtype"]) == (0, "", "int8")
     loaded = json.loads(run(monkeypatch, capsys, "ask", file, "Who jumps?", "--json", "--max-new-tokens", "2")[1])
     assert (loaded["slot_dtype"], loaded["kv_bytes"]) == ("int8", json.loads(out)["kv_bytes"])
-    assert "--slots is for texts" in run(monkeypatch, capsys, "ask", file, "Who?", "--slot-dtype", "int8")[2]
+    assert "--slot-dtype is for texts" in run(monkeypatch, capsys, "ask", file, "Who?", "--slot-dtype", "int8")[2]
     measure = ["fidelity", text, *tail, "--methods", "snapkv", "--segments", "1", "--context-tokens", "64"]
     status, out, err = run(monkeypatch, capsys, *measure, "--slot-dtype", "float,int8,int4", "--budgets", "25%")
     assert (status, err) == (0, "")
@@ -70,7 +70,7 @@ MISTAKES = [
     (["inspect", "{text}", "--png", "{here}"], "expected a file name in a folder that exists"),
     (["inspect", "{text}", "--method", "keepkw"], "did you mean 'keepkv'"),
     (["fidelity", "{text}", "--context-tokens", "100000"], "fewer than the 100000 + 192 needed"),
-    (["fidelity", "{text}", "--budgets", ","], "give at least one method and one budget"),
+    (["fidelity", "{text}", "--budgets", ","], "--budgets: nothing to do: give at least one"),
     (["fidelity", "{text}", "--segments", "0"], "Invalid value"),
 ]
 

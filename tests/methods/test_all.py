@@ -41,7 +41,7 @@ def test_every_method_spends_its_budget_and_no_more(method: str, family: str) ->
     report = cache.report()
     heads = sum(layer.heads for layer in cache.keep_layers)
     budget, slots = int(0.25 * LENGTH * heads), sum(sum(layer) for layer in report.kept[0])
-    if METHODS[method].share:  # more slots in the same bytes
+    if METHODS[method].layer_pairs:  # more slots in the same bytes
         size = cache.keep_layers[0].slot_bytes()
         taken = held_bytes(x for layer in cache.keep_layers for x in layer.slots.tensors)
         assert (budget - heads) * size * 0.95 <= taken <= budget * size
@@ -74,10 +74,10 @@ def test_every_method_lives(method: str) -> None:
     heads = sum(layer.heads for layer in cache.keep_layers)
     for step in range(50):
         assert model(tokens(1, 1, seed=step), past_key_values=cache).logits.isfinite().all()
-        assert METHODS[method].share or entries(cache) <= (30 + 20) * heads
+        assert METHODS[method].layer_pairs or entries(cache) <= (30 + 20) * heads
         assert cache.report().kv_bytes <= (30 + 20) * heads * cache.keep_layers[0].slot_bytes()
     assert cache.get_seq_length() == 220
-    assert METHODS[method].share or cache.report().slots == 30
+    assert METHODS[method].layer_pairs or cache.report().slots == 30
     kept = [x for layer in cache.keep_layers for x in layer.slots.positions.tolist()]
     assert min(kept) >= 0
     assert max(kept) < 220

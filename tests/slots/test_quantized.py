@@ -169,7 +169,7 @@ def test_a_budget_in_bytes_buys_more_slots(name: str) -> None:
     for cache in (plain, small):
         model(ids, past_key_values=cache)
         assert 59_000 <= held_bytes(x for layer in cache.keep_layers for x in layer.slots.tensors) <= 60_000
-    sizes = [cache.keep_layers[0].slot_bytes(cache.slot_dtype) for cache in (plain, small)]
+    sizes = [cache.keep_layers[0].slot_bytes(cache.policy.stored_as) for cache in (plain, small)]
     assert small.report().slots == pytest.approx(plain.report().slots * sizes[0] / sizes[1], rel=0.05)
 
 
@@ -314,4 +314,4 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(KeepKVError, match="minicache stores the slots of two layers together"):
         cache.compress(0.5, "minicache", slot_dtype="int8")
     assert not cache.compressed
-    assert cache.slot_dtype.name == "float"
+    assert cache.policy.slot_dtype.name == "float"

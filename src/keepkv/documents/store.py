@@ -278,7 +278,9 @@ class Shelf:
         for digest in reversed(prefix_digests(asked, lengths)):
             for (key,) in self.store._index.execute("SELECT key FROM prefixes WHERE digest = ?", (digest,)).fetchall():
                 document = self.get(key)
-                if document is None or document.ids is None or recipe not in (None, document.recipe):
+                if document is None or document.ids is None:
+                    continue
+                if recipe is not None and recipe.settled(document.ids.shape[1]) != document.recipe:
                     continue
                 own = document.ids[0].tolist()
                 same = next((i for i, (a, b) in enumerate(zip(own, asked, strict=False)) if a != b), min(len(own), len(asked)))
