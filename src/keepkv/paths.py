@@ -12,4 +12,9 @@ def cache_folder() -> Path:
     return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "keepkv"
 
 
+def models_folder() -> Path:
+    """Where `make models` puts the models that keepkv is measured on, a folder each; `--model NAME` looks there."""
+    return cache_folder() / "models"
+
+
 SUFFIX = ".keep"

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from keepkv import paths
 from keepkv.errors import ModelError, nearest
 from keepkv.models import families, smollm2
 
@@ -30,7 +31,7 @@ def load(
         raise ModelError(f"unknown dtype {dtype!r}: {nearest(dtype, DTYPES)}")
     kind = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
     with _no_bars():
-        source = str(smollm2.path()) if name == smollm2.NAME else name
+        source = _source(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, attn_implementation="sdpa")
@@ -44,10 +45,23 @@ def load(
 def tokenizer(name: str = smollm2.NAME) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone. Raises ModelError."""
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(smollm2.path()) if name == smollm2.NAME else name)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_source(name))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_why(name, error)) from error
     return found
+
+
+def _source(name: str) -> str:
+    """What transformers is to load: the embedded model, one that `make models` fetched, a folder, or an id."""
+    if name == smollm2.NAME:
+        return str(smollm2.path())
+    return str(paths.models_folder() / name) if name in _fetched() else name
+
+
+def _fetched() -> list[str]:
+    """The models that `make models` has fetched."""
+    folder = paths.models_folder()
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".") if folder.is_dir() else []
 
 
 @contextmanager
@@ -81,7 +95,8 @@ def _why(name: str, error: Exception) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return f"the model folder {name!r} does not exist: give a folder, a Hugging Face id, or {smollm2.NAME!r}"
     if "/" not in name:
-        return f"unknown model {name!r}: {nearest(name, [smollm2.NAME])} A folder or a Hugging Face id (owner/name) works too"
+        known = [smollm2.NAME, *_fetched()]
+        return f"unknown model {name!r}: {nearest(name, known)} A folder or a Hugging Face id (owner/name) works too"
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return f"the model {name!r} cannot be loaded{offline}: {_first_line(error)}"
 
