@@ -2,10 +2,12 @@
 # make test    the tests
 # make check   lint and types
 # make test-min  the tests with the oldest transformers that is supported
+# make wheel   build the wheel and the source distribution into dist/, and test the wheel in an environment without this checkout
 # make eval    the evaluation whose table is in the README, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
 # make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
 # make models  the models that keepkv is measured on, into its cache folder (1.2 GB fetched, 3.1 GB kept; for developers)
+# make nightly  what takes hours, with a record of each stage (STAGES="kill mutate" for some, SHORT=1 to try them; see .ci/nightly)
 # make bench   speed on this machine, into bench-results (about fifteen minutes; see docs/speed.md)
 # make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
 #
@@ -24,7 +26,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help models demo test check test-min test-vllm eval eval-quick bench bench-gpu clean
+.PHONY: help models demo test check test-min test-vllm wheel nightly eval eval-quick bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -75,6 +77,14 @@ test-min: .venv-min/ready
 test-vllm: .venv-vllm-$(VLLM)/ready
 	@.venv-vllm-$(VLLM)/bin/python -m pytest -W default -s tests_vllm
 
+wheel: .venv/ready .venv-min/ready
+	@rm -rf dist
+	@.venv/bin/python -m build > /dev/null
+	@KEEPKV_WHEEL=$$(echo $(CURDIR)/dist/*.whl) .venv/bin/python -m pytest tests/test_packaging.py
+
+nightly: .venv/ready
+	@.venv/bin/python .ci/nightly $(STAGES) $(if $(SHORT),--short)
+
 eval: .venv/ready
 	@OMP_NUM_THREADS=1 .venv/bin/keepkv eval runs/eval-full --config benchmarks/eval/full.toml --workers 2
 	@.venv/bin/keepkv report runs/eval-full --png
@@ -98,4 +108,4 @@ bench-gpu:
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py gpu-results
 
 clean:
-	@rm -rf .venv .venv-min .venv-vllm-* .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-min .venv-vllm-* dist .mypy_cache .pytest_cache .ruff_cache

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from keepkv.attend import sdpa
 from keepkv.attend.states import AttentionState, nothing, stacked
+from keepkv.errors import BackendError
 from keepkv.slots.slots import Slots
 from keepkv.slots.vectors import Stored
 
@@ -84,8 +85,10 @@ def reason_against(device: torch.device, dtype: torch.dtype, size: int, value_si
 def attend_slots(query: Tensor, slots: Slots, scale: float) -> AttentionState:
     """See `attention.attend_slots`, for slots that were made by `widen` with this scale."""
     keys, values = slots.keys, slots.values
-    assert isinstance(keys, BiasInKeys)
-    assert isinstance(values, BiasInKeys)
+    if not (isinstance(keys, BiasInKeys) and isinstance(values, BiasInKeys)):
+        raise BackendError(
+            "the attention backend 'bias_in_keys' needs slots that were made by keepkv.attend.bias_in_keys.widen"
+        )
     votes = query.new_full((*query.shape[:-1], _TERMS), _factor(scale))
     asked = pad(torch.cat([query, votes], -1), (0, WIDER - _TERMS))
     rule = _by_heads if query.device.type == "cpu" else _varlen

@@ -14,24 +14,39 @@ for by name and cannot run raises BackendError.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
-from typing import NamedTuple
+from importlib import import_module
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from keepkv.attend import bias_in_keys, sdpa
-from keepkv.attend.states import AttentionState, block, merge_states, stacked
+from keepkv.attend.states import AttentionState, block, merge_states
 from keepkv.errors import BackendError, nearest
 from keepkv.ops.dtypes import wide
 from keepkv.ops.ragged import groups
 from keepkv.slots.slots import Slots
 
+_BACKENDS = (
+    "eager",
+    "sdpa",
+    "bias_in_keys",
+    "triton",
+)  # each a module of this folder that has what BackendModule says
+
 _TILE = 1 << 24  # logits held at once
+
+
+class BackendModule(Protocol):
+    """What the module of a backend has. It is imported when it is first asked for."""
+
+    def reason_against(self, device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
+        """Why it cannot run queries of `size` over values of `value_size`, as the end of a sentence; "" if it can."""
+
+    def attend_slots(self, query: Tensor, slots: Slots, scale: float) -> AttentionState:
+        """See `attend_slots` of this module. `slots.read()` has plain tensors, however the slots are stored."""
 
 
 class Backend(NamedTuple):
@@ -52,7 +67,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size:
     what one is after.
     """
     fast = "triton" if device.type == "cuda" else "sdpa"
-    reason = _BACKENDS[fast](device, dtype, size, size if value_size is None else value_size)
+    reason = _module(fast).reason_against(device, dtype, size, size if value_size is None else value_size)
     if not reason:
         return Backend(fast)
     if dtype != torch.float64:
@@ -88,28 +103,7 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     ragged, nothing is padded. Output [B, H, R, d_v] and log-sum-exp [B, H, R], float32 or better; 0 and -inf for a head
     without slots. Raises BackendError.
     """
-    backend = _backend(backend, query, slots.values.shape[1])
-    if backend == "bias_in_keys":
-        if not isinstance(slots.keys, bias_in_keys.BiasInKeys):
-            raise BackendError(
-                "the attention backend 'bias_in_keys' needs slots that were made by keepkv.attend.bias_in_keys.widen"
-            )
-        return bias_in_keys.attend_slots(query, slots, scale)
-    key_rotation, value_rotation = slots.rotations
-    asked = query if key_rotation is None else query.to(key_rotation.dtype) @ key_rotation.T
-    if backend == "triton":
-        from keepkv.attend import triton_kernels  # imports Triton
-
-        output, log_mass = triton_kernels.attend_slots(asked.to(query.dtype), slots, scale)
-    else:
-        plain = slots.unrotated()
-        output, log_mass = sdpa.attend_slots(asked, plain, scale) if backend == "sdpa" else _by_heads(asked, plain, scale)
-    return (output if value_rotation is None else output @ value_rotation), log_mass
-
-
-def _by_heads(query: Tensor, slots: Slots, scale: float) -> AttentionState:
-    of_heads = zip(query.flatten(0, 1), slots.per_head, strict=True)
-    return stacked([block(own, keys, values, bias, scale) for own, (keys, values, bias) in of_heads], len(query))
+    return _module(_backend(backend, query, slots.values.shape[1])).attend_slots(query, slots, scale)
 
 
 def attend_tail(
@@ -171,6 +165,11 @@ def _tile(device: torch.device) -> int:
     return 1 << 21 if device.type == "cpu" else 1 << 27
 
 
+@cache
+def _module(name: str) -> BackendModule:
+    return cast(BackendModule, import_module(f"keepkv.attend.{name}"))
+
+
 def _backend(name: str, query: Tensor, value_size: int) -> str:
     """The backend to use: the one that was asked for, or what "auto" stands for. Raises BackendError."""
     sizes = (query.shape[-1], value_size)
@@ -178,29 +177,6 @@ def _backend(name: str, query: Tensor, value_size: int) -> str:
         return backend_for(query.device, query.dtype, *sizes).name
     if name not in _BACKENDS:
         raise BackendError(f"unknown attention backend {name!r}: {nearest(name, ['auto', *_BACKENDS])}")
-    if reason := _BACKENDS[name](query.device, query.dtype, *sizes):
+    if reason := _module(name).reason_against(query.device, query.dtype, *sizes):
         raise BackendError(f"the attention backend {name!r} {reason}: backend='auto' takes one that can")
     return name
-
-
-def _against_triton(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
-    if find_spec("triton") is None:
-        return "needs Triton: pip install 'keepkv[gpu]'"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"runs on CUDA, not on {device} (or, to test it, anywhere with TRITON_INTERPRET=1)"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"computes in float32, and is not for {dtype}"
-    if max(size, value_size) > 256:
-        return f"is for sizes up to 256, not {size} and {value_size}"
-    from keepkv.attend import triton_kernels  # imports Triton
-
-    return triton_kernels.trial(device, dtype, size, value_size) if device.type == "cuda" else ""
-
-
-# Why a backend cannot run queries of a device, a dtype and sizes; nothing if it can.
-_BACKENDS: dict[str, Callable[[torch.device, torch.dtype, int, int], str]] = {
-    "eager": lambda device, dtype, size, value_size: "",
-    "sdpa": sdpa.reason_against,
-    "bias_in_keys": bias_in_keys.reason_against,
-    "triton": _against_triton,
-}

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from keepkv.attend.rotation import rotated, unrotated
 from keepkv.attend.states import AttentionState, exact, merge_states, nothing, stacked
 from keepkv.ops.dtypes import wide
 from keepkv.slots.slots import Slots
@@ -86,10 +87,11 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
 def attend_slots(query: Tensor, slots: Slots, scale: float) -> AttentionState:
     """See `attention.attend_slots`: head by head, as they are stored."""
     parts = []
-    for own, (keys, values, bias) in zip(query.flatten(0, 1), slots.per_head, strict=True):
+    for own, (keys, values, bias) in zip(rotated(query, slots).flatten(0, 1), slots.unrotated().per_head, strict=True):
         output, log_mass = flash(own[None, None], keys[None, None], values[None, None], bias.expand(1, 1, len(own), -1), scale)
         parts.append((output[0, 0], log_mass[0, 0]))
-    return stacked(parts, len(query))
+    output, log_mass = stacked(parts, len(query))
+    return unrotated(output, slots), log_mass
 
 
 def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> AttentionState:

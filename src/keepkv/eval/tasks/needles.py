@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 import uuid
+from functools import partial
 from itertools import islice, pairwise
 
 from keepkv.eval.metrics import all_of, any_of
 from keepkv.eval.sample import Draw, Question, Sample, hide, put
+from keepkv.eval.tasks.task import RULER, Task
 
 CITIES = ["Lisbon", "Oslo", "Quito", "Tunis", "Riga", "Hanoi", "Accra", "Lima", "Perth", "Sofia", "Kyoto", "Turin"]
 NAMES = ["Anna", "Bruno", "Clara", "Diego", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Louis"]
@@ -122,3 +124,16 @@ def facts(draw: Draw) -> Sample:
         Question(q.ask, q.expected, q.score, q.wrong, place / len(lines)) for (_, q), place in zip(said, places, strict=True)
     )
     return Sample(text, tuple(questions))
+
+
+TASKS = (
+    Task("needle", "one number in prose, at five depths", RULER, needles),
+    Task("needle-words", "two words in prose, at five depths", RULER, partial(needles, kind="words")),
+    Task("needle-uuids", "one UUID in prose, at five depths", RULER, partial(needles, kind="uuids")),
+    Task("needles-4", "four numbers with a key each, asked one by one", RULER, partial(needles, keys=4)),
+    Task("needles-8", "eight keys, four of them asked one by one", RULER, partial(needles, keys=8)),
+    Task("needles-8-uuids", "the same with UUIDs", RULER, partial(needles, keys=8, kind="uuids")),
+    Task("multi-value", "four numbers of one key, in one question", RULER, multivalue),
+    Task("multi-query", "four keys in one question", RULER, multiquery),
+    Task("facts", "eight unlike facts, one in each eighth of the text", "", facts),
+)

@@ -7,9 +7,11 @@ import re
 import string
 from itertools import accumulate, pairwise
 
+from keepkv.eval import measure
 from keepkv.eval.metrics import all_of, any_of, fields
 from keepkv.eval.sample import Draw, Question, Sample, hide, put
 from keepkv.eval.tasks.needles import CITIES, NAMES, TRADES, WORDS, drawn_facts, value
+from keepkv.eval.tasks.task import RULER, Task
 
 
 def pairs(draw: Draw) -> Sample:
@@ -149,3 +151,14 @@ def turns(draw: Draw) -> Sample:
         for i, (_, q) in enumerate(said)
     )
     return Sample("", questions, tuple(told))
+
+
+TASKS = (
+    Task("pairs", "UUID keys and values in a JSON object", "arXiv 2307.03172", pairs),
+    Task("variables", "a chain of assignments in prose", RULER, variables),
+    Task("common", "the ten most common words of a list", RULER, common),
+    Task("frequent", "the three most frequent coded words", RULER, frequent),
+    Task("json", "a person described in prose, as JSON of a schema", "", record),
+    Task("instructions", "three instructions at the head of a text", "", instructions),
+    Task("turns", "eight facts told in eight turns through a live cache", "", turns, measure.turns),
+)
