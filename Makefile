@@ -5,6 +5,8 @@
 # make eval    the evaluation whose table is in the README, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
 # make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
+# make site    the documentation site, built strictly into site/ (make site-serve shows it while you write)
+# make check-site  the site in a real browser, page by page (needs Chromium)
 # make bench   speed on this machine, into bench-results (about fifteen minutes; see docs/speed.md)
 # make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
 #
@@ -23,7 +25,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test check test-min test-vllm eval eval-quick bench bench-gpu clean
+.PHONY: help demo test check test-min test-vllm eval eval-quick site site-serve check-site bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -83,6 +85,17 @@ eval-quick: .venv/ready
 	@OMP_NUM_THREADS=1 .venv/bin/keepkv eval runs/eval-quick --config benchmarks/eval/quick.toml --workers 2
 	@.venv/bin/keepkv report runs/eval-quick --against benchmarks/results/eval-quick
 
+# The theme reaches its end of life in May 2027 and says so in every build: Zensical, of the same authors, is to follow it.
+site site-serve: export NO_MKDOCS_2_WARNING := 1
+site: .venv/ready
+	@.venv/bin/mkdocs build --strict
+
+site-serve: .venv/ready
+	@.venv/bin/mkdocs serve
+
+check-site: site
+	@.venv/bin/python tests_site/check_site.py site
+
 bench: .venv/ready
 	@.venv/bin/python benchmarks/attention.py --json bench-results/attention.json
 	@.venv/bin/python benchmarks/decode.py --tokens 8192 --budgets 10% --slots int8,int4 --json bench-results/decode.json
@@ -93,4 +106,4 @@ bench-gpu:
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py gpu-results
 
 clean:
-	@rm -rf .venv .venv-min .venv-vllm-* .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf site .venv .venv-min .venv-vllm-* .mypy_cache .pytest_cache .ruff_cache

@@ -20,7 +20,10 @@ _FENCE = re.compile(r"^(```.*?^```[^\n]*)", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
-    """A folder in the navigation stands for its README.md and the pages that this links to."""
+    """A folder in the navigation stands for its README.md and the pages that this links to.
+
+    Notes are called by their short names there, since their headings are questions.
+    """
     config.nav = [_expanded(item) for item in config.nav]
     return config
 
@@ -49,7 +52,9 @@ def _expanded(item: Any) -> Any:
         return item
     index = (ROOT / "docs" / place / "README.md").read_text("utf-8")
     pages = dict.fromkeys(re.findall(r"\]\(([\w-]+\.md)\)", index))
-    return {title: [f"{place}{name}" for name in ("README.md", *pages)]}
+    named = {name: name.removesuffix(".md").replace("-", " ").capitalize() for name in pages} if place == "notes/" else {}
+    entries = [{named[name]: f"{place}{name}"} if name in named else f"{place}{name}" for name in pages]
+    return {title: [f"{place}README.md", *entries]}
 
 
 def _relinked(link: re.Match[str], source: str, uri: str) -> str:
