@@ -14,7 +14,11 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent
-PROJECT = {"CONTRIBUTING.md": "project/contributing.md", "DESIGN.md": "project/design.md", "CHANGELOG.md": "project/changelog.md"}
+PROJECT = {
+    "CONTRIBUTING.md": "project/contributing.md",
+    "DESIGN.md": "project/design.md",
+    "CHANGELOG.md": "project/changelog.md",
+}
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _FENCE = re.compile(r"^(```.*?^```[^\n]*)", re.MULTILINE | re.DOTALL)
 

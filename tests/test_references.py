@@ -16,7 +16,11 @@ import pytest
 from helpers import ROOT
 
 LISTED = subprocess.run(
-    ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
 ).stdout.split("\0")
 FILES = [name for name in LISTED if name and (ROOT / name).is_file()]
 FOLDERS = {str(parent) for name in FILES for parent in Path(name).parents}
@@ -175,7 +179,9 @@ def test_no_file_names(what: str) -> None:
 
 
 def test_what_is_wrong_is_found() -> None:
-    assert list(broken_paths("`src/keepkv/nowhere.py` and `src/keepkv/score.py`, `tests/test_*.py`")) == ["src/keepkv/nowhere.py"]
+    assert list(broken_paths("`src/keepkv/nowhere.py` and `src/keepkv/score.py`, `tests/test_*.py`")) == [
+        "src/keepkv/nowhere.py"
+    ]
     assert list(missing_sections("see docs/theory.md 1.1, 99.1 and 2.5")) == ["99.1"]
     assert not resolves("keepkv.nowhere")
     assert not resolves("keepkv.score.nothing")

@@ -157,7 +157,12 @@ def main() -> None:
     parser.add_argument("site", type=Path, nargs="?", default=Path("site"))
     parser.add_argument("--shots", type=Path, help="a folder for pictures")
     args = parser.parse_args()
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = (
+        os.environ.get("CHROMIUM")
+        or shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not program or not (args.site / "index.html").exists():
         sys.exit("needs Chromium, and the site: make site")
     pages = sorted(str(path.parent.relative_to(args.site)) for path in args.site.rglob("index.html"))
