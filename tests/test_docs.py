@@ -1,4 +1,4 @@
-"""The documentation pages: their commands exist, their Python runs, every error is on its page, every public name in the reference."""
+"""The documentation: commands exist, Python runs, every error is on its page, every public name in the reference."""
 
 from __future__ import annotations
 
