@@ -8,6 +8,8 @@
 # make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
 # make models  the models that keepkv is measured on, into its cache folder (1.2 GB fetched, 3.1 GB kept; for developers)
 # make nightly  what takes hours, with a record of each stage (STAGES="kill mutate" for some, SHORT=1 to try them; see .ci/nightly)
+# make site    the documentation site, built strictly into site/ (make site-serve shows it while you write)
+# make check-site  the site in a real browser, page by page (needs Chromium)
 # make bench   speed on this machine, into bench-results (about fifteen minutes; see docs/speed.md)
 # make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
 #
@@ -26,7 +28,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help models demo test check test-min test-vllm wheel nightly eval eval-quick bench bench-gpu clean
+.PHONY: help models demo test check test-min test-vllm wheel nightly eval eval-quick site site-serve check-site bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -98,6 +100,17 @@ models: .venv/ready
 	@.venv/bin/python $(PIP) -c constraints.txt accelerate
 	@.venv/bin/python benchmarks/models.py $(NAMES)
 
+# The theme reaches its end of life in May 2027 and says so in every build: Zensical, of the same authors, is to follow it.
+site site-serve: export NO_MKDOCS_2_WARNING := 1
+site: .venv/ready
+	@.venv/bin/mkdocs build --strict
+
+site-serve: .venv/ready
+	@.venv/bin/mkdocs serve
+
+check-site: site
+	@.venv/bin/python tests_site/check_site.py site
+
 bench: .venv/ready
 	@.venv/bin/python benchmarks/attention.py --json bench-results/attention.json
 	@.venv/bin/python benchmarks/decode.py --tokens 8192 --budgets 10% --slots int8,int4 --json bench-results/decode.json
@@ -109,3 +122,5 @@ bench-gpu:
 
 clean:
 	@rm -rf .venv .venv-min .venv-vllm-* dist .mypy_cache .pytest_cache .ruff_cache
+
+	@rm -rf site .venv .venv-min .venv-vllm-* .mypy_cache .pytest_cache .ruff_cache
