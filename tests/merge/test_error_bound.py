@@ -145,7 +145,7 @@ def near_the_pole() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_the_papers_bound_as_stated_can_be_violated() -> None:
-    """SYSTEMS 1.6, the gap: sources predicted to 1%, and near λ's pole their slot's mass is 30% too low."""
+    """docs/theory.md, 3.3, the gap: sources predicted to 1%, and near λ's pole their slot's mass is 30% too low."""
     query, keys, values, kept, target = near_the_pole()
     predicted = keys @ query[0] - 0.01
     merged = unguarded_zip(keys, values, kept, predicted)

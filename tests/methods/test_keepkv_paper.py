@@ -82,7 +82,7 @@ def test_what_nothing_merges_into_stays_bit_for_bit(rule) -> None:
 
 
 def test_the_code_over_attends_and_zip_does_not() -> None:
-    """SYSTEMS 4.1: with summed votes, the score-weighted mean key answers e^KL too loudly."""
+    """docs/theory.md, 2.7: with summed votes, the score-weighted mean key answers e^KL too loudly."""
     keys, values = clustered(3)
     query = 3 * randn64(16, seed=12)
     kept, score = torch.arange(6), keys @ query
