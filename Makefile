@@ -3,7 +3,9 @@
 # make check   lint and types
 # make test-min  the tests with the oldest transformers that is supported
 # make wheel   build the wheel and the source distribution into dist/, and test the wheel in an environment without this checkout
-# make eval    the evaluation whose table is in the README, into runs/eval-full (twenty minutes on two quiet cores)
+# make picture the README's picture, drawn again from the committed records
+# make notebook  runs examples/quickstart.ipynb and stores what its cells give (about a minute)
+# make eval    the evaluation of docs/results.md, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
 # make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
 # make models  the models that keepkv is measured on, into its cache folder (1.2 GB fetched, 3.1 GB kept; for developers)
@@ -28,7 +30,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help models demo test check test-min test-vllm wheel nightly eval eval-quick site site-serve check-site bench bench-gpu clean
+.PHONY: help models demo test check test-min test-vllm wheel nightly picture notebook eval eval-quick site site-serve check-site bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -75,6 +77,12 @@ check: .venv/ready
 
 test-min: .venv-min/ready
 	@.venv-min/bin/python -m pytest
+
+picture: .venv/ready
+	@.venv/bin/python benchmarks/draw_readme.py
+
+notebook: .venv/ready
+	@cd examples && ../.venv/bin/jupyter execute --inplace --timeout 600 --NotebookClient.record_timing=False quickstart.ipynb
 
 test-vllm: .venv-vllm-$(VLLM)/ready
 	@.venv-vllm-$(VLLM)/bin/python -m pytest -W default -s tests_vllm

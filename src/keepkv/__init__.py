@@ -1,4 +1,4 @@
-"""keepkv: a KV cache ten times smaller, with the model answering as if nothing had been removed.
+"""keepkv: makes the KV cache of a language model about ten times smaller.
 
 Names are imported when they are first used, so that `keepkv --help` need not wait for PyTorch.
 """
