@@ -3,7 +3,7 @@
 # make check   lint and types
 # make test-min  the tests with the oldest transformers that is supported
 # make wheel   build the wheel and the source distribution into dist/, and test the wheel in an environment without this checkout
-# make picture the README's picture, drawn again from the committed records
+# make picture  the README's picture, drawn again from the committed records
 # make notebook  runs examples/quickstart.ipynb and stores what its cells give (about a minute)
 # make eval    the evaluation of docs/results.md, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
@@ -82,7 +82,7 @@ picture: .venv/ready
 	@.venv/bin/python benchmarks/draw_readme.py
 
 notebook: .venv/ready
-	@cd examples && ../.venv/bin/jupyter execute --inplace --timeout 600 --NotebookClient.record_timing=False quickstart.ipynb
+	@.venv/bin/python .ci/notebook
 
 test-vllm: .venv-vllm-$(VLLM)/ready
 	@.venv-vllm-$(VLLM)/bin/python -m pytest -W default -s tests_vllm

@@ -2,7 +2,7 @@
 
     python benchmarks/draw_readme.py              # writes docs/images/quality.svg; make picture does the same
 
-The records are what `keepkv fidelity --json` printed: one file per text, every method at every budget (docs/field.md). With
+The records are what `keepkv fidelity --json` printed: one file per text, every method at every budget (docs/results.md). With
 several texts, a point is the mean over them. The SVG brings its own colors for light and dark, and needs no font.
 """
 
