@@ -253,5 +253,6 @@ class BaseCache(Cache):
 
     def _entries(self, row: int) -> int:
         """Slots and tail tokens that one row holds, over all layers and heads, without what is left out."""
-        start, tail = self.starts[row], self._tails()[row]
+        start = self.starts[row]
+        tail = self._tails()[row]
         return sum(layer.entries(row, start, tail) for layer in self.keep_layers)

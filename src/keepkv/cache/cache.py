@@ -1,7 +1,7 @@
 """KeepCache: a cache for transformers that becomes physically smaller as tokens are read and written.
 
-Here is when something is compressed, and by what settings; how is in `keepkv.compress`. The half that faces transformers, how
-queries get here among it, is the base class in base.py.
+This module decides when something is compressed, and with which settings. How it is compressed is in `keepkv.compress`. The base
+class, in base.py, is the half that faces transformers: through it, the cache gets keys, values and queries.
 """
 
 from __future__ import annotations
@@ -77,11 +77,14 @@ class KeepCache(BaseCache):
         BudgetError, MethodError, InputError: for settings that cannot be read or do not go together.
 
     Example:
-        >>> import torch >>> from transformers import LlamaConfig, LlamaForCausalLM >>> config = LlamaConfig(vocab_size=99,
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2) >>> model =
-        LlamaForCausalLM(config).eval() >>> cache = KeepCache(model, "25%") >>> output = model(torch.arange(80)[None],
-        past_key_values=cache)  # or model.generate(..., past_key_values=cache) >>> cache KeepCache(method='keepkv',
-        budget='25%', tokens=80, slots_per_head=20.0, tail=0, bytes=10.9 kB, live=False)
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).eval()
+        >>> cache = KeepCache(model, "25%")
+        >>> output = model(torch.arange(80)[None], past_key_values=cache)  # or model.generate(..., past_key_values=cache)
+        >>> cache
+        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=20.0, tail=0, bytes=10.9 kB, live=False)
     """
 
     def __init__(

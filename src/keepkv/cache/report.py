@@ -71,6 +71,13 @@ class Report:
         note: Why nothing was compressed, if so.
         backend: What attends to the slots, and why not the device's fast backend, if so.
         slot_dtype: How the slots' keys and values are stored: "float", "int8" or "int4".
+
+    Example:
+        >>> print(Report("keepkv", "10%", tokens=(1000,), kv_bytes=200_000, kv_bytes_full=2_000_000))
+        method  keepkv
+        budget  10%
+        tokens  1,000
+        bytes   200.0 kB instead of 2.0 MB
     """
 
     method: str

@@ -42,6 +42,13 @@ class Document:
         reading_seconds: Of reading the text.
         exact: exact(i) is keys and values [1, H, T, d] of all tokens in layer i, as they were read; None where they were not
             kept (`Recipe.exact`).
+
+    Example:
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> tokenizer.decode(document.question(tokenizer, "When?")[0])
+        '\\nWhen?<|im_end|>\\n<|im_start|>assistant\\n'
     """
 
     cache: KeepCache
@@ -129,9 +136,11 @@ def compile_text(
 
     Example:
         >>> from keepkv.models import loading
-        >>> model, tokenizer = loading.load("smollm2")  # doctest: +SKIP
-        >>> document = compile_text(model, tokenizer, "A long text.", Recipe("5%"))  # doctest: +SKIP
-        >>> answer(model, tokenizer, document, ["Is it long?"]).answers[0].answer  # doctest: +SKIP
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> text = "The ship Aurora left Bergen in May, with a crew of twelve and a cargo of salt. " * 3
+        >>> document = compile_text(model, tokenizer, text, Recipe("50%", "snapkv"))
+        >>> document.tokens, document.cache.report().slots_per_head
+        (85, 42.5)
     """
     prompt = Prompt(tokenizer, text)
     recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
@@ -180,10 +189,21 @@ def save(
         file: Where to.
         model: The model, or its identity (`identity.of_model`) if that is there already.
         tokenizer: The tokenizer, or its identity (`identity.of_tokenizer`).
-        with_ids: False leaves the token ids out, and so the text: the file can be asked, but not be joined or found in a store.
+        with_ids: False leaves the token ids out, and so the text. The file can be asked, but it cannot be repaired when it is
+            joined, or found in a store.
 
     Raises:
         InputError: if the file cannot be written, or the cache cannot be saved.
+
+    Example:
+        >>> import tempfile
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> file = Path(tempfile.mkdtemp()) / "aurora.keep"
+        >>> save(document, file, model, tokenizer)
+        >>> load(file, model, tokenizer).recipe
+        Recipe(budget='50%', method='snapkv', chunk=0)
     """
     header, tensors = pack(document.cache)
     header["keepkv"] = __version__
@@ -219,6 +239,13 @@ def load(
 
     Raises:
         InputError: for a file that is damaged, altered, of another model or tokenizer, or of a newer keepkv.
+
+    Example:
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> load("nowhere.keep", model, tokenizer)
+        Traceback (most recent call last):
+        keepkv.errors.InputError: 'nowhere.keep' cannot be read (No such file or directory)
     """
     contents = Contents(Path(file))
     header = contents.header
@@ -271,6 +298,14 @@ def answer(
 
     Raises:
         InputError: for an empty question.
+
+    Example:
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> result = answer(model, tokenizer, document, ["Which ship?", "When?"], max_new_tokens=4)
+        >>> [each.question for each in result.answers]
+        ['Which ship?', 'When?']
     """
     later = [document.question(tokenizer, question).to(model.device) for question in questions]
     ids = document.ids

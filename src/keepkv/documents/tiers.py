@@ -28,11 +28,15 @@ class Tiers:
 
     Example:
         >>> import tempfile
-        >>> from keepkv.documents.store import Store
+        >>> from pathlib import Path
+        >>> from keepkv import Recipe, Store
         >>> from keepkv.models import loading
-        >>> shelf = Store(Path(tempfile.mkdtemp())).for_model(*loading.load("smollm2"))  # doctest: +SKIP
-        >>> with Tiers(shelf, device_bytes=1e9) as tiers:  # doctest: +SKIP
-        ...     document = tiers.get(shelf.add("A long text.")[0].key)
+        >>> shelf = Store(Path(tempfile.mkdtemp())).for_model(*loading.load("smollm2"))
+        >>> entry, new = shelf.add("The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> with Tiers(shelf, device_bytes=1e9) as tiers:
+        ...     document = tiers.get(entry.key)
+        ...     tiers.where(entry.key)
+        'device'
     """
 
     def __init__(self, shelf: Shelf, device_bytes: float, host_bytes: float = 0.0) -> None:

@@ -52,8 +52,8 @@ def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
 def key_shape(model: PreTrainedModel) -> tuple[int, int]:
     """Number of KV heads of a layer, and the size d of a key."""
     config = model.config.get_text_config(decoder=True)
-    heads, size = config.num_key_value_heads, getattr(config, "head_dim", None)
-    return int(heads), int(size or config.hidden_size // config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_key_value_heads), int(size)
 
 
 def free_passed(layer: CacheLayerMixin) -> None:
