@@ -1,7 +1,7 @@
 """KeepCache: a cache for transformers that becomes physically smaller as tokens are read and written.
 
-This module decides when something is compressed, and with which settings. How it is compressed is in `keepkv.compress`. The base
-class, in base.py, is the half that faces transformers: through it, the cache gets keys, values and queries.
+This module decides when something is compressed, and with which settings. How it is compressed is in `keepkv.compress`. The
+base class, in base.py, is the half that faces transformers: through it, the cache gets keys, values and queries.
 """
 
 from __future__ import annotations
