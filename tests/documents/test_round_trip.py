@@ -11,9 +11,10 @@ import torch
 from helpers import FOX, make_model, tokens
 from keepkv import KeepCache, Recipe, Report
 from keepkv.documents.batch import Compiler, Order
-from keepkv.documents.document import Document, load, save
+from keepkv.documents.document import Document, compile_text, load, save, shortened
 from keepkv.documents.format import Contents, write
 from keepkv.documents.joining.join import join
+from keepkv.documents.joining.joined import joined
 from keepkv.documents.packing import pack, unpack
 from keepkv.documents.store import Store
 from keepkv.errors import InputError
@@ -162,3 +163,27 @@ def test_a_document_comes_back_with_every_field(compiled, model_and_tokenizer, t
             assert getattr(again, field.name) == getattr(document, field.name), field.name
     assert torch.equal(again.ids, document.ids)
     assert again.cache.report().heads == document.cache.report().heads
+
+
+def test_a_shortened_document_has_the_exact_keys_of_its_own_tokens(model_and_tokenizer, tmp_path: Path) -> None:
+    document = compile_text(*model_and_tokenizer, FOX, Recipe(method="full", exact=True))
+    short = shortened(document, 40)
+    assert short.tokens == short.ids.shape[1] == 40
+    for index in range(3):
+        for ours, theirs in zip(short.exact(index), document.exact(index), strict=True):
+            assert torch.equal(ours, theirs[:, :, :40])
+    save(short, tmp_path / "short.keep", *model_and_tokenizer)
+    again = load(tmp_path / "short.keep", *model_and_tokenizer)
+    assert again.exact(0)[0].shape[2] == again.tokens == 40
+    model, _ = model_and_tokenizer
+    both = joined(model, [document, short], repair=0.5)
+    assert both.tokens == document.tokens + 40 - document.lead
+    assert all(layer.seen == both.tokens for layer in both.cache.layers)
+    assert both.reading_seconds == 2 * document.reading_seconds
+
+
+def test_a_file_without_exact_keys_does_not_promise_them(compiled, model_and_tokenizer, tmp_path: Path) -> None:
+    document, file = compiled
+    assert load(file, *model_and_tokenizer).recipe.exact
+    save(replace(document, exact=None), tmp_path / "without.keep", *model_and_tokenizer)
+    assert load(tmp_path / "without.keep", *model_and_tokenizer).recipe == replace(document.recipe, exact=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,13 @@ def key_of(recipe: Recipe, ids: Tensor, model: Mapping[str, Any]) -> str:
 
 def shortened(document: Document, tokens: int) -> Document:
     """The document's first `tokens` tokens. Raises KeepKVError unless its exact tail holds all others."""
+    if tokens >= document.tokens:
+        return replace(document, cache=document.cache.fork())
     cache = document.cache.fork()
-    if tokens < document.tokens:
-        cache.crop(tokens - document.tokens)
-    return replace(document, cache=cache, ids=None if document.ids is None else document.ids[:, :tokens])
+    cache.crop(tokens - document.tokens)
+    ids = None if document.ids is None else document.ids[:, :tokens]
+    exact = None if document.exact is None else partial(_first_tokens, document.exact, tokens)
+    return replace(document, cache=cache, ids=ids, exact=exact)
 
 
 def facts(document: Document) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def save(
     header["model"] = {**_model_id(model), "name": document.model}
     header["tokenizer"] = _tokenizer_id(tokenizer)
     header["template"] = {"lead": document.lead, "before": document.before, "after": document.after}
-    header["recipe"] = document.recipe.to_dict()
+    header["recipe"] = replace(document.recipe, exact=document.recipe.exact and document.exact is not None).to_dict()
     header["source"] = document.source
     header["reading_seconds"] = document.reading_seconds
     if with_ids and document.ids is not None:
@@ -341,6 +345,12 @@ class _ExactInFile:
         keys = self._contents.take(f"exact.{index}.keys", *self._shape)
         values = self._contents.take(f"exact.{index}.values", *self._shape)
         return keys.to(self._device), values.to(self._device)
+
+
+def _first_tokens(exact: ExactLayers, tokens: int, index: int) -> tuple[Tensor, Tensor]:
+    """A layer's exact keys and values, of the first tokens."""
+    keys, values = exact(index)
+    return keys[:, :, :tokens], values[:, :, :tokens]
 
 
 def _tokenizer_id(tokenizer: PreTrainedTokenizerBase | str) -> str:

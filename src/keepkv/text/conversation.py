@@ -235,13 +235,13 @@ def turn_template(tokenizer: PreTrainedTokenizerBase, system: str = "") -> TurnT
     ]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    refused = f"this model's chat template takes no {'system prompt' if system else 'conversation'}"
+    kind = "system prompt" if system else "conversation"
     try:
         whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates raise whatever they like
-        raise InputError(f"{refused}: {error}") from error
+        raise InputError(f"this model's chat template takes no {kind}: {error}") from error
     if [whole.count(mark) for mark in (question, answer, next_question)] != [1, 1, 1]:
-        raise InputError(f"{refused}: it does not show every message once, as it is")
+        raise InputError(f"this model's chat template takes no {kind}: it does not show every message once, as it is")
     head, rest = whole.split(question)
     between, after = rest.split(answer)[1].split(next_question)
     return TurnTemplate(head, between, after)

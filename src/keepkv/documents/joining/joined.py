@@ -103,7 +103,14 @@ def joined(
     ids = None
     if all(part.ids is not None for part in parts):
         ids = torch.cat([part.ids[:, part.lead if n else 0 :] for n, part in enumerate(parts) if part.ids is not None], 1)
-    return replace(parts[0], cache=cache, ids=ids, source=", ".join(part.source for part in parts), exact=None)
+    return replace(
+        parts[0],
+        cache=cache,
+        ids=ids,
+        source=", ".join(part.source for part in parts),
+        reading_seconds=sum(part.reading_seconds for part in parts),
+        exact=None,
+    )
 
 
 def _store(cache: KeepCache, slot_dtype: SlotDtype) -> None:
