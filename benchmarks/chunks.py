@@ -28,7 +28,7 @@ import timing
 from keepkv import KeepCache
 from keepkv.documents.document import Document, Recipe, compile_text
 from keepkv.documents.joining import cachecraft
-from keepkv.documents.joining.cacheblend import Text
+from keepkv.documents.joining.cacheblend import ReusedText
 from keepkv.documents.joining.joined import joined
 from keepkv.models import loading
 from keepkv.text.prompt import asked as asked_for
@@ -196,7 +196,7 @@ def asked(
     ]  # fmt: skip
 
 
-def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random) -> list[list[cachecraft.Variant]]:
+def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random) -> list[list[cachecraft.ChunkVariant]]:
     """One variant of every later document: as it stood behind two others of this prompt, in some other order."""
     made = []
     for place in range(1, len(exact)):
@@ -205,7 +205,7 @@ def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random
         ends = [exact[others[0]].tokens, before.tokens]
         document = exact[place]
         ids = document.ids[:, document.lead :]
-        text = Text(ids, lambda i, d=document: tuple(x[:, :, d.lead :] for x in _layer(d, i)))  # type: ignore[arg-type, misc]
+        text = ReusedText(ids, lambda i, d=document: tuple(x[:, :, d.lead :] for x in _layer(d, i)))  # type: ignore[arg-type, misc]
         made.append([cachecraft.observe(model, before.cache, ends, [keys[i] for i in others], text)])
     return made
 

@@ -124,7 +124,7 @@ def _work(folder: Path, model: Any, tokenizer: Any, turn: int, pipe: int) -> Non
     rng = random.Random(turn)
     store = Store(folder / "store")
     shelf = store.for_model(model, tokenizer)
-    known, cut = shelf.known, shelf.cut
+    model_id, tokenizer_id = shelf.model_id, shelf.tokenizer_id
     ready = {n: compile_text(model, tokenizer, text(n), RECIPE, str(n)) for n in range(turn % 3)}
     tell("begin")
     while True:  # two turns of three find documents that are compiled already, so that more kills hit the writing
@@ -132,7 +132,7 @@ def _work(folder: Path, model: Any, tokenizer: Any, turn: int, pipe: int) -> Non
         tell("compiling")
         document = ready.get(number) or compile_text(model, tokenizer, text(number), RECIPE, str(number))
         tell("saving")
-        save(document, folder / "plain.keep", known, cut)
+        save(document, folder / "plain.keep", model_id, tokenizer_id)
         tell("adding")
         entry = shelf.put(document)
         tell(f"added {entry.key} {number}")

@@ -1,6 +1,7 @@
 """keepkv: makes the KV cache of a language model about ten times smaller.
 
-Names are imported when they are first used, so that `keepkv --help` need not wait for PyTorch.
+Every public name is in `__all__`. They are imported when they are first used, so that `keepkv --help` need not wait for
+PyTorch.
 """
 
 from importlib import import_module
@@ -43,14 +44,14 @@ _MODULES = {
     "methods.registry": ("METHODS", "register"),
     "recipe": ("Recipe",),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'keepkv' has no attribute {name!r}")
-    return getattr(import_module(f"keepkv.{_HOME[name]}"), name)
+    return getattr(import_module(f"keepkv.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

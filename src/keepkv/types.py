@@ -179,6 +179,6 @@ class Plan:
     kept: tuple[tuple[Tensor, ...], ...]
 
     @property
-    def slots(self) -> int:
+    def total_slots(self) -> int:
         """Slots over all layers and heads."""
         return sum(len(head) for layer in self.kept for head in layer)

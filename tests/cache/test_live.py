@@ -81,7 +81,7 @@ def test_writing_takes_no_more_memory_the_longer_it_is() -> None:
 def test_a_fraction_of_a_prompt_read_in_chunks_is_of_the_whole_prompt() -> None:
     model = make_model("llama", torch.float32)
     cache = KeepCache(model, 0.25, chunk=50, references=64).read(model, tokens(1, 400))
-    assert cache.report().slots == 100
+    assert cache.report().slots_per_head == 100
 
 
 def test_a_budget_that_holds_everything_is_bit_identical_as_long_as_it_does() -> None:
@@ -308,7 +308,7 @@ def test_a_failed_compression_changes_nothing() -> None:
     assert [layer.slots for layer in cache.keep_layers] == before
     assert str(cache.policy.budgets[0]) == "20"
     cache.compress()
-    assert cache.report().slots == 20
+    assert cache.report().slots_per_head == 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,7 +19,7 @@ def test_slots_may_be_quantized_by_every_command(monkeypatch, capsys, folder: st
     ask = ["ask", text, "Who jumps?", *tail, "--max-new-tokens", "2", "--compare", "full"]
     plain, small = (json.loads(run(monkeypatch, capsys, *ask, "--slot-dtype", name)[1]) for name in ("float", "int4"))
     assert (small["slot_dtype"], small["compare"][0]["slot_dtype"]) == ("int4", "float")
-    assert small["slots"] == plain["slots"]
+    assert small["slots_per_head"] == plain["slots_per_head"]
     assert small["kv_bytes"] < 0.3 * plain["kv_bytes"]
     file = str(tmp_path / "text.keep")
     status, out, err = run(monkeypatch, capsys, "compile", text, "-o", file, *tail, "--slot-dtype", "int8")

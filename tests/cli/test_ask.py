@@ -19,13 +19,13 @@ def test_ask_prints_one_json_object(monkeypatch, capsys, folder: str, text: str)
     status, out, err = run(monkeypatch, capsys, *args, "--max-new-tokens", "5", "--budget", "20%")
     assert (status, err) == (0, "")
     result = json.loads(out)
-    wanted = {"model", "method", "budget", "tokens", "slots", "kv_bytes_full", "kv_bytes", "answers"}
+    wanted = {"model", "method", "budget", "tokens", "slots_per_head", "kv_bytes_full", "kv_bytes", "answers"}
     wanted |= {"prefill_seconds", "compress_seconds", "decode_tokens_per_second"}
     assert wanted <= result.keys()
     assert result["method"] == "keepkv"
     assert [answer["question"] for answer in result["answers"]] == ["Who jumps?", "Who looks?"]
     assert [other["method"] for other in result["compare"]] == ["full", "snapkv"]
-    assert result["slots"] == pytest.approx(0.2 * result["tokens"], rel=0.01)
+    assert result["slots_per_head"] == pytest.approx(0.2 * result["tokens"], rel=0.01)
     assert result["kv_bytes"] < 0.25 * result["kv_bytes_full"]
     full = result["compare"][0]
     assert full["kv_bytes"] == full["kv_bytes_full"] == result["kv_bytes_full"]
@@ -40,8 +40,8 @@ def test_ask_finds_a_budget_and_the_others_get_as_much(monkeypatch, capsys, fold
         assert (status, err) == (0, "")
         result = json.loads(out)
         assert result["budget"] == result["compare"][1]["budget"] != "auto"
-        assert result["slots"] == pytest.approx(result["compare"][1]["slots"], rel=0.01)
-        slots.append(result["slots"])
+        assert result["slots_per_head"] == pytest.approx(result["compare"][1]["slots_per_head"], rel=0.01)
+        slots.append(result["slots_per_head"])
     assert slots[0] > slots[1]
 
 
@@ -54,7 +54,7 @@ def test_ask_reads_in_chunks(monkeypatch, capsys, folder: str, text: str) -> Non
         assert (status, err) == (0, "")
         found.append(json.loads(out))
     once, chunked, repeated = found
-    assert chunked["slots"] == repeated["slots"] == once["slots"]
+    assert chunked["slots_per_head"] == repeated["slots_per_head"] == once["slots_per_head"]
     assert repeated["repeated"] is True
     assert chunked["compare"][0]["kv_bytes"] == once["kv_bytes_full"]
     assert chunked["compare"][0]["answers"] == once["compare"][0]["answers"]

@@ -39,7 +39,7 @@ def test_format_3_loads_bit_for_bit(name: str) -> None:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     assert digest.hexdigest() == wanted["sha256"]
     report = document.cache.report()
-    assert (report.slots, report.slot_dtype) == (wanted["slots"], "float" if name == "plain" else name)
+    assert (report.slots_per_head, report.slot_dtype) == (wanted["slots"], "float" if name == "plain" else name)
     slot_dtype = "float" if name == "plain" else "int4"
     assert document.recipe == Recipe(
         "40%", "keepkv", slot_dtype, "always", ("a+",), chunk=0, seed=3

@@ -19,18 +19,18 @@ def test_the_heads_are_those_of_the_cache(family: str) -> None:
     report = cache.report()
     full = [i for i, layer in enumerate(cache.layers) if layer in cache.keep_layers]
     assert [layer[0].layer for layer in found.layers] == full
-    assert sum(head.made.slots for head in found.heads) == int(0.2 * LENGTH * len(found.heads))
-    assert report.kept == (tuple(tuple(head.made.slots for head in layer) for layer in found.layers),)
-    assert report.slots == pytest.approx(sum(found.keepers) / len(found.heads))
+    assert sum(head.result.slots for head in found.heads) == int(0.2 * LENGTH * len(found.heads))
+    assert report.kept == (tuple(tuple(head.result.slots for head in layer) for layer in found.layers),)
+    assert report.slots_per_head == pytest.approx(sum(found.keepers) / len(found.heads))
     for head in found.heads:
-        assert len(head.positions) == len(head.votes) == head.made.slots
+        assert len(head.positions) == len(head.votes) == head.result.slots
         assert list(head.positions) == sorted(set(head.positions))
-        assert max(head.votes, default=0) == pytest.approx(head.made.max_vote)
-        assert 0 <= head.made.error <= head.made.evict_error
+        assert max(head.votes, default=0) == pytest.approx(head.result.max_vote)
+        assert 0 <= head.result.error <= head.result.evict_error
     assert sum(found.votes) == pytest.approx(sum(vote for head in found.heads for vote in head.votes))
     assert all(bool(votes) <= bool(kept) for votes, kept in zip(found.votes, found.keepers, strict=True))
-    assert report.error == fmean(head.made.error for head in found.heads)
-    assert report.max_vote == max(head.made.max_vote for head in found.heads)
+    assert report.error == fmean(head.result.error for head in found.heads)
+    assert report.max_vote == max(head.result.max_vote for head in found.heads)
 
 
 def test_a_method_that_holds_nothing_out_has_no_errors_to_show() -> None:
@@ -54,9 +54,9 @@ def test_pieces_join_to_the_text(folder: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "naïve 日本 🙂 <b>\n\n end"
     ids = tokenizer(text)["input_ids"]
-    parts = anatomy.pieces(tokenizer, ids)
+    parts = anatomy.token_texts(tokenizer, ids)
     assert len(parts) == len(ids)
     assert "".join(parts) == text
     assert "🙂" in parts
-    cut = anatomy.pieces(tokenizer, tokenizer("🙂")["input_ids"][:2])
+    cut = anatomy.token_texts(tokenizer, tokenizer("🙂")["input_ids"][:2])
     assert len(cut) == 2

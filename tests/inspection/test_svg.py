@@ -11,7 +11,7 @@ from keepkv.inspection import svg
 
 def test_figures_hold_at_their_edges() -> None:
     _, found = dissect()
-    none, same = (tuple(replace(head, made=replace(head.made, **change)) for head in found.heads) for change in (
+    none, same = (tuple(replace(head, result=replace(head.result, **change)) for head in found.heads) for change in (
         {"error": 0.0, "evict_error": 0.0, "slots": 0}, {"error": 1.0, "evict_error": 1.0, "fallbacks": 1, "slots": 7},
     ))  # fmt: skip
     for heads in (none, same, tuple(replace(head, positions=(), votes=()) for head in found.heads), found.heads[:1]):

@@ -77,7 +77,7 @@ def test_every_method_lives(method: str) -> None:
         assert METHODS[method].layer_pairs or entries(cache) <= (30 + 20) * heads
         assert cache.report().kv_bytes <= (30 + 20) * heads * cache.keep_layers[0].slot_bytes()
     assert cache.get_seq_length() == 220
-    assert METHODS[method].layer_pairs or cache.report().slots == 30
+    assert METHODS[method].layer_pairs or cache.report().slots_per_head == 30
     kept = [x for layer in cache.keep_layers for x in layer.slots.positions.tolist()]
     assert min(kept) >= 0
     assert max(kept) < 220

@@ -26,5 +26,5 @@ def test_rotation_is_the_models_own(family: str, shift: int) -> None:
         half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
         return torch.cat((turned * cos[:, None] + half * sin[:, None], query[..., size:]), -1)
 
-    got = rotate(at(position), torch.full((9,), shift), families.frequencies(rotary))
+    got = rotate(at(position), torch.full((9,), shift), families.inv_freq(rotary))
     torch.testing.assert_close(got, at(position + shift), rtol=1e-3, atol=1e-3)

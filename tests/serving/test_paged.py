@@ -29,7 +29,7 @@ class PagedCache(Cache):
     def __init__(self, model, settings: Settings, pages: list[Pages], table: torch.Tensor) -> None:
         super().__init__(layers=[KeepLayer() for _ in pages])
         self.settings, self.pages, self.table, self.read = settings, pages, table, 0
-        self.inv_freq, self.watches = families.frequencies(families.rotary(model)), {}
+        self.inv_freq, self.watches = families.inv_freq(families.rotary(model)), {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.read

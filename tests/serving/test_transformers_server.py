@@ -79,7 +79,7 @@ def test_an_answer_is_the_librarys_own_streamed_or_not(model, served) -> None:
     prompt, read, report, _ = told(heard, 0)
     assert prompt == whole.usage.prompt_tokens
     assert read == prompt - 1
-    assert report.slots == 64
+    assert report.slots_per_head == 64
     assert report.kv_bytes < report.kv_bytes_full / 2
     before = len(heard)
     parts = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0, stream=True)

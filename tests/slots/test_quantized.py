@@ -170,7 +170,7 @@ def test_a_budget_in_bytes_buys_more_slots(name: str) -> None:
         model(ids, past_key_values=cache)
         assert 59_000 <= held_bytes(x for layer in cache.keep_layers for x in layer.slots.tensors) <= 60_000
     sizes = [cache.keep_layers[0].slot_bytes(cache.policy.stored_as) for cache in (plain, small)]
-    assert small.report().slots == pytest.approx(plain.report().slots * sizes[0] / sizes[1], rel=0.05)
+    assert small.report().slots_per_head == pytest.approx(plain.report().slots_per_head * sizes[0] / sizes[1], rel=0.05)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -196,7 +196,7 @@ def test_a_budget_of_all_tokens_still_rounds(budget: str) -> None:
     cache = KeepCache(model, budget, slot_dtype="int4")
     model(ids, past_key_values=cache)
     assert cache.keep_layers[0].tail == 0
-    assert cache.report().slots == 60
+    assert cache.report().slots_per_head == 60
     assert cache.report().kv_bytes == 60 * 6 * (2 * (8 + 2) + 8) < 40_000 < cache.report().kv_bytes_full
 
 

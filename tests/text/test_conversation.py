@@ -44,7 +44,7 @@ def test_a_conversation_stays_in_its_memory(model_and_tokenizer) -> None:
     for number in range(12):
         talk.say(f"This is what I have to say, number {number}. " * 3, max_new_tokens=20)
         report = talk.cache.report()
-        held.append(report.slots + report.tail)
+        held.append(report.slots_per_head + report.tail)
     assert talk.cache.report().compressions > 5
     assert max(held) < 40 + 24
     assert talk.cache.get_seq_length() > 1000
@@ -92,7 +92,7 @@ def test_a_system_prompt_stays_verbatim(model_and_tokenizer) -> None:
     talk = converse(model_and_tokenizer, system="Be brief.", budget="40")
     for number in range(6):
         talk.say(f"Some words to fill the memory, number {number}", max_new_tokens=20)
-    size = talk._tokens(talk._head, special=True).shape[1]
+    size = talk._tokenize(talk._template.head, special=True).shape[1]
     for layer in talk.cache.keep_layers:
         for lo, hi in zip(layer.slots.offsets, layer.slots.offsets[1:], strict=False):
             assert layer.slots.positions[lo:hi].tolist()[:size] == list(range(size))

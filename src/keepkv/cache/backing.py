@@ -1,4 +1,4 @@
-"""Backing: the exact keys and values of what was compressed, outside the device, so that nothing is lost for good."""
+"""Backing: the exact keys and values of what was compressed, kept outside the device, so that nothing is lost for good."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from keepkv.recipe import BackingKind
 
 @dataclass(frozen=True)
 class Backing:
-    """A value, like all that travels: adding gives a new one, and what it shares with the old one is not copied.
+    """One layer's exact keys and values. Adding to it gives a new one, which shares the older tensors.
 
-    parts: keys and values [B, H, n, ...] of one stretch after the other; on "disk" they are mapped files without a name, which
-    the system takes back with the last reference, also if the process is killed. repeat_peak, [H, n] each, is what a repetition
-    of the text asked of them; there for all parts or for none.
+    Attributes:
+        kind: "cpu", in memory, or "disk". On disk they are mapped files without a name: the system frees them with the last
+            reference, also if the process is killed.
+        parts: Keys and values [B, H, n, ...] of one stretch of tokens after the other.
+        repeat_peak: [H, n] for every part, the largest share of attention that a repetition of the text paid each token; there
+            for all parts or for none.
     """
 
     kind: BackingKind
@@ -27,18 +30,21 @@ class Backing:
 
     @property
     def tokens(self) -> int:
+        """Tokens it holds."""
         return sum(keys.shape[2] for keys, _ in self.parts)
 
     @property
     def bytes(self) -> int:
+        """Bytes of all keys and values."""
         return sum(x.numel() * x.element_size() for part in self.parts for x in part)
 
     def add(self, keys: Tensor, values: Tensor, repeat_peak: Tensor | None) -> Backing:
+        """With the next stretch of tokens: keys and values [B, H, n, ...], repeat_peak [H, n]."""
         if not keys.shape[2]:
             return self
         keep = _on_disk if self.kind == "disk" else _in_memory
-        asked = () if repeat_peak is None else (*self.repeat_peak, _in_memory(repeat_peak))
-        return Backing(self.kind, (*self.parts, (keep(keys), keep(values))), asked)
+        peaks = () if repeat_peak is None else (*self.repeat_peak, _in_memory(repeat_peak))
+        return Backing(self.kind, (*self.parts, (keep(keys), keep(values))), peaks)
 
     def row(self, row: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Everything of one batch row and then keys, values [B, H, n, ...] of the tail: [H, T, ...] on the tail's device."""

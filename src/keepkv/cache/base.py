@@ -1,8 +1,12 @@
-"""BaseCache: what transformers asks of a cache, over layers whose slots are ragged and whose newest tokens are exact.
+"""BaseCache: the half of `KeepCache` that faces transformers: update, attention, fork, crop, and the rows of a batch.
 
-It works with the stock attention modules of a model that runs `sdpa` attention: `update` hands them proxies for keys and
-values, and PyTorch calls `_attention` below when they ask for scaled dot product attention (see sdpa_proxy.py). When something
-is compressed is the subclass's to say.
+The way of one layer in a forward pass:
+
+1. The model's attention module calls `update` with new keys and values. They are appended to the layer's tail, and the module
+   gets two proxies (sdpa_proxy.py) in their place.
+2. The module asks PyTorch for scaled dot product attention over the proxies, and PyTorch calls `_attention` here, with the
+   queries. It attends to slots and tail together, and lets the layer's watch see the queries.
+3. After the last layer it calls `_after_forward`, where the subclass, `KeepCache`, decides whether to compress.
 """
 
 from __future__ import annotations
@@ -37,24 +41,33 @@ if TYPE_CHECKING:
 
 
 class BaseCache(Cache):
-    """The state of every layer, and attention over it; what is known of the rows of a batch.
+    """The state of every layer and attention over it.
 
-    recipe: the settings that hold for the cache's life; policy: what its next compression goes by.
+    Attributes:
+        recipe: The settings that the cache was made with.
+        policy: What its next compression goes by: budget, method, storage, tokens to keep.
+        column_mass: Whether all attention is summed while reading.
+        auto: Whether it compresses by itself.
     """
 
     layers: list[Any]  # KeepLayer, or transformers' sliding-window layers
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, policy: Policy, column_mass: bool, auto: bool) -> None:
-        families.check(model)
+        families.check_supported(model)
         super().__init__(layers=[KeepLayer() if kind is None else kind for kind in families.layer_kinds(model)])
-        self.recipe, self.policy, self.column_mass, self.auto = recipe, policy, column_mass, auto
+        self.recipe = recipe
+        self.policy = policy
+        self.column_mass = column_mass
+        self.auto = auto
         for layer in self.keep_layers:
             layer.backing = Backing(recipe.backing) if recipe.backing else None
-        self._rotary, self._projections = families.rotary(model), families.projections(model)
+        self._rotary = families.rotary(model)
+        self._projections = families.projections(model)
         self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
-        self._report: Report | None = None
+        self._report: Report | None = None  # what the last compression made, or why there was none
         self._piece: Piece | None = None  # the part of the text that is being repeated
         self._expected: tuple[int, ...] = ()  # tokens that every row will have when its prompt has been read
+        self._starts: tuple[int, ...] = ()  # the first real column of every row, once nothing is observed any more
         self._repeat_seconds = 0.0
 
     @abstractmethod
@@ -63,17 +76,17 @@ class BaseCache(Cache):
 
     @property
     def keep_layers(self) -> list[KeepLayer]:
-        """The layers with full attention: those that are compressed."""
+        """The layers with full attention: those that are compressed. The others have a sliding window."""
         return [layer for layer in self.layers if isinstance(layer, KeepLayer)]
 
     @property
     def live(self) -> bool:
-        """Whether what comes later is folded into the compact part too."""
+        """Whether what is read and written later is folded into the compact part too."""
         return self.period is not None
 
     @property
     def period(self) -> int | None:
-        """Tokens after which the newer ones are folded: the recipe's, or else its chunk."""
+        """Tokens after which the newer ones are folded: the recipe's period, or else its chunk; None: never."""
         return self.recipe.period if self.recipe.period is not None else self.chunk
 
     @property
@@ -89,26 +102,32 @@ class BaseCache(Cache):
     @property
     def inv_freq(self) -> Tensor:
         """Rotary frequencies of the layers with full attention, float32 [r/2], as they are now."""
-        return families.frequencies(self._rotary)
+        return families.inv_freq(self._rotary)
 
     @property
-    def local_inv_freq(self) -> Tensor:
+    def sliding_inv_freq(self) -> Tensor:
         """Rotary frequencies of the layers with a sliding window, float32 [r/2]."""
-        return families.local_frequencies(self._rotary)
+        return families.sliding_inv_freq(self._rotary)
 
     def observations(self, row: int = 0, exact: bool = False) -> Sequence[Observation]:
-        """What every layer has shown of one batch row, made when it is looked at; exact: of all its tokens as they were."""
+        """What every layer has shown of one batch row, each made when it is looked at.
+
+        Args:
+            row: The batch row.
+            exact: Whether to look at all its tokens as they were, from the backing, instead of slots and tail.
+        """
         tail = self._tails()[row]
         return Observations(self.keep_layers, row, self.inv_freq, self._projections, self.policy.spans, tail, exact)
 
     def restore(self, report: Report | None) -> None:
-        """Takes over what another cache, or a file, says of a compression; None: nothing has been decided yet."""
-        self._report, self._repeat_seconds = report, report.repeat_seconds if report else 0.0
+        """Takes over what another cache, or a file, reports of a compression. None: nothing has been decided yet."""
+        self._report = report
+        self._repeat_seconds = report.repeat_seconds if report else 0.0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends keys and values; for a layer with full attention returns proxies that lead to `_attention`."""
+        """Appends keys and values [B, H, n, d]; for a layer with full attention returns proxies that lead to `_attention`."""
         layer = self.layers[layer_idx]
         if self.chunk is not None and key_states.shape[2] > self.chunk and self._piece is None:
             raise KeepKVError(
@@ -117,17 +136,29 @@ class BaseCache(Cache):
             )
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, KeepLayer):
-            families.let_go(layer)
+            families.free_passed(layer)
             return keys, values
         attend = partial(self._attention, layer_idx, key_states.shape[2])
         return SdpaProxy.of(key_states, layer.seen, attend), SdpaProxy.of(value_states, layer.seen, attend)
 
     def _attention(
-        self, layer_idx: int, new: int, query: Tensor, key: Tensor, value: Tensor,
-        attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+        self,
+        layer_idx: int,
+        new: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Scaled dot product attention of the `new` newest tokens over a layer's state, in place of PyTorch's."""
+    ) -> Tensor:
+        """Scaled dot product attention of the `new` newest tokens over a layer's state, in place of PyTorch's.
+
+        The arguments from `query` on are those of PyTorch's function; `key` and `value` are proxies. From here the layer's
+        watch sees the queries, and after the last layer the cache may compress.
+        """
         layer: KeepLayer = self.layers[layer_idx]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._piece is not None:
@@ -138,50 +169,63 @@ class BaseCache(Cache):
             output = layer.attend(query, attn_mask, scale, new)
         else:
             keys, values = layer.keys, layer.values
-            if key.shape[1] > keys.shape[1]:  # transformers repeats the KV heads where there is a mask
-                keys, values = (x.repeat_interleave(key.shape[1] // x.shape[1], 1) for x in (keys, values))
+            group = key.shape[1] // keys.shape[1]
+            if group > 1:  # transformers repeats the KV heads where there is a mask
+                keys = keys.repeat_interleave(group, 1)
+                values = values.repeat_interleave(group, 1)
             output = scaled_dot_product_attention(
                 query, keys, values, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         if self.live or not self.compressed:
             recipe = self.recipe
-            before = layer.watch or Watch(layer_idx, recipe.references, recipe.seed, self.column_mass, scale, self.live)
+            watch = layer.watch or Watch(layer_idx, recipe.references, recipe.seed, self.column_mass, scale, self.live)
             grouped = query.detach().reshape(len(query), layer.heads, -1, new, query.shape[-1])
-            layer.watch = before.see(grouped, layer.state, attn_mask)
+            layer.watch = watch.see(grouped, layer.state, attn_mask)
             if self.auto and layer_idx == self._last:
                 self._after_forward(new)
         return output
 
     def fork(self) -> Self:
-        """A second cache that goes on from here on its own. Nothing is copied: stored tensors are never written to."""
+        """A second cache that goes on from here on its own. It takes no memory: tensors are shared, and never changed."""
         twin = copy.copy(self)
         twin.layers = [copy.copy(layer) for layer in self.layers]
         return twin
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest -tokens_to_remove tokens, exactly. Raises KeepKVError, and changes nothing, if it cannot."""
-        copy.copy(self.keep_layers[0]).crop(tokens_to_remove)
+        """Forgets the newest tokens, exactly.
+
+        Args:
+            tokens_to_remove: Minus their number; a positive number is how many tokens stay, as older transformers ask for it.
+
+        Raises:
+            KeepKVError: if some of them are compressed already. Nothing has changed then.
+        """
+        copy.copy(self.keep_layers[0]).crop(tokens_to_remove)  # raises before any layer has changed
         super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the given batch rows, in that order, as beam search asks for."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._take(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given batch rows."""
         if rows := len(self.starts):
             self.reorder_cache(torch.arange(rows)[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Makes every batch row several, one beside the other."""
         self.reorder_cache(torch.arange(len(self.starts)).repeat_interleave(repeats))
 
     def _take(self, rows: Sequence[int]) -> None:
-        """What is known of the rows follows them."""
+        """Budgets, lengths and reports follow their rows."""
         self.policy = self.policy.rows(rows)
         self._expected = tuple(self._expected[row] for row in rows) if self._expected else ()
+        self._starts = tuple(self._starts[row] for row in rows) if self._starts else ()
         self._report = self._report and self._report.rows(rows)
 
     def _bank(self) -> None:
-        """Queries that wait in the layers' watches are moved into their banks."""
+        """Moves the queries that wait in the layers' watches into their banks."""
         for layer in self.keep_layers:
             layer.watch = layer.watch and layer.watch.banked(layer.state)
 
@@ -196,12 +240,10 @@ class BaseCache(Cache):
         layer = self.keep_layers[0]
         if layer.watch:
             return layer.watch.starts
-        return (0,) * (len(layer.keys) if layer.is_initialized else 0)
+        return self._starts or (0,) * (len(layer.keys) if layer.is_initialized else 0)
 
     def _tokens(self) -> tuple[int, ...]:
-        """Tokens read per row, without padding; as they were when the cache was compressed, if it is not live."""
-        if self._report is not None and not self.live:
-            return self._report.tokens
+        """Tokens read per row, without padding."""
         return tuple(self.keep_layers[0].seen - start for start in self.starts)
 
     def _tails(self) -> tuple[int, ...]:
@@ -211,5 +253,6 @@ class BaseCache(Cache):
 
     def _entries(self, row: int) -> int:
         """Slots and tail tokens that one row holds, over all layers and heads, without what is left out."""
-        start, tail = self.starts[row], self._tails()[row]
+        start = self.starts[row]
+        tail = self._tails()[row]
         return sum(layer.entries(row, start, tail) for layer in self.keep_layers)

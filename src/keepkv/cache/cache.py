@@ -1,4 +1,8 @@
-"""KeepCache: a transformers cache that becomes physically smaller as tokens are read and written."""
+"""KeepCache: a cache for transformers that becomes physically smaller as tokens are read and written.
+
+This module decides when something is compressed, and with which settings. How it is compressed is in `keepkv.compress`. The
+base class, in base.py, is the half that faces transformers: through it, the cache gets keys, values and queries.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keepkv import methods
+from keepkv import methods, render
 from keepkv.budget import BudgetLike
 from keepkv.cache.base import BaseCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations, check_observed
 from keepkv.cache.policy import Policy
-from keepkv.cache.report import Head, Report, weighed
+from keepkv.cache.report import Head, Report, with_bytes_held
 from keepkv.compress import Compressed, Progress, compress, in_row
 from keepkv.errors import BudgetError, InputError, KeepKVError
 from keepkv.methods import Method
@@ -35,39 +39,52 @@ OVERLAP = 8  # tokens of the previous chunk that a repetition starts from
 
 
 class KeepCache(BaseCache):
-    """A cache of `budget` slots: `model.generate(**inputs, past_key_values=KeepCache(model, budget="10%"))`.
+    """A compressed KV cache, to be used in place of transformers' own.
 
-    The first forward pass of more than one token is the prompt. When it has been read, it is compressed by `method`; later
-    tokens stay exact. With `auto=False` nothing happens until `compress()` is called, so that one reading can be compressed in
-    several ways (`fork`), or before a question is asked.
+    The first forward pass of more than one token is the prompt. When it has been read, it is compressed to `budget` slots by
+    `method`. Later tokens stay exact. With `auto=False` nothing is compressed until `compress()` is called, so that one reading
+    can be compressed in several ways (`fork`), or before a question is asked.
 
-    With a `period` the cache is live: whenever so many tokens have come since, they are folded into the compact part, which is
-    then compressed again to its budget, so that memory does not grow with what is written. With a `chunk` it is the same while
-    reading: no forward pass may have more tokens (`read` cuts a prompt, `generate` with prefill_chunk_size), and the period is
-    the chunk if not given. A live cache holds at most budget + tail + period (or chunk) tokens, and queries (`references`).
+    With a `period` the cache is live: whenever so many tokens have come since the last compression, they are folded into the
+    compact part, which is compressed again to its budget. So memory does not grow with what is written. With a `chunk` the same
+    happens while reading: no forward pass may have more tokens (`read` cuts a prompt, and so does `generate` with
+    prefill_chunk_size), and the period is the chunk if none is given. A live cache holds at most budget + tail + period (or
+    chunk) tokens, and queries (`references`).
+
+    Printing a cache shows what it holds; `report()` says more, and a notebook draws it.
 
     Args:
-        model: Any supported transformers model with `sdpa` attention. It is not changed, and not held.
-        budget: See `Recipe`; a share is that of the tokens read so far. A list has one for each row of the batch.
+        model: Any supported transformers model with `sdpa` attention. It is not changed, and the cache does not hold it.
+        budget: See `Recipe`. A share is that of the tokens read so far. A list has one budget for each row of the batch.
         method: See `Recipe`.
-        slot_dtype: See `Recipe`. All that is compressed is rounded, also where the budget holds every token; newer tokens and
-            the method "full" are exact.
-        period: See above.
-        chunk: See above; None or 0: a prompt is read at once.
-        tail: The newest tokens, on top of the budget, that are left out of every compression, so that `crop` can forget them
-            (assisted generation needs that).
-        backing: "cpu" or "disk" keeps the exact keys and values of all tokens there; `refresh()` then rebuilds the compact
+        slot_dtype: See `Recipe`. Everything that is compressed is rounded, also where the budget holds every token. Newer
+            tokens and the method "full" stay exact.
+        period: Tokens after which a live cache folds the newer ones. None: the cache is not live, unless a chunk is given.
+        chunk: Tokens of a forward pass, at most. None or 0: a prompt is read at once.
+        tail: How many of the newest tokens are left out of every compression, on top of the budget, so that `crop` can forget
+            them. Assisted generation needs that.
+        backing: "cpu" or "disk" keeps the exact keys and values of all tokens there. `refresh()` then rebuilds the compact
             part from them.
-        refresh: With a backing, that happens by itself every so many tokens, so that the error of many folds does not add up.
-        references: How many of each layer's queries are remembered at most until the next compression, whatever the length;
-            a live cache keeps half of them beyond it, all in bfloat16. Fewer take less memory and time, and fit worse.
-        seed: Of what is drawn by chance.
-        column_mass: Whether all attention is summed while reading, for methods that need it. Default: if `method` does.
-        auto: Whether to compress when a prompt has been read, and live caches when it is due.
+        refresh: With a backing, the tokens after which that happens by itself, so that errors of many folds do not add up.
+        references: How many of each layer's queries are remembered at most until the next compression, whatever the length of
+            the text. A live cache keeps half of them beyond it, in bfloat16. Fewer take less memory and time, and fit worse.
+        seed: Of everything that is drawn at random.
+        column_mass: Whether all attention is summed while reading, for methods that need it. None: if `method` does.
+        auto: Whether to compress when a prompt has been read and, if the cache is live, whenever it is due.
 
     Raises:
         ModelError: for a model that cannot be compressed.
         BudgetError, MethodError, InputError: for settings that cannot be read or do not go together.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).eval()
+        >>> cache = KeepCache(model, "25%")
+        >>> output = model(torch.arange(80)[None], past_key_values=cache)  # or model.generate(..., past_key_values=cache)
+        >>> cache
+        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=20.0, tail=0, bytes=10.9 kB, live=False)
     """
 
     def __init__(
@@ -89,9 +106,17 @@ class KeepCache(BaseCache):
     ) -> None:
         policy = Policy.of(budget, method, slot_dtype)
         recipe = Recipe(
-            budget if isinstance(budget, BudgetLike | int) else tuple(budget), policy.method, slot_dtype, chunk=chunk,
-            period=period, tail=tail, backing=backing, refresh=refresh, references=references, seed=seed,
-        )  # fmt: skip
+            budget=budget if isinstance(budget, BudgetLike | int) else tuple(budget),
+            method=policy.method,
+            slot_dtype=slot_dtype,
+            chunk=chunk,
+            period=period,
+            tail=tail,
+            backing=backing,
+            refresh=refresh,
+            references=references,
+            seed=seed,
+        )
         sizes = {"period": period, "chunk": chunk or None, "tail": tail + 1, "refresh": refresh, "references": references}
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -104,12 +129,22 @@ class KeepCache(BaseCache):
 
     @classmethod
     def of(cls, model: PreTrainedModel, recipe: Recipe, *, column_mass: bool | None = None, auto: bool = True) -> Self:
-        """A cache with a recipe's settings; what is about texts (repeat, keep, tolerance, exact) is its reader's."""
+        """A cache with a recipe's settings. Those about texts (repeat, keep, tolerance, exact) are for whoever reads one."""
         return cls(
-            model, recipe.budget, recipe.method, slot_dtype=recipe.slot_dtype, period=recipe.period, chunk=recipe.chunk,
-            tail=recipe.tail, backing=recipe.backing, refresh=recipe.refresh, references=recipe.references, seed=recipe.seed,
-            column_mass=column_mass, auto=auto,
-        )  # fmt: skip
+            model,
+            recipe.budget,
+            recipe.method,
+            slot_dtype=recipe.slot_dtype,
+            period=recipe.period,
+            chunk=recipe.chunk,
+            tail=recipe.tail,
+            backing=recipe.backing,
+            refresh=recipe.refresh,
+            references=recipe.references,
+            seed=recipe.seed,
+            column_mass=column_mass,
+            auto=auto,
+        )
 
     @property
     def _due(self) -> bool:
@@ -117,7 +152,7 @@ class KeepCache(BaseCache):
         return self.period is not None and self.keep_layers[0].tail >= self.period + self.recipe.tail
 
     def _after_forward(self, new: int) -> None:
-        """Compresses the prompt when it has been read, and what came later when it is due."""
+        """Compresses the prompt when it has been read and, if the cache is live, what came later when it is due."""
         first = not self.compressed and new > 1 and not self._expected
         if first and not self.live:
             try:
@@ -142,18 +177,19 @@ class KeepCache(BaseCache):
         keep: Sequence[tuple[int, int]] = (),
         progress: Progress = lambda done, of: None,
     ) -> Self:
-        """Reads a prompt [B, T] of any length, `chunk` tokens at a time, and compresses whenever it outgrows the budget.
+        """Reads a prompt of any length, `chunk` tokens at a time, and compresses whenever it outgrows the budget.
 
-        A share is that of the whole prompt, so that its first chunks stay whole as long as there is room. The first chunk is
-        the shortest: so a row of a left-padded batch is cut as if alone.
+        A budget that is a share is that of the whole prompt, so that its first chunks stay whole as long as there is room. The
+        first chunk is the shortest one: so a row of a left-padded batch is cut as if it were alone. What is read after the
+        prompt of a cache that is not live was compressed stays exact.
 
         Args:
             model: The model that the cache was made for.
             input_ids: int64 [B, T].
             attention_mask: [B, T] or [B, tokens read before + T]; rows may be padded on the left.
             repeat: An instruction [1, n] to repeat the text, in the model's chat format. Each chunk is then repeated (see
-                `repeat`) before it is compressed, also without it for a method that needs it, and compressed with the method's
-                `midway` merge until all has been read.
+                `repeat`) before it is compressed, and compressed with the method's `midway` merge until all has been read.
+                A method that needs a repetition gets one without it too.
             keep: As in `compress`.
             progress: Called with (tokens read, tokens in all).
 
@@ -170,41 +206,44 @@ class KeepCache(BaseCache):
         before = self.get_seq_length()
         if mask.shape[1] not in (length, before + length):
             raise InputError(f"attention mask {list(mask.shape)}: expected [{batch}, {length}] or [{batch}, {before + length}]")
-        seen = self._tokens() if before else (0,) * batch
-        self._expected = tuple(a + b for a, b in zip(seen, mask[:, -length:].sum(1).tolist(), strict=True))
+        tokens = self._tokens() if before else (0,) * batch
+        self._expected = tuple(a + b for a, b in zip(tokens, mask[:, -length:].sum(1).tolist(), strict=True))
         if mask.shape[1] == length and before:
-            starts = [before - count for count in seen]
+            starts = torch.tensor([before - count for count in tokens], device=mask.device)
             columns = torch.arange(before, device=mask.device).expand(batch, -1)
-            mask = torch.cat([(columns >= torch.tensor(starts, device=mask.device)[:, None]).to(mask.dtype), mask], 1)
+            mask = torch.cat([(columns >= starts[:, None]).to(mask.dtype), mask], 1)
         padded = not bool(mask.all())
+        exact = self.compressed and not self.live  # nothing will be compressed any more
         method = self.policy.method
-        if repeat is None and method.repeat is not None and method.repeat.needed:
+        if repeat is None and method.repeat is not None and method.repeat.needed and not exact:
             repeat = input_ids[:, :0]
-        auto, self.auto, policy = self.auto, False, self.policy
+        auto, policy = self.auto, self.policy
+        self.auto = False
         self.policy = policy.changed(spans=keep)
         try:
             lo = 0
             while lo < length:
                 hi = lo + ((length - lo) % size or size)
                 self._ahead = 0 if repeat is None else length - hi
-                model(
-                    input_ids[:, lo:hi], past_key_values=self, logits_to_keep=1,
-                    **({"attention_mask": mask[:, : before + hi], "position_ids": _positions(mask, before + lo, before + hi)}
-                       if padded else {}),
-                )  # fmt: skip
+                masks = {}
+                if padded:
+                    masks["attention_mask"] = mask[:, : before + hi]
+                    masks["position_ids"] = _positions(mask, before + lo, before + hi)
+                model(input_ids[:, lo:hi], past_key_values=self, logits_to_keep=1, **masks)
                 if repeat is not None:
                     self.repeat(model, input_ids[:, lo:hi], repeat)
                 if self.live and (self._due or hi < length or lo or (auto and before == 0)):
                     self.compress()
                 lo = hi
                 progress(lo, length)
-            if auto and not self.live:
+            if auto and not self.live and not exact:
                 self.compress()
         except KeepKVError:
             self.policy = policy
             raise
         finally:
-            self.auto, self._ahead = auto, 0
+            self.auto = auto
+            self._ahead = 0
         return self
 
     @torch.no_grad()
@@ -216,26 +255,31 @@ class KeepCache(BaseCache):
         how: Repeat | None = None,
         progress: Progress = lambda done, of: None,
     ) -> Self:
-        """Repeats the text that was just read over its own cache and observes what that asks for; then `compress`.
+        """Repeats the text that was just read over its own cache, and observes what the model attends to. Then `compress`.
 
-        What a model needs to repeat a text word for word is what it needs to answer about its details. By default each piece of
-        256 tokens sees itself exactly and the rest as in a draft, an eviction to 1/16: about one more reading, linear in the
-        length. In the middle of a prompt that `read` reads in chunks it is asked from where that will end, as questions will
-        be. After KVzip, arXiv 2505.23416.
+        What a model needs to repeat a text word for word is what it needs to answer questions about its details (KVzip, arXiv
+        2505.23416; docs/theory.md 4.4). By default each piece of 256 tokens sees itself exactly, and the rest of the text as in
+        a draft, an eviction to 1/16. That costs about one more reading, and is linear in the text's length. In the middle of a
+        prompt that is read in chunks, the repetition asks from the position where the prompt will end, as questions will.
 
         Args:
             model: The model that the cache was made for.
             input_ids: int64 [1, n], the newest n tokens, not compressed yet.
             lead: An instruction [1, m] to repeat them, in the model's chat format.
-            how: How the text is repeated; as the method has it if not given.
+            how: How the text is repeated. None: as the method has it.
             progress: Called with (tokens repeated, tokens in all).
 
+        Returns:
+            The cache itself.
+
         Raises:
-            KeepKVError: for a batch, and for another text than the newest.
+            KeepKVError: for a batch, for a text that is not the newest, and if the cache is compressed and not live.
         """
-        tokens, tail = self.keep_layers[0].seen, self.keep_layers[0].tail
-        wrong = input_ids.dim() != 2 or not 0 < input_ids.shape[1] <= tail or (self.compressed and not self.live)
-        if wrong or len(input_ids) != 1 or self._tokens() != (tokens,) or (not self.live and input_ids.shape[1] != tail):
+        tokens = self.keep_layers[0].seen
+        tail = self.keep_layers[0].tail
+        one_row = input_ids.dim() == 2 and len(input_ids) == 1 and self._tokens() == (tokens,)
+        newest = one_row and 0 < input_ids.shape[1] <= tail and (self.live or input_ids.shape[1] == tail)
+        if not newest or (self.compressed and not self.live):
             raise KeepKVError(
                 f"repeat() repeats the text that was just read, before compression, one row: expected [1, {tail}] "
                 f"token ids, got {list(input_ids.shape)}"
@@ -245,16 +289,18 @@ class KeepCache(BaseCache):
         self._bank()
         how = how or self.policy.method.repeat or Repeat()
         observations = Observations(self.keep_layers, 0, self.inv_freq, self._projections)
-        begin, end = tokens - input_ids.shape[1], tokens + self._ahead
+        begin = tokens - input_ids.shape[1]
+        end = tokens + self._ahead
         room = self._entries(0) + self._tails()[0] * self.heads
-        size = max(room // self.heads // how.draft, 2 * how.chunk)  # the draft has at least two pieces' worth
+        size = max(room // self.heads // how.draft, 2 * how.chunk)  # slots per head of the draft: at least two pieces' worth
         drafts = compress(observations, methods.get("snapkv"), min(room, size * self.heads)).slots
         for lo in range(begin, tokens, how.chunk):
-            first, last = max(begin, lo - OVERLAP), min(lo + how.chunk, tokens)
-            fed = torch.cat([lead, input_ids[:, first - begin : last - begin]], dim=1)
+            first = max(begin, lo - OVERLAP)
+            last = min(lo + how.chunk, tokens)
+            piece = torch.cat([lead, input_ids[:, first - begin : last - begin]], dim=1)
             twin = self.fork()
             twin._piece = Piece(first, last, drafts, how)
-            model(fed, past_key_values=twin, logits_to_keep=1, **(_far(tokens, end, fed) if end > tokens else {}))
+            model(piece, past_key_values=twin, logits_to_keep=1, **(_as_if_after(end, tokens, piece) if end > tokens else {}))
             for ours, theirs in zip(self.keep_layers, twin.keep_layers, strict=True):
                 ours.watch = theirs.watch
             progress(last - begin, tokens - begin)
@@ -270,22 +316,25 @@ class KeepCache(BaseCache):
         keep: Sequence[tuple[int, int]] = (),
         slot_dtype: str | None = None,
     ) -> Self:
-        """Compresses everything held, but for the newest `tail` tokens, in place, and returns the cache itself.
+        """Compresses everything held, but for the newest `tail` tokens, in place.
 
-        A budget of all the tokens changes nothing at all, unless slots are quantized. A live cache can be compressed again and
-        again: slots and newer tokens together make the new slots, votes and fitted values are merged further. What is given
-        here holds from now on.
+        A budget of all the tokens changes nothing, unless slots are quantized. A live cache can be compressed again and again:
+        slots and newer tokens together make the new slots, and their votes and fitted values are merged further. Settings that
+        are given here hold from now on.
 
         Args:
             budget: As in the constructor.
             method: As in the constructor.
             progress: Called with (steps done, steps in all).
-            keep: Spans of tokens, (first, last + 1), that keep their slots in every head, also later on, untouched unless the
-                method merges keys or slots are quantized; for one row.
+            keep: Spans of tokens, (first, last + 1), that keep a slot in every head, now and in later compressions. Their keys
+                and values stay untouched unless the method merges keys or slots are quantized. Only for a single row.
             slot_dtype: As in the constructor.
 
+        Returns:
+            The cache itself.
+
         Raises:
-            BudgetError: for a budget below what must be kept (a live cache waits instead).
+            BudgetError: for a budget below what must be kept (a live cache waits for more tokens instead).
             KeepKVError: if nothing was read, if the cache is compressed already and not live, or if the method needs what was
                 not observed. The cache and its settings are then as before.
         """
@@ -298,8 +347,17 @@ class KeepCache(BaseCache):
     def refresh(self, progress: Progress = lambda done, of: None) -> Self:
         """Rebuilds the compact part from the exact keys and values of all tokens, with the queries seen until now.
 
-        The periodic lossless compression of KeepKV (arXiv 2504.09936v2): what earlier folds lost is back. One layer's keys
-        and values are on the device at a time. Raises KeepKVError without a backing, or for a method that sums attention.
+        This is the periodic lossless compression of KeepKV (arXiv 2504.09936v2): what earlier folds lost is back. Only one
+        layer's keys and values are on the device at a time.
+
+        Args:
+            progress: Called with (steps done, steps in all).
+
+        Returns:
+            The cache itself.
+
+        Raises:
+            KeepKVError: without a backing, and for a method that sums attention.
         """
         if any(layer.backing is None for layer in self.keep_layers):
             raise KeepKVError('nothing to refresh from: KeepCache(..., backing="cpu") or "disk" keeps exact keys and values')
@@ -310,9 +368,11 @@ class KeepCache(BaseCache):
         return self
 
     def _compress(self, policy: Policy, progress: Progress, exact: bool = False) -> None:
+        """Compresses every row by the policy; exact: all its tokens as they were, from the backing. Raises KeepKVError."""
         start = time.perf_counter()
         self._check(policy)
-        tokens, tails = self._tokens(), self._tails()
+        tokens = self._tokens()
+        tails = self._tails()
         expected = self._expected or (0,) * len(tokens)
         try:
             totals = [
@@ -323,8 +383,12 @@ class KeepCache(BaseCache):
             if not self.live:
                 raise
             return  # too few tokens as yet
-        held = [(count - tails[row]) * self.heads if exact else self._entries(row) for row, count in enumerate(tokens)]
-        if not exact and not policy.stored_as.bits and all(total >= own for total, own in zip(totals, held, strict=True)):
+        if exact:
+            held = [(count - tails[row]) * self.heads for row, count in enumerate(tokens)]
+        else:
+            held = [self._entries(row) for row in range(len(tokens))]
+        roomy = all(total >= own for total, own in zip(totals, held, strict=True))
+        if roomy and not exact and not policy.stored_as.bits:
             if not self.live:
                 self._settle(policy, [], note="left whole: the budget holds every token")
             return
@@ -358,8 +422,9 @@ class KeepCache(BaseCache):
     def _settle(
         self, policy: Policy, rows: Sequence[Compressed], seconds: float = 0.0, note: str = "", exact: bool = False
     ) -> None:
-        """Takes over what `compress` made of the rows (nothing: the prompt stays whole); unless live, stops observing."""
-        last, tails = self._report, self._tails()
+        """Takes over the compressed rows (none: the prompt stays whole). Unless the cache is live, layers stop observing."""
+        tails = self._tails()
+        last = self._report or Report("", "", ())
         self._report = Report(
             method=policy.method.name,
             budget=policy.budget_text,
@@ -368,46 +433,74 @@ class KeepCache(BaseCache):
                 tuple(tuple(Head.of(head, tail) for head in layer) for layer in row.merged)
                 for row, tail in zip(rows, tails, strict=False)
             ),
-            compress_seconds=seconds + (last.compress_seconds if last else 0),
-            longest_pause=max(seconds, last.longest_pause if last else 0),
-            compressions=(last.compressions if last else 0) + bool(rows),
+            compress_seconds=seconds + last.compress_seconds,
+            longest_pause=max(seconds, last.longest_pause),
+            compressions=last.compressions + bool(rows),
             note=note,
             slot_dtype=(policy.stored_as if rows else FLOAT).name,
         )
+        self._starts = self.starts
         for index, layer in enumerate(self.keep_layers):
             if rows:
-                parts = [row.slots[index].newest_off(tail) for row, tail in zip(rows, tails, strict=True)]
+                slots = [row.slots[index].newest_off(tail) for row, tail in zip(rows, tails, strict=True)]
                 watch = layer.watch
                 if watch is not None and exact:
                     watch = replace(watch, repeat_peak=layer.exact_repeat_peak())
                 watch = watch and watch.compacted([row.plan.kept[index] for row in rows], layer.state)
-                layer.compact(Slots.cat(parts), min(self.recipe.tail, layer.tail))
+                layer.compact(Slots.cat(slots), min(self.recipe.tail, layer.tail))
                 layer.watch = watch
             if not self.live:
                 layer.watch = None
 
     def report(self) -> Report:
         """What was kept, the votes, and the bytes held at this moment."""
-        name, budget = self.policy.method.name, self.policy.budget_text
-        if not self.keep_layers[0].is_initialized:
-            return Report(name, budget, (), note="nothing has been read yet")
-        known = self._report or Report(name, budget, self._tokens(), note="not compressed yet")
+        method, budget = self.policy.method.name, self.policy.budget_text
+        if not all(layer.is_initialized for layer in self.keep_layers):
+            return Report(method, budget, (), note="nothing has been read yet")
+        report = self._report or Report(method, budget, self._tokens(), note="not compressed yet")
         sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
-        return weighed(replace(known, repeat_seconds=self._repeat_seconds), self.keep_layers, sliding)
+        return with_bytes_held(replace(report, repeat_seconds=self._repeat_seconds), self.keep_layers, sliding)
+
+    def __repr__(self) -> str:
+        report = self.report()
+        tokens = self._tokens()
+        facts = {
+            "method": repr(report.method),
+            "budget": repr(report.budget),
+            "tokens": tokens[0] if len(tokens) == 1 else list(tokens) or 0,
+            "slots_per_head": round(report.slots_per_head, 1) if report.heads else None,
+            "tail": report.tail,
+            "bytes": render.size(report.kv_bytes),
+            "live": self.live,
+        }
+        return f"KeepCache({', '.join(f'{name}={value}' for name, value in facts.items())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the report as a table, and the first row's slots per layer and head as a figure."""
+        report = self.report()
+        tokens = ", ".join(f"{count:,}" for count in self._tokens()) or "none"
+        folding = f"folds every {self.period:,} tokens" if self.live else "no: tokens that come later stay exact"
+        return render.html_table({**report.lines(), "tokens": tokens, "live": folding}, report.figure())
 
     def reset(self) -> None:
-        """As new, with the same settings."""
+        """Forgets everything that was read. The settings stay, but for the tokens to keep, which were of that text."""
         super().reset()  # type: ignore[no-untyped-call]
         self.restore(None)
-        self._expected, self._refreshed = (), 0
+        self._expected = ()
+        self._starts = ()
+        self._refreshed = 0
         self.policy = replace(self.policy, spans=())
 
 
-def _far(tokens: int, end: int, fed: Tensor) -> dict[str, Any]:
-    """Asks as after `end` tokens, of which `tokens` are read: sliding windows will have passed these by then."""
-    own = torch.ones_like(fed)
+def _as_if_after(end: int, tokens: int, piece: Tensor) -> dict[str, Any]:
+    """Positions and mask that read a piece as after `end` tokens, of which `tokens` are read.
+
+    The mask hides all of them: a layer with full attention attends to what it holds without the mask, and sliding windows will
+    have passed the tokens by then.
+    """
+    own = torch.ones_like(piece)
     return {
-        "position_ids": torch.arange(end, end + fed.shape[1], device=fed.device)[None],
+        "position_ids": torch.arange(end, end + piece.shape[1], device=piece.device)[None],
         "attention_mask": torch.cat([own.new_zeros(1, tokens), own], dim=1),
     }
 

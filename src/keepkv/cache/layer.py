@@ -19,11 +19,14 @@ from keepkv.slots.slots import BESIDE, Slots
 
 
 class KeepLayer(CacheLayerMixin):
-    """One layer's state: `slots`, the compact part (None until compressed), and the dense tail `keys`, `values`.
+    """One layer's state: the compact part, and beside it the newest tokens, exactly (the tail).
 
-    keys [B, H, n, d] and values [B, H, n, d_v] hold the newest n tokens exactly. `seen` counts all columns read, padding
-    included: it alone decides positions and masks. `watch` is what was observed, as long as there is more to compress;
-    `history`, with a backing, the exact keys and values of what the slots stand for.
+    Attributes:
+        slots: The compact part; None until something was compressed.
+        keys, values: The tail, [B, H, n, d] and [B, H, n, d_v].
+        seen: Columns read, padding included. It alone decides positions and masks.
+        watch: What was observed of the layer's attention, as long as there is more to compress; otherwise None.
+        backing: The exact keys and values of what the slots stand for; None unless that is wanted.
     """
 
     is_sliding = False
@@ -40,10 +43,12 @@ class KeepLayer(CacheLayerMixin):
 
     @property
     def tail(self) -> int:
+        """Tokens held exactly."""
         return self.keys.shape[2] if self.is_initialized else 0
 
     @property
     def heads(self) -> int:
+        """KV heads."""
         return self.keys.shape[1] if self.is_initialized else 0
 
     @property
@@ -53,6 +58,7 @@ class KeepLayer(CacheLayerMixin):
 
     @property
     def state(self) -> LayerState:
+        """What the layer holds, as a value."""
         return LayerState(self.slots, self.keys, self.values, self.seen)
 
     def slot_bytes(self, slot_dtype: SlotDtype = FLOAT) -> int:
@@ -61,11 +67,12 @@ class KeepLayer(CacheLayerMixin):
 
     def entries(self, row: int, start: int, tail: int) -> int:
         """Slots and tail tokens of one batch row that starts at column `start`, over all heads, without its newest `tail`."""
-        counts = self.slots.counts[row * self.heads : (row + 1) * self.heads] if self.slots else [0]
-        return sum(counts) + self.heads * max(0, self.seen - self.state.first(start) - tail)
+        slots = sum(self.slots.counts[row * self.heads : (row + 1) * self.heads]) if self.slots else 0
+        return slots + self.heads * max(0, self.seen - self.state.first(start) - tail)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys = key_states[:, :, :0]
+        self.values = value_states[:, :, :0]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -80,7 +87,7 @@ class KeepLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are made for tokens, as if nothing had been compressed, but only for those that are still held one by one."""
+        """Size and offset of attention masks: as if nothing had been compressed, but only for tokens held one by one."""
         held = self.seen if self.slots is None else self.tail
         return held + query_length, self.seen - held
 
@@ -90,14 +97,15 @@ class KeepLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.21
 
     def _tail_repeat_peak(self) -> Tensor | None:
-        """What a repetition asked of the tail's tokens, [H, n]."""
+        """The largest share of attention that a repetition paid each of the tail's tokens, [H, n]."""
         if self.watch is None or self.watch.repeat_peak is None:
             return None
         width = self.state.width
-        return pad(self.watch.repeat_peak, (0, max(0, width - self.watch.repeat_peak.shape[1])))[:, width - self.tail :]
+        missing = max(0, width - self.watch.repeat_peak.shape[1])  # tokens that came after the repetition
+        return pad(self.watch.repeat_peak, (0, missing))[:, width - self.tail :]
 
     def exact_repeat_peak(self) -> Tensor | None:
-        """What a repetition asked of all tokens, [H, T], from the history and the tail."""
+        """The same of all tokens read, [H, T], from backing and tail; None unless it is known of all of them."""
         repeat_peak = self._tail_repeat_peak()
         if repeat_peak is None or self.backing is None or len(self.backing.repeat_peak) < len(self.backing.parts):
             return None
@@ -111,12 +119,13 @@ class KeepLayer(CacheLayerMixin):
             repeat_peak = None if repeat_peak is None else repeat_peak[:, :size]
             self.backing = self.backing.add(self.keys[:, :, :size], self.values[:, :, :size], repeat_peak)
         self.slots = slots
-        self.keys, self.values = self.keys[:, :, size:].clone(), self.values[:, :, size:].clone()
+        self.keys = self.keys[:, :, size:].clone()  # a view would hold the compressed tokens' memory
+        self.values = self.values[:, :, size:].clone()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest -tokens_to_remove tokens, exactly. They must not have been compressed.
 
-        A positive number is how many columns stay, as transformers before 5.16 asks for it.
+        A positive number is how many columns stay: so transformers before 5.16 asks for it.
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.seen)
@@ -127,7 +136,8 @@ class KeepLayer(CacheLayerMixin):
             )
         if tokens_to_remove:
             self.watch = self.watch and self.watch.cropped(self.state, -tokens_to_remove)
-            self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
+            self.keys = self.keys[:, :, :tokens_to_remove]
+            self.values = self.values[:, :, :tokens_to_remove]
             self.seen += tokens_to_remove
 
     def reset(self) -> None:
@@ -143,23 +153,27 @@ class KeepLayer(CacheLayerMixin):
                 if rows.tolist() == list(range(len(self.keys))):
                     return
                 raise KeepKVError("rows cannot be moved (beam search, batch selection) in a cache that has a backing")
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            self.keys = self.keys.index_select(0, rows)
+            self.values = self.values.index_select(0, rows)
             self.slots = self.slots and self.slots.rows(rows.tolist(), heads)
             self.watch = self.watch and self.watch.rows(rows)
 
     def repeat(self, query: Tensor, scale: float, piece: Piece, draft: Slots) -> Tensor:
-        """Attention of a repetition, query [1, H*G, new, d], of a piece of the text; what it asks for is noted."""
+        """Attention while a piece of the text is repeated, query [1, H*G, new, d]; the watch notes what it attends to."""
         assert self.watch is not None
-        new, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+        new = query.shape[2]
+        wide = torch.promote_types(query.dtype, torch.float32)
         rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * scale  # [H, G*new, d]
-        keys, values = self.keys[0].to(wide), self.values[0].to(wide)
+        keys = self.keys[0].to(wide)
+        values = self.values[0].to(wide)
         first, last, _, how = piece
         output, peak = attend_piece(rows, keys, values, new, draft, first, last, self.seen - self.tail, how.alone)
         before = LayerState(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
         self.watch = self.watch.repeat(peak.float(), before)
         if how.queries:
-            asked = query[0].detach().reshape(self.heads, -1, new, query.shape[-1])[:, :, first - last :]
-            self.watch = self.watch.keep_repeated(asked, torch.arange(first, last, device=query.device))
+            grouped = query[0].detach().reshape(self.heads, -1, new, query.shape[-1])
+            queries = grouped[:, :, first - last :]  # without the instruction before the piece
+            self.watch = self.watch.keep_repeated(queries, torch.arange(first, last, device=query.device))
         return output.to(query.dtype).reshape(query.shape[:-1] + output.shape[-1:])
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:

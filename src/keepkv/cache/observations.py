@@ -1,4 +1,4 @@
-"""Gather: the observations that a compression starts from, made of what the layers hold."""
+"""Observations: what a compression starts from, made layer by layer of what the layers hold and have seen."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def check_observed(method: Method, layers: Sequence[KeepLayer], slot_dtype: Slot
     watches = [layer.watch for layer in layers if layer.watch is not None]
     if method.column_mass and not all(watch.with_column_mass for watch in watches):
         raise KeepKVError(f"{method.name} must see all attention while the prompt is read: KeepCache(..., column_mass=True)")
-    how, unseen = method.repeat, any(watch.repeat_peak is None for watch in watches)
-    if how is not None and how.needed and (unseen or (how.queries and any(watch.repeated is None for watch in watches))):
+    how = method.repeat
+    if how is None or not how.needed:
+        return
+    if any(watch.repeat_peak is None or (how.queries and watch.repeated is None) for watch in watches):
         raise KeepKVError(
             f"{method.name} must see the text repeated before it is compressed: cache.read(model, input_ids); or "
             "KeepCache(..., auto=False), a forward pass, cache.repeat(model, input_ids), cache.compress()"
@@ -33,41 +35,65 @@ def check_observed(method: Method, layers: Sequence[KeepLayer], slot_dtype: Slot
 
 
 class Observations(Sequence[Observation]):
-    """One batch row's Observation of every layer, made when it is looked at and not kept: one layer's work space.
+    """One batch row's Observation of every layer, made when it is looked at and not kept: memory for one layer is enough.
 
-    projections: every layer's output projection [D, heads × d_v], or None. keep: spans of positions, and tail: the newest
-    tokens, that must stay. exact: all tokens as they were, from the layers' history, instead of the slots and the tail.
+    Args:
+        layers: The compressed layers.
+        row: The batch row.
+        inv_freq: Rotary frequencies, float32 [r/2].
+        projections: Every layer's output projection [D, heads × d_v], or None.
+        keep: Spans of positions (first, last + 1) that must stay.
+        tail: How many of the newest tokens must stay too.
+        exact: Whether to observe all tokens as they were, from the layers' backing, instead of slots and tail.
     """
 
     def __init__(
-        self, layers: Sequence[KeepLayer], row: int, inv_freq: Tensor, projections: Sequence[Tensor | None],
-        keep: Sequence[tuple[int, int]] = (), tail: int = 0, exact: bool = False,
-    ) -> None:  # fmt: skip
-        self._layers, self._row, self._inv_freq, self._projections = layers, row, inv_freq, projections
-        self._keep, self._tail, self._exact = keep, tail, exact
+        self,
+        layers: Sequence[KeepLayer],
+        row: int,
+        inv_freq: Tensor,
+        projections: Sequence[Tensor | None],
+        keep: Sequence[tuple[int, int]] = (),
+        tail: int = 0,
+        exact: bool = False,
+    ) -> None:
+        self._layers = layers
+        self._row = row
+        self._inv_freq = inv_freq
+        self._projections = projections
+        self._keep = keep
+        self._tail = tail
+        self._exact = exact
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __getitem__(self, index: Any) -> Any:
         layer = self._layers[index]
-        assert layer.watch is not None, "compress() looks first"
-        seen = layer.watch.observation(self._row, layer.state, self._inv_freq)
+        assert layer.watch is not None, "compress() checks that first"
+        observation = layer.watch.observation(self._row, layer.state, self._inv_freq)
         if self._exact:
-            assert layer.backing is not None, "refresh() looks first"
+            assert layer.backing is not None, "refresh() checks that first"
             start = layer.watch.starts[self._row]
-            keys, values = (x[:, start:] for x in layer.backing.row(self._row, layer.keys, layer.values))
-            seen = replace(
-                seen, keys=keys, values=values, repeat_peak=layer.exact_repeat_peak(), bias=None, places=None, read=None
+            keys, values = layer.backing.row(self._row, layer.keys, layer.values)
+            observation = replace(
+                observation,
+                keys=keys[:, start:],
+                values=values[:, start:],
+                repeat_peak=layer.exact_repeat_peak(),
+                bias=None,
+                places=None,
+                read=None,
             )
         weight = self._projections[index]
         if weight is not None:
-            heads, group, size = seen.heads, seen.queries.shape[1], seen.values.shape[2]
-            seen = replace(seen, projection=weight.view(-1, heads, group, size).permute(1, 2, 3, 0))
+            group, size = observation.queries.shape[1], observation.values.shape[2]
+            projection = weight.view(-1, observation.heads, group, size).permute(1, 2, 3, 0)
+            observation = replace(observation, projection=projection)
         if not self._keep and not self._tail:
-            return seen
-        places = seen.positions
-        stay = places >= seen.tokens - self._tail
+            return observation
+        positions = observation.positions
+        stay = positions >= observation.tokens - self._tail
         for first, last in self._keep:
-            stay = stay | ((places >= first) & (places < last))
-        return replace(seen, keep=stay & seen.present)
+            stay = stay | ((positions >= first) & (positions < last))
+        return replace(observation, keep=stay & observation.present)

@@ -1,4 +1,4 @@
-"""Policy: a recipe's budget, method and storage, looked up and resolved: what a cache's next compression goes by."""
+"""Policy: what a cache's next compression goes by: a recipe's budget, method and storage, read and looked up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Policy:
-    """budgets: one for all rows of a batch, or one for each. spans: tokens (first, last + 1) that stay in every head."""
+    """What the next compression goes by.
+
+    Attributes:
+        budgets: One for all rows of a batch, or one for each.
+        method: Looked up in the table.
+        slot_dtype: How the user wants slots stored; see `stored_as`.
+        spans: Tokens (first, last + 1) that keep a slot in every head.
+    """
 
     budgets: tuple[Budget, ...]
     method: Method
@@ -26,7 +33,7 @@ class Policy:
 
     @staticmethod
     def of(budget: BudgetLike | Sequence[BudgetLike], method: str | Method, slot_dtype: str) -> Policy:
-        """Raises BudgetError, MethodError, InputError for what cannot be read."""
+        """From what a user gave. Raises BudgetError, MethodError, InputError for what cannot be read."""
         return Policy(Budget.parse_all(budget), methods.get(method), slot_dtype_of(slot_dtype))
 
     def changed(
@@ -36,7 +43,7 @@ class Policy:
         slot_dtype: str | None = None,
         spans: Sequence[tuple[int, int]] = (),
     ) -> Policy:
-        """With what is given in its place, and more spans. Raises as `of` does."""
+        """The policy with the given settings in place of its own, and with more spans. Raises as `of` does."""
         return replace(
             self,
             budgets=self.budgets if budget is None else Budget.parse_all(budget),
@@ -56,14 +63,16 @@ class Policy:
         return ", ".join(map(str, self.budgets))
 
     def rows(self, which: Sequence[int]) -> Policy:
-        """That of the given rows, in that order."""
+        """The policy of the given rows, in that order."""
         return replace(self, budgets=tuple(self.budgets[row] for row in which)) if len(self.budgets) > 1 else self
 
     def total_slots(self, row: int, tokens: int, layers: Sequence[KeepLayer]) -> int:
         """The budget of one row of `tokens` tokens, in slots over all layers and heads. Raises BudgetError."""
-        heads, layer = sum(layer.heads for layer in layers), layers[0]
+        heads = sum(layer.heads for layer in layers)
         if self.method.keeps_all:
             return tokens * heads
         budget = self.budgets[row if len(self.budgets) > 1 else 0]
-        shared = budget.kind == "bytes" and len(self.budgets) == 1  # bytes are for the whole cache, rows share them
-        return budget.total_slots(tokens, heads, layer.slot_bytes(self.stored_as) * (len(layer.keys) if shared else 1))
+        slot_bytes = layers[0].slot_bytes(self.stored_as)
+        if budget.kind == "bytes" and len(self.budgets) == 1:  # they are for the whole cache: the rows share them
+            slot_bytes *= len(layers[0].keys)
+        return budget.total_slots(tokens, heads, slot_bytes)

@@ -1,4 +1,4 @@
-"""What a cache holds: tokens, slots, votes, and bytes as they are really stored."""
+"""Report: what a cache holds: tokens, slots, votes, errors, and bytes as they are really stored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from keepkv import render
 from keepkv.merge.merged import Merged
 from keepkv.slots.slots import BESIDE
 
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """One compressed KV head.
+    """What a compression made of one KV head. Shares are between 0 and 1, and 0 for methods that hold no queries out.
 
-    error: the share of its output that is lost on held-out queries and, if the text was repeated, on recall queries;
-    mass_error: the rms error of its slots' mass on held-out queries; evict_error: error, had it been evicted; all 0 where
-    nothing is held out. max_vote: the largest number of tokens' mass that one slot stands for. fallbacks: see `Report`.
+    Attributes:
+        slots: How many slots it has.
+        error: The share of its output that is lost on held-out queries and, if the text was repeated, on the repetition's.
+        mass_error: The rms error of its slots' attention mass on held-out queries.
+        evict_error: What `error` would be if the same slots had been kept without votes and fitted values (eviction).
+        fallbacks: How often it fell back to a simpler rule, see `Report`.
+        max_vote: The largest number of tokens' attention mass that one slot stands for.
     """
 
     slots: int
@@ -33,35 +38,53 @@ class Head:
     max_vote: float
 
     @staticmethod
-    def of(merged: Merged, exact: int = 0) -> Head:
-        """exact: how many of the newest entries are not slots but stay in the tail."""
-        slots = len(merged.bias) - exact
-        vote = float(merged.bias.max().exp()) if slots else 0.0
-        return Head(slots, merged.error, merged.mass_error, merged.evict_error, merged.fallbacks, vote)
+    def of(merged: Merged, tail: int = 0) -> Head:
+        """From what a merge returned; its newest `tail` entries are not slots: they stay exact, in the tail."""
+        slots = len(merged.bias) - tail
+        max_vote = float(merged.bias.max().exp()) if slots else 0.0
+        return Head(slots, merged.error, merged.mass_error, merged.evict_error, merged.fallbacks, max_vote)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What was kept of the prompt, and what the cache holds now.
+    """What was kept of a text, and what the cache holds now. `print(report)` shows it, and a notebook draws it.
 
-    tokens: read per batch row, without padding, when it was last compressed. heads[row][layer][head]: what the compression
-    made of each; empty if nothing was compressed. slots: their mean. tail: tokens that are held exactly beside the slots.
-    max_vote: the largest number of tokens' mass that one slot stands for. kv_bytes: bytes of the storages held;
-    kv_bytes_full: of a cache of all tokens seen.
-    watch_bytes: of the queries remembered for the next compression; backing_bytes: of the exact history outside the device;
-    neither is part of kv_bytes. compress_seconds: of all `compressions` together; longest_pause: of the slowest;
-    repeat_seconds: of repeating the text.
-    fallbacks: heads where the fit lost to eviction on held-out queries, or keys where ZIP was near its pole. error:
-    the mean over heads of the output error on held-out queries (a share), 0 for methods that hold nothing out.
-    note: why nothing was compressed, if so. backend: what attends to the slots, and why not the device's fast backend, if so.
-    slot_dtype: how the slots' keys and values are stored, "float", "int8" or "int4".
+    Attributes:
+        method: The method's name.
+        budget: The budget in words.
+        tokens: Tokens read per batch row, without padding, when the cache was last compressed.
+        heads: heads[row][layer][head], what the compression made of each; empty if nothing was compressed.
+        slots_per_head: Slots per KV head, a mean over rows, layers and heads; 0 if nothing was compressed.
+        tail: Tokens that are held exactly beside the slots.
+        max_vote: The largest number of tokens' attention mass that one slot stands for.
+        fallbacks: Heads where the fit lost to eviction on held-out queries, or keys where ZIP merging was near its pole.
+        error: The share of a head's output that is lost on held-out queries, a mean over heads; 0 for methods that hold
+            no queries out.
+        kv_bytes: Bytes of the storages that hold slots and tail.
+        kv_bytes_full: Bytes that an uncompressed cache of all tokens read would take.
+        watch_bytes: Bytes of the queries remembered for the next compression; not part of kv_bytes.
+        backing_bytes: Bytes of the exact keys and values kept outside the device; not part of kv_bytes.
+        compress_seconds: Of all compressions together.
+        repeat_seconds: Of repeating the text before it was compressed.
+        longest_pause: Seconds of the slowest compression.
+        compressions: How many there were; a live cache is compressed again and again.
+        note: Why nothing was compressed, if so.
+        backend: What attends to the slots, and why not the device's fast backend, if so.
+        slot_dtype: How the slots' keys and values are stored: "float", "int8" or "int4".
+
+    Example:
+        >>> print(Report("keepkv", "10%", tokens=(1000,), kv_bytes=200_000, kv_bytes_full=2_000_000))
+        method  keepkv
+        budget  10%
+        tokens  1,000
+        bytes   200.0 kB instead of 2.0 MB
     """
 
     method: str
     budget: str
     tokens: tuple[int, ...]
-    heads: tuple[tuple[tuple[Head, ...], ...], ...] = field(default=(), repr=False)
-    slots: float = field(init=False)
+    heads: tuple[tuple[tuple[Head, ...], ...], ...] = ()
+    slots_per_head: float = field(init=False)
     tail: int = 0
     max_vote: float = field(init=False)
     fallbacks: int = field(init=False)
@@ -79,13 +102,17 @@ class Report:
     slot_dtype: str = "float"
 
     def __post_init__(self) -> None:
-        heads = [head for row in self.heads for layer in row for head in layer]
+        heads = self._all_heads
         vars(self).update(
-            slots=fmean(head.slots for head in heads) if heads else 0.0,
+            slots_per_head=fmean(head.slots for head in heads) if heads else 0.0,
             max_vote=max((head.max_vote for head in heads), default=1.0),
             fallbacks=sum(head.fallbacks for head in heads),
             error=fmean(head.error for head in heads) if heads else 0.0,
         )
+
+    @property
+    def _all_heads(self) -> list[Head]:
+        return [head for row in self.heads for layer in row for head in layer]
 
     @property
     def kept(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -103,19 +130,77 @@ class Report:
         return self.kv_bytes_full / max(1, self.kv_bytes)
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, for JSON."""
         return asdict(self)
 
+    def lines(self) -> dict[str, str]:
+        """What there is to say, name by name: the lines of `print(report)`."""
+        heads = self._all_heads
+        lines = {
+            "method": self.method,
+            "budget": self.budget,
+            "tokens": ", ".join(f"{count:,}" for count in self.tokens) or "none",
+        }
+        if heads:
+            counts = [head.slots for head in heads]
+            spread = f" ({min(counts):,} to {max(counts):,})" if min(counts) < max(counts) else ""
+            stored = "" if self.slot_dtype == "float" else f", stored as {self.slot_dtype}"
+            lines["slots per head"] = f"{self.slots_per_head:,.1f}".removesuffix(".0") + spread + stored
+            if self.tail:
+                lines["tail"] = f"{self.tail:,} tokens held exactly"
+        if self.kv_bytes:
+            lines["bytes"] = f"{render.size(self.kv_bytes)} instead of {render.size(self.kv_bytes_full)}"
+            if heads:
+                lines["bytes"] += f", {self.ratio:.1f} times smaller"
+        if self.error:
+            lines["error"] = f"{self.error:.2%} of a head's output is lost on held-out queries"
+        if heads:
+            lines["largest vote"] = f"{self.max_vote:,.1f} tokens"
+        if self.fallbacks:
+            fallen = sum(head.fallbacks > 0 for head in heads)
+            lines["fallbacks"] = f"{self.fallbacks:,}, in {fallen:,} of {len(heads):,} heads"
+        if self.repeat_seconds:
+            lines["repeating"] = f"{self.repeat_seconds:.1f} s"
+        if self.compressions:
+            several = f" in {self.compressions:,} compressions, at most {self.longest_pause:.1f} s each"
+            lines["compressing"] = f"{self.compress_seconds:.1f} s" + (several if self.compressions > 1 else "")
+        if self.watch_bytes:
+            lines["queries"] = f"{render.size(self.watch_bytes)} for the next compression"
+        if self.backing_bytes:
+            lines["backing"] = f"{render.size(self.backing_bytes)} of exact keys and values outside the device"
+        if self.backend:
+            lines["backend"] = self.backend
+        if self.note:
+            lines["note"] = self.note
+        return lines
 
-def weighed(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor]) -> Report:
+    def __str__(self) -> str:
+        return render.text_table(self.lines())
+
+    def __repr__(self) -> str:
+        fields = ("method", "budget", "tokens", "slots_per_head", "tail", "kv_bytes", "kv_bytes_full", "slot_dtype", "note")
+        shown = ((name, getattr(self, name)) for name in fields)
+        return f"Report({', '.join(f'{name}={value!r}' for name, value in shown if value != '')})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the lines as a table, and the first row's slots per layer and head as a figure."""
+        return render.html_table(self.lines(), self.figure())
+
+    def figure(self) -> str:
+        """The first row's slots per layer and head as an SVG image; nothing if nothing was compressed."""
+        return render.slots_figure(self.kept[0]) if self.heads else ""
+
+
+def with_bytes_held(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor]) -> Report:
     """The report with what the layers, and the tensors of other layers, hold at this moment."""
     ours = [x for layer in layers for x in (layer.keys, layer.values, *(layer.slots.tensors if layer.slots else ()))]
-    width = sum((layer.slot_bytes() - BESIDE) * layer.heads for layer in layers) * len(layers[0].keys)
+    token_bytes = sum((layer.slot_bytes() - BESIDE) * layer.heads for layer in layers) * len(layers[0].keys)
     return replace(
         report,
         tail=layers[0].tail,
         backend=", ".join(dict.fromkeys(str(layer.backend) for layer in layers if layer.slots)),
         kv_bytes=held_bytes([*ours, *others]),
-        kv_bytes_full=layers[0].seen * width + held_bytes(others),
+        kv_bytes_full=layers[0].seen * token_bytes + held_bytes(others),
         watch_bytes=held_bytes(x for layer in layers if layer.watch for x in layer.watch.tensors),
         backing_bytes=sum(layer.backing.bytes for layer in layers if layer.backing),
     )

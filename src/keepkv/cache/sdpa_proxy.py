@@ -1,9 +1,16 @@
-"""Proxies: tensors without content that an attention module carries from the cache to the attention call.
+"""SDPA proxies: how a cache sees a model's queries without changing the model.
 
-A proxy has the shape, dtype and device of all keys (or values) of a layer, as if nothing had been compressed, and
-takes no memory. When PyTorch is asked for scaled dot product attention over it, PyTorch's override protocol
-(`__torch_function__`) calls the function it carries instead. So the cache sees the queries, and the model's own
-attention code runs unchanged: no hook, no patch, no registration.
+transformers calls `cache.update(keys, values)` in every attention module and hands what comes back to PyTorch's
+`scaled_dot_product_attention`, together with the queries. A cache is never shown the queries. A compressed cache needs them
+twice: to attend to slots, whose votes are a bias in the logits, and to observe what the model looks for.
+
+So `update` returns two proxies in place of keys and values. A proxy has the shape, dtype and device that keys (or values) of
+all tokens would have, and takes no memory. When the attention module asks PyTorch for scaled dot product attention over it,
+PyTorch's override protocol (`__torch_function__`) calls the function that the proxy carries, with the queries. No hook, no
+patch and no registration is needed, and the model's own code runs as it is.
+
+What a proxy does not stand for is refused with an error: eager attention and the like, which compute with keys themselves, and
+torch.compile.
 """
 
 from __future__ import annotations
@@ -22,20 +29,21 @@ _RESHAPES = (Tensor.expand, Tensor.reshape, Tensor.__getitem__)  # what transfor
 
 
 class SdpaProxy(Tensor):
-    """See the module's text. attend(query, key, value, ...) takes what scaled_dot_product_attention takes."""
+    """Stands for a layer's keys or values. `attend` takes what scaled_dot_product_attention takes, and is called instead."""
 
     attend: Attend
 
     @staticmethod
     def of(like: Tensor, tokens: int, attend: Attend) -> SdpaProxy:
-        """A proxy for [B, H, tokens, d] where `like` is [B, H, any, d]."""
+        """A proxy of shape [B, H, tokens, d] where `like` is [B, H, n, d]: one number, expanded."""
         batch, heads, _, size = like.shape
-        return _carry(like.detach().new_empty(1).expand(batch, heads, tokens, size), attend)
+        return _proxy(like.detach().new_empty(1).expand(batch, heads, tokens, size), attend)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Called by PyTorch for every operation on a proxy."""
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             raise ModelError(
@@ -50,14 +58,14 @@ class SdpaProxy(Tensor):
         if not isinstance(result, Tensor):
             return result  # shape, dtype, device and the like
         if func in _RESHAPES:
-            return _carry(result, args[0].attend)
+            return _proxy(result, args[0].attend)
         raise ModelError(
             f"a KeepCache works with transformers' `sdpa` attention, but the model's attention calls "
             f"{getattr(func, '__name__', func)} on the keys: model.set_attn_implementation('sdpa')"
         )
 
 
-def _carry(tensor: Tensor, attend: Attend) -> SdpaProxy:
-    stand = tensor.as_subclass(SdpaProxy)
-    stand.attend = attend
-    return stand
+def _proxy(tensor: Tensor, attend: Attend) -> SdpaProxy:
+    proxy = tensor.as_subclass(SdpaProxy)
+    proxy.attend = attend
+    return proxy

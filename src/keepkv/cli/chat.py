@@ -92,7 +92,8 @@ class Chat:
         seen = self.talk.cache.get_seq_length()
         out.print(f"{seen:,} tokens said and heard in {len(self.talk.turns)} turns")
         out.print(
-            f"held: {report.slots or 0:,.0f} slots per KV head of {report.tokens[0]:,} tokens, and {report.tail:,} as they are"
+            f"held: {report.slots_per_head:,.0f} slots per KV head of {report.tokens[0]:,} tokens, "
+            f"and {report.tail:,} as they are"
         )
         out.print(f"cache {size(report.kv_bytes)}, the full cache would be {size(report.kv_bytes_full)}: {report.ratio:.1f}x")
         out.print(f"beside it {size(report.watch_bytes)} of queries for the next compression")

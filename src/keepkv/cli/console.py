@@ -17,13 +17,13 @@ from keepkv.eval.fidelity import Fidelity
 from keepkv.inspection.anatomy import Anatomy
 from keepkv.methods import METHODS
 from keepkv.render import size
-from keepkv.text.ask import Asked
+from keepkv.text.ask import AskResult
 
 if TYPE_CHECKING:
     from keepkv.documents.store import Entry
 
 
-def show_asked(results: Sequence[Asked]) -> None:
+def show_asked(results: Sequence[AskResult]) -> None:
     """Answers side by side, then what each cache took."""
     several = len(results) > 1
     answers = Table(show_header=several, box=None, pad_edge=False, padding=(0, 2, 1, 0), expand=several)
@@ -42,7 +42,10 @@ def show_asked(results: Sequence[Asked]) -> None:
     facts.add_row("tokens read", *(f"{facts_of['tokens']:,}" for facts_of, _ in lines))
     facts.add_row(
         "slots per KV head",
-        *(f"{f['slots']:,.0f}{'' if report.slot_dtype == 'float' else f' ({report.slot_dtype})'}" for f, report in lines),
+        *(
+            f"{f['slots_per_head']:,.0f}{'' if report.slot_dtype == 'float' else f' ({report.slot_dtype})'}"
+            for f, report in lines
+        ),
     )
     facts.add_row("cache, full", *(size(report.kv_bytes_full) for _, report in lines))
     facts.add_row("cache, kept", *(size(report.kv_bytes) for _, report in lines))
@@ -58,7 +61,7 @@ def show_asked(results: Sequence[Asked]) -> None:
             err.print(f"{result.method}: {result.report.note}")
 
 
-def show_verdict(ours: Asked, full: Asked) -> None:
+def show_verdict(ours: AskResult, full: AskResult) -> None:
     """Two lines: how many times smaller, how alike."""
     same = sum(a.answer == b.answer for a, b in zip(ours.answers, full.answers, strict=True))
     _say_smaller(ours.report)
@@ -78,7 +81,7 @@ def _say_smaller(report: Report) -> None:
 def show_anatomy(anatomy: Anatomy) -> None:
     """One line per layer: slots per head, errors, largest vote; then the totals."""
     report, layers, judged = anatomy.report, anatomy.layers, anatomy.judged
-    most = max(sum(head.made.slots for head in layer) for layer in layers)
+    most = max(sum(head.result.slots for head in layer) for layer in layers)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("layer", justify="right")
     table.add_column("slots per head", no_wrap=True)
@@ -86,7 +89,7 @@ def show_anatomy(anatomy: Anatomy) -> None:
     for name in ("error", "evicted", "largest vote", "fell back"):
         table.add_column(name, justify="right")
     for layer in layers:
-        made = [head.made for head in layer]
+        made = [head.result for head in layer]
         slots = [head.slots for head in made]
         shown = " ".join(f"{count:>5,}" for count in slots) if len(slots) <= 4 else f"{min(slots):,} to {max(slots):,}"
         lost = [f"{fmean(errors):.2%}" for errors in ([head.error for head in made], [head.evict_error for head in made])]

@@ -88,9 +88,9 @@ def listed(text: str, option: str, check: Callable[[str], object]) -> list[str]:
 
 def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
     """Says on standard error when a model is asked for more tokens than it was trained for."""
-    from keepkv.models.families import too_long
+    from keepkv.models.families import length_warning
 
-    if warning := too_long(model, tokens):
+    if warning := length_warning(model, tokens):
         err.print(f"[yellow]warning:[/yellow] {warning}")
 
 

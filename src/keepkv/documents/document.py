@@ -1,10 +1,11 @@
-"""Documents: a text that was read and compressed once, as a value, as a file, and answering."""
+"""Document: a text that was read and compressed once: compiled, saved as a .keep file, loaded, and asked."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,41 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import __version__, methods
 from keepkv.cache import KeepCache
-from keepkv.documents import format, identity
+from keepkv.documents import identity
+from keepkv.documents.format import FORMAT, Contents, write
 from keepkv.documents.packing import pack, unpack
 from keepkv.errors import InputError
 from keepkv.models import families
 from keepkv.recipe import Recipe
-from keepkv.text.ask import Asked, greedy
-from keepkv.text.prompt import Prompt, asked
+from keepkv.text.ask import AskResult, greedy
+from keepkv.text.prompt import Prompt, question_ids
 from keepkv.text.reading import REPEAT, Phase, read, read_in_chunks, silent
 
-Exact = Callable[[int], tuple[Tensor, Tensor]]
+ExactLayers = Callable[[int], tuple[Tensor, Tensor]]  # of a layer's index: keys and values [1, H, T, d] of all tokens
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text's cache and what is needed to ask it.
+    """A text's compact cache and what is needed to ask it questions.
 
-    ids [1, T]: what was read, or None where a file leaves it out; lead: how many of them the chat template puts before the
-    text; before, after: what stands around a question; source: where the text came from; model: the name it was loaded by.
-    exact(i): keys and values [1, H, T, d] of all tokens in the i-th layer, as they were read; None where they were not kept.
+    Attributes:
+        cache: Has read the text.
+        ids: Token ids [1, T] of what was read, or None where a file leaves them out.
+        lead: How many of them the chat template puts before the text.
+        before, after: What stands around a question.
+        recipe: How the text was compiled.
+        source: Where the text came from.
+        model: The name by which the model was loaded.
+        reading_seconds: Of reading the text.
+        exact: exact(i) is keys and values [1, H, T, d] of all tokens in layer i, as they were read; None where they were not
+            kept (`Recipe.exact`).
+
+    Example:
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> tokenizer.decode(document.question(tokenizer, "When?")[0])
+        '\\nWhen?<|im_end|>\\n<|im_start|>assistant\\n'
     """
 
     cache: KeepCache
@@ -44,53 +61,96 @@ class Document:
     source: str = ""
     model: str = ""
     reading_seconds: float = 0.0
-    exact: Exact | None = None
+    exact: ExactLayers | None = None
 
     @property
     def tokens(self) -> int:
+        """Tokens read."""
         return self.cache.get_seq_length()
 
     def question(self, tokenizer: PreTrainedTokenizerBase, question: str) -> Tensor:
-        """Token ids [1, n] of a question, as it stands after the text."""
+        """Token ids [1, n] of a question, as it stands after the text.
+
+        Raises:
+            InputError: for an empty question.
+        """
         if not question.strip():
             raise InputError("one of the questions is empty: write each in quotes, one after the other")
-        return asked(tokenizer, question, self.before, self.after)
+        return question_ids(tokenizer, question, self.before, self.after)
 
 
 def key_of(recipe: Recipe, ids: Tensor, model: Mapping[str, Any]) -> str:
     """A digest of recipe, model identity and token ids: the same for the same cache, and only then."""
-    told = [format.FORMAT, recipe.to_dict(), dict(model), ids.flatten().tolist()]
-    return identity.digest(json.dumps(told, sort_keys=True).encode())
+    fields = [FORMAT, recipe.to_dict(), dict(model), ids.flatten().tolist()]
+    return identity.digest(json.dumps(fields, sort_keys=True).encode())
 
 
 def shortened(document: Document, tokens: int) -> Document:
-    """The document's first tokens: its exact tail must hold all others."""
+    """The document's first `tokens` tokens. Raises KeepKVError unless its exact tail holds all others."""
+    if tokens >= document.tokens:
+        return replace(document, cache=document.cache.fork())
     cache = document.cache.fork()
-    if tokens < document.tokens:
-        cache.crop(tokens - document.tokens)
-    return replace(document, cache=cache, ids=None if document.ids is None else document.ids[:, :tokens])
+    cache.crop(tokens - document.tokens)
+    ids = None if document.ids is None else document.ids[:, :tokens]
+    exact = None if document.exact is None else partial(_first_tokens, document.exact, tokens)
+    return replace(document, cache=cache, ids=ids, exact=exact)
 
 
 def facts(document: Document) -> dict[str, Any]:
-    """What a user wants to know of a compilation, for JSON."""
+    """What a user wants to know of a compiled document, for JSON."""
     report = document.cache.report()
     return {
-        "source": document.source, "tokens": document.tokens, "method": report.method, "budget": report.budget,
-        "slot_dtype": report.slot_dtype, "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full,
-        "reading_seconds": document.reading_seconds, "repeat_seconds": report.repeat_seconds,
-        "compress_seconds": report.compress_seconds, "note": report.note,
-    }  # fmt: skip
+        "source": document.source,
+        "tokens": document.tokens,
+        "method": report.method,
+        "budget": report.budget,
+        "slot_dtype": report.slot_dtype,
+        "kv_bytes": report.kv_bytes,
+        "kv_bytes_full": report.kv_bytes_full,
+        "reading_seconds": document.reading_seconds,
+        "repeat_seconds": report.repeat_seconds,
+        "compress_seconds": report.compress_seconds,
+        "note": report.note,
+    }
 
 
 @torch.inference_mode()
 def compile_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, recipe: Recipe | None = None, source: str = "",
-    name: str = "", phase: Phase = silent,
-) -> Document:  # fmt: skip
-    """Reads a text, compresses it as the recipe says, and returns the document. Raises BudgetError, MethodError, InputError."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    recipe: Recipe | None = None,
+    source: str = "",
+    name: str = "",
+    phase: Phase = silent,
+) -> Document:
+    """Reads a text once and compresses it: a document that can be asked at any time, and saved.
+
+    Args:
+        model: Any supported model.
+        tokenizer: Its tokenizer.
+        text: The text.
+        recipe: How it is compressed; by default as `Recipe` has it.
+        source: Where the text comes from, to be remembered.
+        name: The name by which the model was loaded, to be remembered.
+        phase: phase(title) starts a phase and returns what is called with its progress.
+
+    Raises:
+        BudgetError, MethodError, InputError: for a recipe that this text cannot be compressed with.
+
+    Example:
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> text = "The ship Aurora left Bergen in May, with a crew of twelve and a cargo of salt. " * 3
+        >>> document = compile_text(model, tokenizer, text, Recipe("50%", "snapkv"))
+        >>> document.tokens, document.cache.report().slots_per_head
+        (85, 42.5)
+    """
     prompt = Prompt(tokenizer, text)
     recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
-    ids, spans, method = prompt.text.to(model.device), prompt.spans(*recipe.keep), methods.get(recipe.method)
+    ids = prompt.text.to(model.device)
+    spans = prompt.spans(*recipe.keep)
+    method = methods.get(recipe.method)
     lead = prompt.question(REPEAT).to(model.device)
     if recipe.exact and (recipe.chunk or any(kind is not None for kind in families.layer_kinds(model))):
         raise InputError(
@@ -105,23 +165,57 @@ def compile_text(
         cache = reading.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
         if recipe.exact:
             exact = [(layer.keys, layer.values) for layer in reading.cache.keep_layers].__getitem__
-    return Document(cache, ids, prompt.lead, prompt.before, prompt.after, recipe, source, name, reading.seconds, exact)
+    return Document(
+        cache=cache,
+        ids=ids,
+        lead=prompt.lead,
+        before=prompt.before,
+        after=prompt.after,
+        recipe=recipe,
+        source=source,
+        model=name,
+        reading_seconds=reading.seconds,
+        exact=exact,
+    )
 
 
 def save(
-    document: Document, file: Path | str, model: PreTrainedModel | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | str,
+    document: Document,
+    file: Path | str,
+    model: PreTrainedModel | Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | str,
     with_ids: bool = True,
-) -> None:  # fmt: skip
-    """Writes a .keep file, whole or not at all. with_ids=False leaves the token ids, and so the text, out.
+) -> None:
+    """Writes a document to a .keep file, whole or not at all.
 
-    model and tokenizer, or their identities where they are known. Raises InputError.
+    Args:
+        document: What to save. It must hold one text, without padding.
+        file: Where to.
+        model: The model, or its identity (`identity.of_model`) if that is there already.
+        tokenizer: The tokenizer, or its identity (`identity.of_tokenizer`).
+        with_ids: False leaves the token ids out, and so the text. The file can be asked, but it cannot be repaired when it is
+            joined, or found in a store.
+
+    Raises:
+        InputError: if the file cannot be written, or the cache cannot be saved.
+
+    Example:
+        >>> import tempfile
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> file = Path(tempfile.mkdtemp()) / "aurora.keep"
+        >>> save(document, file, model, tokenizer)
+        >>> load(file, model, tokenizer).recipe
+        Recipe(budget='50%', method='snapkv', chunk=0)
     """
     header, tensors = pack(document.cache)
     header["keepkv"] = __version__
-    header["model"] = {**_identity(model), "name": document.model}
-    header["tokenizer"] = tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
+    header["model"] = {**_model_id(model), "name": document.model}
+    header["tokenizer"] = _tokenizer_id(tokenizer)
     header["template"] = {"lead": document.lead, "before": document.before, "after": document.after}
-    header["recipe"], header["source"] = document.recipe.to_dict(), document.source
+    header["recipe"] = replace(document.recipe, exact=document.recipe.exact and document.exact is not None).to_dict()
+    header["source"] = document.source
     header["reading_seconds"] = document.reading_seconds
     if with_ids and document.ids is not None:
         tensors["ids"] = document.ids.to(torch.int32)
@@ -130,27 +224,49 @@ def save(
             raise InputError("its exact keys and values are not those of all its tokens: replace(document, exact=None)")
         for index in range(len(document.cache.layers)):
             tensors[f"exact.{index}.keys"], tensors[f"exact.{index}.values"] = document.exact(index)
-    format.write(Path(file), header, tensors)
+    write(Path(file), header, tensors)
 
 
 def load(
-    file: Path | str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, known: Mapping[str, Any] | None = None
-) -> Document:  # fmt: skip
-    """The document of a .keep file, mapped into memory; known: the model's identity where it is known already.
+    file: Path | str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | str,
+    model_id: Mapping[str, Any] | None = None,
+) -> Document:
+    """The document of a .keep file, mapped into memory. Its cache is not live: what it reads from now on stays exact.
 
-    Raises InputError for a file that is damaged, altered, of another model or tokenizer, or of a newer keepkv.
+    Args:
+        file: The file.
+        model: The model that it was compiled with.
+        tokenizer: Its tokenizer, or the tokenizer's identity (`identity.of_tokenizer`).
+        model_id: The model's identity (`identity.of_model`) if that is there already; it costs a pass over the weights.
+
+    Raises:
+        InputError: for a file that is damaged, altered, of another model or tokenizer, or of a newer keepkv.
+
+    Example:
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> load("nowhere.keep", model, tokenizer)
+        Traceback (most recent call last):
+        keepkv.errors.InputError: 'nowhere.keep' cannot be read (No such file or directory)
     """
-    contents = format.Contents(Path(file))
+    contents = Contents(Path(file))
     header = contents.header
     try:
-        identity.check(str(file), header["model"], known or identity.of_model(model))
-        cut = tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
-        if header["tokenizer"] != cut:
+        identity.check(str(file), header["model"], model_id or identity.of_model(model))
+        if header["tokenizer"] != _tokenizer_id(tokenizer):
             raise InputError(f"{str(file)!r} was compiled with another tokenizer or chat template: compile the document again")
-        recipe, place = Recipe.from_dict(header["recipe"]), header["template"]
-        lead, before, after = int(place["lead"]), str(place.get("before", "")), str(place["after"])
-        source, name = str(header["source"]), header["model"]["name"]
-        seconds = float(header["reading_seconds"])
+        template = header["template"]
+        fields: dict[str, Any] = {
+            "lead": int(template["lead"]),
+            "before": str(template.get("before", "")),
+            "after": str(template["after"]),
+            "recipe": Recipe.from_dict(header["recipe"]),
+            "source": str(header["source"]),
+            "model": header["model"]["name"],
+            "reading_seconds": float(header["reading_seconds"]),
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise contents.broken("its header does not describe a document") from error
     cache = unpack(contents, model, model.device)
@@ -159,40 +275,87 @@ def load(
         ids = contents.take("ids", 1, cache.get_seq_length(), dtype=torch.int32).long().to(model.device)
         if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.get_text_config(decoder=True).vocab_size:
             raise contents.broken("its tokens are not the model's")
-    exact = _Exact(contents, cache.get_seq_length(), model) if "exact.0.keys" in contents else None
-    return Document(cache, ids, lead, before, after, recipe, source, name, seconds, exact)
+    exact = _ExactInFile(contents, cache.get_seq_length(), model) if "exact.0.keys" in contents else None
+    return Document(cache, ids, exact=exact, **fields)
 
 
 @torch.inference_mode()
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: Document, questions: Sequence[str],
-    max_new_tokens: int = 64, loading_seconds: float = 0.0, phase: Phase = silent,
-) -> Asked:  # fmt: skip
-    """Answers questions about a document, each from its cache as it was compiled. Raises InputError for an empty question."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: Document,
+    questions: Sequence[str],
+    max_new_tokens: int = 64,
+    loading_seconds: float = 0.0,
+    phase: Phase = silent,
+) -> AskResult:
+    """Answers questions about a document, each from its cache as it was compiled.
+
+    Args:
+        model: The model that it was compiled with.
+        tokenizer: Its tokenizer.
+        document: What is asked about; its cache stays as it is.
+        questions: Each is asked on its own.
+        max_new_tokens: Of each answer, at most.
+        loading_seconds: To be reported as the time that loading took.
+        phase: Told what is under way.
+
+    Raises:
+        InputError: for an empty question.
+
+    Example:
+        >>> from keepkv.models import loading
+        >>> model, tokenizer = loading.load("smollm2")
+        >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> result = answer(model, tokenizer, document, ["Which ship?", "When?"], max_new_tokens=4)
+        >>> [each.question for each in result.answers]
+        ['Which ship?', 'When?']
+    """
     later = [document.question(tokenizer, question).to(model.device) for question in questions]
     ids = document.ids
     if ids is None:  # generate() wants ids for everything that was read, and looks only at their number
         ids = torch.zeros(1, document.tokens, dtype=torch.int64, device=model.device)
-    tell, answers = phase("answering"), []
     report = document.cache.report()
-    for number, (question, asks) in enumerate(zip(questions, later, strict=True)):
-        answers.append(greedy(model, tokenizer, document.cache.fork(), ids, asks, question, max_new_tokens))
-        tell(number + 1, len(questions))
-    return Asked(report.method, report, loading_seconds, 0.0, tuple(answers), bool(report.repeat_seconds), loaded=True)
+    progress = phase("answering")
+    answers = []
+    for question, tokens in zip(questions, later, strict=True):
+        answers.append(greedy(model, tokenizer, document.cache.fork(), ids, tokens, question, max_new_tokens))
+        progress(len(answers), len(questions))
+    return AskResult(
+        method=report.method,
+        report=report,
+        prefill_seconds=loading_seconds,
+        compress_seconds=0.0,
+        answers=tuple(answers),
+        repeated=bool(report.repeat_seconds),
+        loaded=True,
+    )
 
 
-class _Exact:
+class _ExactInFile:
     """Exact keys and values in a file, mapped and checked layer by layer when they are wanted."""
 
-    def __init__(self, contents: format.Contents, tokens: int, model: PreTrainedModel) -> None:
+    def __init__(self, contents: Contents, tokens: int, model: PreTrainedModel) -> None:
         heads, width = families.key_shape(model)
-        self._contents, self._shape = contents, (1, heads, tokens, width)
+        self._contents = contents
+        self._shape = (1, heads, tokens, width)
         self._device = model.device
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        keys, values = (self._contents.take(f"exact.{index}.{part}", *self._shape) for part in ("keys", "values"))
+        keys = self._contents.take(f"exact.{index}.keys", *self._shape)
+        values = self._contents.take(f"exact.{index}.values", *self._shape)
         return keys.to(self._device), values.to(self._device)
 
 
-def _identity(model: PreTrainedModel | Mapping[str, Any]) -> Mapping[str, Any]:
+def _first_tokens(exact: ExactLayers, tokens: int, index: int) -> tuple[Tensor, Tensor]:
+    """A layer's exact keys and values, of the first tokens."""
+    keys, values = exact(index)
+    return keys[:, :, :tokens], values[:, :, :tokens]
+
+
+def _tokenizer_id(tokenizer: PreTrainedTokenizerBase | str) -> str:
+    return tokenizer if isinstance(tokenizer, str) else identity.of_tokenizer(tokenizer)
+
+
+def _model_id(model: PreTrainedModel | Mapping[str, Any]) -> Mapping[str, Any]:
     return identity.of_model(model) if isinstance(model, PreTrainedModel) else model

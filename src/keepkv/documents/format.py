@@ -1,18 +1,16 @@
 """The .keep format: one safetensors file whose header says what the tensors are, and proves it.
 
-The metadata of the safetensors header has one entry, "keepkv": JSON with `format`, what the cache knows of itself, a SHA-256 of
-every tensor, and `digest`, a SHA-256 of that JSON without it. So a file is refused before any of it is used if a byte that
-matters was changed, and no code can be in it.
+The metadata of the safetensors header has one entry, "keepkv": JSON with `format` (a number), what the cache knows of itself,
+a SHA-256 of every tensor, and `digest`, a SHA-256 of that JSON without it. So a file is refused before any of it is used if a
+byte that matters was changed, and no code can be in it. Which tensors there are is said in packing.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,34 @@ from torch import Tensor
 
 from keepkv.documents.identity import digest
 from keepkv.errors import InputError
+from keepkv.paths import atomic_file
 
-FORMAT = 4  # 4: names of settings; 3: slots may be quantized; 2: text and question are cut apart; older ones are read
+FORMAT = 4  # older ones are read too. New in 4: names of settings; in 3: quantized slots; in 2: a question's surroundings
 _ALIGNED = 64  # bytes
-_MOST_HEADER = 32 << 20  # bytes; a header is some hundred kilobytes
+_LARGEST_HEADER = 32 << 20  # bytes; a header is some hundred kilobytes
 
 
 class Contents:
-    """A .keep file that was opened: its header, and its tensors, mapped into memory and checked when they are taken."""
+    """An open .keep file: its header, and its tensors, which are mapped into memory and checked when they are taken.
+
+    Attributes:
+        file: The file.
+        header: What the file says of its cache, checked against its digest.
+
+    Raises:
+        InputError: for a file that is missing, damaged, altered, of a newer format, or no .keep file at all.
+    """
 
     def __init__(self, file: Path) -> None:
-        """Raises InputError for a file that is missing, damaged, altered, of a newer format, or no .keep file at all."""
         self.file = file
         try:
             with file.open("rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
                 size = raw.seek(0, os.SEEK_END)
-            if not 2 <= length <= min(_MOST_HEADER, size - 8):
+            if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
                 raise self.broken("its header is cut off or too long")
             self._tensors: Any = safe_open(file, framework="pt", device="cpu")
-            told = (self._tensors.metadata() or {})["keepkv"]
-            header = json.loads(told)
+            header = json.loads((self._tensors.metadata() or {})["keepkv"])
             version = header["format"]
         except OSError as error:
             raise InputError(f"{str(file)!r} cannot be read ({error.strerror or error})") from error
@@ -66,9 +71,15 @@ class Contents:
         return name in self.header["tensors"]
 
     def take(self, name: str, *shape: int | None, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, mapped, or copied where it does not lie as PyTorch's own do: matrix products round by that.
+        """One tensor, mapped; or copied if it is not aligned as PyTorch's own are, since matrix products round by that.
 
-        Raises InputError if it is damaged, missing, or not of that shape (None: any) and dtype.
+        Args:
+            name: The tensor's name.
+            shape: What every dimension must be; None is any size.
+            dtype: What its dtype must be; None is any.
+
+        Raises:
+            InputError: if it is damaged, missing, or of another shape or dtype.
         """
         if name not in self:
             raise self.broken(f"it has no {name}")
@@ -89,48 +100,31 @@ class Contents:
 
 
 def write(file: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a .keep file: whole or not at all, whenever the process or the machine stops. Raises InputError.
+    """Writes a .keep file, whole or not at all, whenever the process or the machine stops.
 
-    A temporary file beside it is written, flushed to the disk (fsync) and renamed; then the folder is flushed.
+    Args:
+        file: Where to.
+        header: Whatever is to be known of the tensors, as JSON can hold it.
+        tensors: By name.
+
+    Raises:
+        InputError: if the file cannot be written.
     """
-    parts = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    told = {**header, "format": FORMAT, "tensors": {name: _tensor_digest(part) for name, part in parts.items()}}
-    told["digest"] = _digest(told)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    signed = {**header, "format": FORMAT, "tensors": {name: _tensor_digest(tensor) for name, tensor in stored.items()}}
+    signed["digest"] = _digest(signed)
     try:
-        with _scratch(file) as scratch:
-            # safetensors refuses tensors that share memory: those that are part of a larger one are copied
-            own = {
-                n: p if p.untyped_storage().nbytes() == p.numel() * p.element_size() else p.clone() for n, p in parts.items()
-            }
-            save_file(own, scratch, {"keepkv": json.dumps(told)})
-            flush(scratch)
-            scratch.replace(file)
-            flush(file.parent)
+        with atomic_file(file) as scratch:
+            save_file({name: _alone(tensor) for name, tensor in stored.items()}, scratch, {"keepkv": json.dumps(signed)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(file)!r} cannot be written ({reason})") from error
 
 
-@contextlib.contextmanager
-def _scratch(file: Path) -> Iterator[Path]:
-    """A name for a temporary file beside `file`, gone afterwards if it still exists."""
-    number, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
-    os.close(number)
-    scratch = Path(name)
-    scratch.unlink()  # save_file makes it anew, with the rights that new files have
-    try:
-        yield scratch
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Asks the system to have a file, or a folder's names, on the disk before going on."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is part of a larger one: safetensors refuses tensors that share memory."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
 
 
 def _digest(header: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Identity: which model and tokenizer a compact cache belongs to. Slots of one model mean nothing to another."""
+"""Identity: which model and tokenizer a compact cache belongs to. The slots of one model mean nothing to another."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv.errors import InputError
 
-_SAMPLE = 64  # eights of a weight's bytes that are hashed as they are, beside the sum of all
+_SAMPLE = 64  # of a weight's 8-byte words that are hashed as they are, beside the sum of all
 
 
 def of_model(model: PreTrainedModel) -> dict[str, Any]:
     """What a model's keys and values depend on: architecture, weights, rotary parameters, precision.
 
-    weights: a digest in which every byte of every weight counts: SHA-256 over names, shapes, dtypes, the sum of all bytes,
-    taken eight at a time as integers modulo 2^64, and a sample of them. It costs one pass over the weights.
+    The digest of the weights is a SHA-256 over names, shapes, dtypes, the sum of all bytes, taken eight at a time as integers
+    modulo 2^64, and a sample of them. So every byte of every weight counts, and it costs one pass over the weights.
+
+    Returns:
+        "type", "architecture", "rope" (a digest), "dtype" and "weights" (a digest): the model's identity, plain values.
     """
     config = model.config.get_text_config(decoder=True)
     rope: Any = getattr(config, "rope_parameters", None)
@@ -34,37 +37,43 @@ def of_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of how a tokenizer cuts text, and of its chat template."""
+    """A digest of how a tokenizer cuts text, and of its chat template: the tokenizer's identity."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:
-        told = json.loads(fast.to_str())
-        told.pop("padding", None), told.pop("truncation", None)  # of the last call, not of the tokenizer
-        rules = json.dumps(told, sort_keys=True)
+        settings = json.loads(fast.to_str())
+        for name in ("padding", "truncation"):  # of the last call, not of the tokenizer
+            settings.pop(name, None)
+        rules = json.dumps(settings, sort_keys=True)
     else:
         rules = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     return digest(json.dumps([rules, tokenizer.chat_template], default=str).encode())
 
 
-def check(file: str, found: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raises InputError, which names the first difference, if a file was made with another model."""
-    told = {
+def check(file: str, stored: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Compares the identity that is stored in a file with a model's.
+
+    Raises:
+        InputError: if they differ; it names the first difference.
+    """
+    differences = {
         "type": "a model of another family",
         "architecture": "a model of another architecture",
         "rope": "a model with other rotary parameters",
         "weights": "a model with other weights",
     }
-    for name, what in told.items():
-        if found.get(name) != model[name]:
-            values = f" ({found.get(name)}, not {model[name]})" if name in ("type", "architecture") else ""
-            raise InputError(f"{file!r} was compiled with {what}{values}: compile the document again, or load that model")
-        if name == "rope" and found.get("dtype") != model["dtype"]:  # before the weights, which differ then too
+    for name, other in differences.items():
+        if stored.get(name) != model[name]:
+            values = f" ({stored.get(name)}, not {model[name]})" if name in ("type", "architecture") else ""
+            raise InputError(f"{file!r} was compiled with {other}{values}: compile the document again, or load that model")
+        if name == "rope" and stored.get("dtype") != model["dtype"]:  # before the weights, which differ then too
             raise InputError(
-                f"{file!r} was compiled in {found.get('dtype')}, and the model is loaded in {model['dtype']}: "
-                f"--dtype {found.get('dtype')}, or compile the document again"
+                f"{file!r} was compiled in {stored.get('dtype')}, and the model is loaded in {model['dtype']}: "
+                f"--dtype {stored.get('dtype')}, or compile the document again"
             )
 
 
 def digest(data: bytes) -> str:
+    """SHA-256, as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -75,9 +84,9 @@ def _weights(model: PreTrainedModel) -> str:
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
         total.update(f"{name} {list(weight.shape)} {weight.dtype} ".encode())
         raw = weight.detach().contiguous().view(-1).view(torch.uint8)
-        whole = len(raw) // 8 * 8
-        sums.append(raw[:whole].view(torch.int64).sum())
-        some = raw[:whole].view(-1, 8)[:: max(1, whole // 8 // _SAMPLE)]
-        total.update(torch.cat([some.reshape(-1), raw[whole:]]).cpu().numpy().tobytes())
+        words = len(raw) // 8
+        sums.append(raw[: 8 * words].view(torch.int64).sum())
+        sample = raw[: 8 * words].view(-1, 8)[:: max(1, words // _SAMPLE)]
+        total.update(torch.cat([sample.reshape(-1), raw[8 * words :]]).cpu().numpy().tobytes())
     total.update(json.dumps(torch.stack([x.cpu() for x in sums]).tolist()).encode())
     return total.hexdigest()

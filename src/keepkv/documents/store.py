@@ -1,7 +1,8 @@
-"""A store: a folder of .keep files with an SQLite index. The files are the truth; the index can be made from them again.
+"""Store: a folder of .keep files with an SQLite index. The files are the truth; the index can be made from them again.
 
-An entry is written to a temporary file, renamed into place, then indexed: whatever stops in between, what was finished is
-found again (`collect`). A removal deletes the file first and then its line. Who has a file open goes on reading it.
+An entry is written to a temporary file, renamed into place, and then indexed: if the process stops in between, a finished
+file is adopted later (`Store.collect`). A removal deletes the file first, and then its line in the index. A process that has
+a file open can go on reading it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import paths
 from keepkv.budget import Budget
-from keepkv.documents import format, identity
+from keepkv.documents import identity
 from keepkv.documents.document import Document, compile_text, key_of, load, save, shortened
+from keepkv.documents.format import Contents
 from keepkv.errors import InputError
 from keepkv.recipe import Recipe
-from keepkv.text.prompt import Prompt
+from keepkv.text.prompt import Prompt, same_prefix
 from keepkv.text.reading import Phase, silent
 
 _STALE = 3600  # seconds after which a temporary file belongs to nobody
-_PATIENCE = 60.0  # seconds that a process waits for the others' writing
-_BLOCK = 64  # tokens: where prefixes within an exact tail can be found
+_PATIENCE = 60.0  # seconds that a process waits while others write
+_BLOCK = 64  # tokens between the prefixes that are indexed within an exact tail
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, source TEXT, model TEXT, method TEXT, budget TEXT, exact INTEGER,
     tokens INTEGER, bytes INTEGER, created REAL, used REAL);
@@ -43,7 +45,17 @@ CREATE INDEX IF NOT EXISTS lengths ON prefixes (family, length);
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the index. key: the digest of text, model and recipe; bytes: of the file; created, used: seconds since 1970."""
+    """A line of the index.
+
+    Attributes:
+        key: The digest of text, model and recipe.
+        source, model, method, budget: Of the document.
+        exact: Whether it keeps every key and value.
+        tokens: Of its text.
+        bytes: Of its file.
+        created, used: Seconds since 1970.
+        folder: The store's.
+    """
 
     key: str
     source: str
@@ -59,23 +71,40 @@ class Entry:
 
     @property
     def file(self) -> Path:
+        """The document's file."""
         return Path(self.folder) / f"{self.key}{paths.SUFFIX}"
 
     def to_dict(self) -> dict[str, Any]:
-        told = asdict(self)
-        told.pop("folder")
-        return {**told, "file": str(self.file)}
+        """All fields as plain values, for JSON, and the file in place of its folder."""
+        values = asdict(self)
+        values.pop("folder")
+        return {**values, "file": str(self.file)}
 
 
 _COLUMNS = tuple(field.name for field in fields(Entry) if field.name != "folder")
 
 
 class Store:
-    """Entries of one folder. Safe for several processes and threads at once; `close` it, or use it in a with statement."""
+    """Compiled documents in one folder. Safe for several processes and threads at once.
+
+    `close` it, or use it in a with statement.
+
+    Args:
+        folder: Made if it is not there.
+
+    Raises:
+        InputError: if the folder cannot be used.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
+        ...     store.entries()
+        []
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Opens or makes a store. Raises InputError if the folder cannot be used."""
-        self.folder, self._alone = folder, threading.Lock()
+        self.folder = folder
+        self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._index = sqlite3.connect(
@@ -100,6 +129,7 @@ class Store:
         self.close()
 
     def close(self) -> None:
+        """Closes the index. Documents that were loaded stay usable."""
         self._index.close()
 
     def for_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Shelf:
@@ -111,16 +141,20 @@ class Store:
         return self._select("ORDER BY used DESC, key")
 
     def find(self, key: str) -> Entry:
-        """The one entry of that key, beginning of a key, source, or source's name. Raises InputError if none or several."""
-        found = [entry for entry in self.entries() if key in (entry.source, Path(entry.source).name)]
+        """The one entry of a key, of the beginning of a key (4 digits or more), of a source, or of a source's file name.
+
+        Raises:
+            InputError: if there is none, or several.
+        """
+        matches = [entry for entry in self.entries() if key in (entry.source, Path(entry.source).name)]
         if re.fullmatch("[0-9a-f]{4,64}", key):
-            found = self._select("WHERE key LIKE ? || '%'", key) or found
-        if not found:
+            matches = self._select("WHERE key LIKE ? || '%'", key) or matches
+        if not matches:
             raise InputError(f"the store holds no {key!r}: keepkv store list shows what it holds")
-        if len(found) > 1:
-            keys = ", ".join(f"{entry.key[:12]} ({entry.method} {entry.budget})" for entry in found)
+        if len(matches) > 1:
+            keys = ", ".join(f"{entry.key[:12]} ({entry.method} {entry.budget})" for entry in matches)
             raise InputError(f"{key!r} is several entries: give one of the keys {keys}")
-        return found[0]
+        return matches[0]
 
     def remove(self, key: str) -> None:
         """Removes an entry; nothing happens if it is gone already."""
@@ -130,58 +164,76 @@ class Store:
             index.execute("DELETE FROM prefixes WHERE key = ?", (key,))
 
     def collect(self, limit: float | None = None) -> tuple[list[Entry], int]:
-        """Puts the store in order: adopts finished files that nobody indexed, forgets entries without a file, deletes what
-        stopped processes left and, with a limit in bytes, the least recently used. Returns what went, and how many it adopted.
+        """Puts the store in order.
+
+        It adopts finished files that nobody indexed, forgets entries without a file, deletes what stopped processes left and,
+        with a limit, the least recently used entries.
+
+        Args:
+            limit: Bytes that the store may hold; None: any number.
+
+        Returns:
+            The entries that were removed, and how many files were adopted.
         """
-        known = {entry.key: entry for entry in self.entries()}
+        indexed = {entry.key: entry for entry in self.entries()}
         adopted = 0
         for file in self.folder.glob(f"*{paths.SUFFIX}"):
-            if file.stem not in known:
+            if file.stem not in indexed:
                 with suppress(InputError):  # a newer keepkv's, damaged from outside, or gone just now: not ours to delete
                     adopted += self._enter(file)[1]
         for file in self.folder.glob(".*.tmp"):
             with suppress(FileNotFoundError):  # finished just now
                 if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
-        gone = [entry for entry in known.values() if not entry.file.exists()]
+        gone = [entry for entry in indexed.values() if not entry.file.exists()]
         if limit is not None:
-            held = 0
+            total = 0
             for entry in self.entries():
-                held += entry.bytes
-                if held > limit and entry.file.exists():
+                total += entry.bytes
+                if total > limit and entry.file.exists():
                     gone.append(entry)
         for entry in gone:
             self.remove(entry.key)
         return gone, adopted
 
     def _enter(self, file: Path) -> tuple[Entry, bool]:
-        """Indexes a finished file; its entry, and whether it was not indexed yet."""
-        contents = format.Contents(file)
-        header, now = contents.header, time.time()
+        """Indexes a finished file. Returns its entry, and whether it was not indexed before. Raises InputError."""
+        contents = Contents(file)
+        header = contents.header
+        now = time.time()
         try:
-            recipe, key = header["recipe"], file.stem
+            recipe = header["recipe"]
             entry = Entry(
-                key, header["source"], header["model"]["name"], recipe["method"], recipe["budget"], bool(recipe["exact"]),
-                int(header["seen"]), file.stat().st_size, now, now, str(self.folder),
-            )  # fmt: skip
+                key=file.stem,
+                source=header["source"],
+                model=header["model"]["name"],
+                method=recipe["method"],
+                budget=recipe["budget"],
+                exact=bool(recipe["exact"]),
+                tokens=int(header["seen"]),
+                bytes=file.stat().st_size,
+                created=now,
+                used=now,
+                folder=str(self.folder),
+            )
             family = _family(header["model"], header["tokenizer"])
-            ids = contents.take("ids", 1, int(header["seen"]), dtype=torch.int32)[0].tolist()
-            tail = contents.take(f"layer.{_first(header)}.keys", 1, None, None, None).shape[2]
+            ids = contents.take("ids", 1, entry.tokens, dtype=torch.int32)[0].tolist()
+            tail = contents.take(f"layer.{_first_full_attention(header)}.keys", 1, None, None, None).shape[2]
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise contents.broken("its header does not describe an entry of a store") from error
         lengths = [*range(len(ids) - tail, len(ids), _BLOCK), len(ids)]
         with self._writing() as index:
-            told = [getattr(entry, name) for name in _COLUMNS]
-            new = index.execute(f"INSERT OR IGNORE INTO entries VALUES ({','.join('?' * len(told))})", told).rowcount > 0
-            for length, found in zip(lengths, prefix_digests(ids, lengths), strict=True):
+            values = [getattr(entry, name) for name in _COLUMNS]
+            new = index.execute(f"INSERT OR IGNORE INTO entries VALUES ({','.join('?' * len(values))})", values).rowcount > 0
+            for length, digest in zip(lengths, prefix_digests(ids, lengths), strict=True):
                 if length:
-                    index.execute("INSERT OR IGNORE INTO prefixes VALUES (?, ?, ?, ?)", (found, length, family, key))
+                    index.execute("INSERT OR IGNORE INTO prefixes VALUES (?, ?, ?, ?)", (digest, length, family, entry.key))
         return entry, new
 
     def _select(self, rest: str, *values: object) -> list[Entry]:
         rows = self._index.execute(f"SELECT {', '.join(_COLUMNS)} FROM entries {rest}", values).fetchall()
-        told = [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
-        return [Entry(**{**row, "exact": bool(row["exact"])}, folder=str(self.folder)) for row in told]
+        lines = [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
+        return [Entry(**{**line, "exact": bool(line["exact"])}, folder=str(self.folder)) for line in lines]
 
     def _touch(self, key: str) -> None:
         with self._writing() as index:
@@ -189,8 +241,8 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Cursor]:
-        """One transaction, alone: all of it happens or nothing."""
-        with self._alone, closing(self._index.cursor()) as index:
+        """One transaction, by one thread and one process at a time: all of it happens, or nothing."""
+        with self._lock, closing(self._index.cursor()) as index:
             index.execute("BEGIN IMMEDIATE")
             try:
                 yield index
@@ -201,7 +253,15 @@ class Store:
 
 
 class Shelf:
-    """A store as one model sees it. limit: bytes; whenever something is added, the least recently used go beyond that."""
+    """One model's view of a store: it can add documents and load them.
+
+    Args:
+        store: The store.
+        model: The model that compiles and asks.
+        tokenizer: Its tokenizer.
+        name: The name by which the model was loaded.
+        limit: Bytes that the store may hold: whenever a document is added, the least recently used ones go. None: any number.
+    """
 
     def __init__(
         self,
@@ -211,41 +271,60 @@ class Shelf:
         name: str = "",
         limit: float | None = None,
     ) -> None:
-        self.store, self.model, self.tokenizer, self.name, self.limit = store, model, tokenizer, name, limit
-        self.known, self.cut = identity.of_model(model), identity.of_tokenizer(tokenizer)
+        self.store = store
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.limit = limit
+        self.model_id = identity.of_model(model)
+        self.tokenizer_id = identity.of_tokenizer(tokenizer)
 
     def add(self, text: str, recipe: Recipe | None = None, source: str = "", phase: Phase = silent) -> tuple[Entry, bool]:
-        """Compiles a text into the store; the entry, and whether it is new: what is there already is not compiled again."""
+        """Compiles a text into the store, unless it is there already.
+
+        Args:
+            text, recipe, source, phase: As in `compile_text`.
+
+        Returns:
+            The entry, and whether it is new.
+
+        Raises:
+            KeepKVError: as `compile_text` and `save` do.
+        """
         ids = Prompt(self.tokenizer, text).text
         recipe = (recipe or Recipe()).settled(ids.shape[1])
         key = self.key(ids, recipe)
-        found = self.store._select("WHERE key = ?", key)
-        if found and found[0].file.exists():
+        entries = self.store._select("WHERE key = ?", key)
+        if entries and entries[0].file.exists():
             self.store._touch(key)
-            return found[0], False
+            return entries[0], False
         document = compile_text(self.model, self.tokenizer, text, recipe, source, self.name, phase)
         return self.put(document), True
 
     def put(self, document: Document) -> Entry:
-        """Adds a document that was compiled, or went on being read since. Raises InputError without its token ids."""
+        """Adds a document that was compiled, or has read more since.
+
+        Raises:
+            InputError: for a document without its token ids.
+        """
         if document.ids is None:
             raise InputError("the store finds documents by their tokens: this one was saved without (--no-ids)")
         key = self.key(document.ids, document.recipe)
         file = self.store.folder / f"{key}{paths.SUFFIX}"
-        save(document, file, self.known, self.cut)
-        entry, _new = self.store._enter(file)
+        save(document, file, self.model_id, self.tokenizer_id)
+        entry, _ = self.store._enter(file)
         self.store._touch(key)
         if self.limit is not None:
             self.store.collect(self.limit)
         return entry
 
     def get(self, key: str) -> Document | None:
-        """An entry's document, mapped into memory, or None if it is not there, or was removed just now."""
+        """An entry's document, mapped into memory; None if it is not there, or was removed just now."""
         file = self.store.folder / f"{key}{paths.SUFFIX}"
         if not file.exists():
             return None
         try:
-            document = load(file, self.model, self.cut, self.known)
+            document = load(file, self.model, self.tokenizer_id, self.model_id)
         except InputError:
             if file.exists():
                 raise
@@ -254,60 +333,77 @@ class Shelf:
         return document
 
     def ask_for(self, text: str, recipe: Recipe | None = None, source: str = "", phase: Phase = silent) -> Document:
-        """A text's document, out of the store if it is there, compiled into it otherwise."""
+        """A text's document: out of the store if it is there, compiled into it otherwise.
+
+        Args:
+            text, recipe, source, phase: As in `compile_text`.
+
+        Raises:
+            InputError: if the store's limit is too small for one document.
+            KeepKVError: as `compile_text` and `save` do.
+        """
         for _ in range(3):  # another process may remove it between the two steps
-            entry, _new = self.add(text, recipe, source, phase)
+            entry, _ = self.add(text, recipe, source, phase)
             document = self.get(entry.key)
             if document is not None:
                 return document
         raise InputError("the store loses what is added to it: is its limit smaller than one document?")
 
     def longest(self, ids: Tensor, recipe: Recipe | None = None) -> tuple[Document, int] | None:
-        """The document that shares the longest prefix with a prompt ids [1, T], and the prefix's length; None if none does.
+        """The document that shares the longest prefix with a prompt.
 
-        Compact parts are used whole or not at all; within an exact tail any number of tokens can be shared, and the document is
-        returned without the others. At least one token is left to be read. recipe: only documents that were compiled so.
+        Compact parts are shared whole or not at all. Of an exact tail any number of tokens can be shared, and the document is
+        returned without the others. At least one token of the prompt is left to be read.
+
+        Args:
+            ids: The prompt's token ids [1, T].
+            recipe: Only documents that were compiled so; None: any.
+
+        Returns:
+            The document and the number of tokens shared; None if no document shares any.
         """
-        asked = ids.flatten().tolist()
-        family = _family(self.known, self.cut)
+        prompt = ids.flatten().tolist()
+        family = _family(self.model_id, self.tokenizer_id)
         rows = self.store._index.execute(
-            "SELECT DISTINCT length FROM prefixes WHERE family = ? AND length <= ? ORDER BY length", (family, len(asked))
+            "SELECT DISTINCT length FROM prefixes WHERE family = ? AND length <= ? ORDER BY length", (family, len(prompt))
         ).fetchall()
         lengths = [length for (length,) in rows]
         best: tuple[Document, int] | None = None
-        for digest in reversed(prefix_digests(asked, lengths)):
+        for digest in reversed(prefix_digests(prompt, lengths)):
             for (key,) in self.store._index.execute("SELECT key FROM prefixes WHERE digest = ?", (digest,)).fetchall():
                 document = self.get(key)
                 if document is None or document.ids is None:
                     continue
-                if recipe is not None and recipe.settled(document.ids.shape[1]) != document.recipe:
+                settled = recipe and recipe.settled(document.ids.shape[1])
+                if settled is not None and document.recipe.to_dict() != settled.to_dict():
                     continue
-                own = document.ids[0].tolist()
-                same = next((i for i, (a, b) in enumerate(zip(own, asked, strict=False)) if a != b), min(len(own), len(asked)))
-                same = min(same, len(asked) - 1)
-                first = document.tokens - document.cache.keep_layers[0].tail
-                if same >= max(1, first) and (best is None or same > best[1]) and _can_end(document, same):
+                same = min(same_prefix(document.ids[0].tolist(), prompt), len(prompt) - 1)
+                compact = document.tokens - document.cache.keep_layers[0].tail
+                if same >= max(1, compact) and (best is None or same > best[1]) and _can_end(document, same):
                     best = shortened(document, same), same
             if best is not None:
                 return best
         return best
 
     def key(self, ids: Tensor, recipe: Recipe) -> str:
-        return key_of(recipe, ids, {**self.known, "tokenizer": self.cut})
+        """The key of a text's tokens [1, T], compiled with a recipe by this model."""
+        return key_of(recipe, ids, {**self.model_id, "tokenizer": self.tokenizer_id})
 
 
 def prefix_digests(ids: list[int], lengths: list[int]) -> list[str]:
     """SHA-256 of ids[:n] for every n of ascending lengths, in one pass."""
-    total, done, found = hashlib.sha256(), 0, []
+    total = hashlib.sha256()
+    start = 0
+    digests = []
     for length in lengths:
-        total.update(b"".join(token.to_bytes(4, "little") for token in ids[done:length]))
-        done = length
-        found.append(total.copy().hexdigest())
-    return found
+        total.update(b"".join(token.to_bytes(4, "little") for token in ids[start:length]))
+        start = length
+        digests.append(total.copy().hexdigest())
+    return digests
 
 
 def bytes_of(limit: str) -> float:
-    """Bytes from "10GB". Raises BudgetError, InputError."""
+    """The number of bytes that "10GB" means. Raises BudgetError, InputError."""
     budget = Budget.parse(limit)
     if budget.kind != "bytes":
         raise InputError(f'the limit {limit!r} is not in bytes: expected "10GB" or "500MB"')
@@ -321,10 +417,12 @@ def _can_end(document: Document, tokens: int) -> bool:
 
 
 def _family(model: Mapping[str, Any], tokenizer: str) -> str:
-    """What prefixes have in common that may be continued by the same model."""
-    return identity.digest(repr(sorted((k, v) for k, v in {**model, "tokenizer": tokenizer}.items() if k != "name")).encode())
+    """A digest of model and tokenizer: prefixes that have it in common may be continued by the same model."""
+    fields = {**model, "tokenizer": tokenizer}
+    fields.pop("name", None)
+    return identity.digest(repr(sorted(fields.items())).encode())
 
 
-def _first(header: Mapping[str, Any]) -> int:
-    """The first layer with full attention."""
+def _first_full_attention(header: Mapping[str, Any]) -> int:
+    """The index of the first layer with full attention."""
     return next(i for i, layer in enumerate(header["layers"]) if "slots" in layer)

@@ -1,4 +1,4 @@
-"""Tiers: documents of a store on the device, in the host's memory, or on disk, the most recently asked ones nearest."""
+"""Tiers: documents of a store on the device, in main memory, or on disk; the most recently used ones are nearest."""
 
 from __future__ import annotations
 
@@ -16,17 +16,35 @@ from keepkv.errors import InputError
 
 
 class Tiers:
-    """Documents of a shelf, at most `device_bytes` of them on the model's device and `host_bytes` in memory beside it.
+    """Documents of a store, as many as fit on the model's device and in main memory.
 
-    What has not been asked for longest moves one tier down; it is on disk too, so nothing is written. On a CPU the device
-    is the host's memory: there is one tier. Safe for several threads. Close it, or use it in a with statement.
+    The least recently used document moves one tier down. All documents are on disk, so nothing has to be written. On a CPU, the
+    device's memory is main memory, and there is one tier. Safe for several threads. `close` it, or use it in a with statement.
+
+    Args:
+        shelf: One model's view of a store (`Store.for_model`).
+        device_bytes: What documents on the device may take.
+        host_bytes: What documents in main memory beside it may take.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from keepkv import Recipe, Store
+        >>> from keepkv.models import loading
+        >>> shelf = Store(Path(tempfile.mkdtemp())).for_model(*loading.load("smollm2"))
+        >>> entry, new = shelf.add("The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
+        >>> with Tiers(shelf, device_bytes=1e9) as tiers:
+        ...     document = tiers.get(entry.key)
+        ...     tiers.where(entry.key)
+        'device'
     """
 
     def __init__(self, shelf: Shelf, device_bytes: float, host_bytes: float = 0.0) -> None:
-        self.shelf, self.device = shelf, shelf.model.device
+        self.shelf = shelf
+        self.device = shelf.model.device
         self._limits = {"device": device_bytes, "host": host_bytes if self.device.type != "cpu" else 0.0}
-        self._held: dict[str, OrderedDict[str, Document]] = {"device": OrderedDict(), "host": OrderedDict()}
-        self._coming: dict[str, Future[Document]] = {}
+        self._documents: dict[str, OrderedDict[str, Document]] = {"device": OrderedDict(), "host": OrderedDict()}
+        self._futures: dict[str, Future[Document]] = {}  # of what is being fetched in the background
         self._lock = threading.RLock()
         self._reader = ThreadPoolExecutor(1, "keepkv-prefetch")
 
@@ -37,51 +55,56 @@ class Tiers:
         self.close()
 
     def close(self) -> None:
+        """Stops fetching in the background; what is under way is finished."""
         self._reader.shutdown(cancel_futures=True)
 
     def get(self, key: str) -> Document:
-        """A document on the device, from wherever it is. Raises InputError if the store does not hold it (any more)."""
+        """A document on the device, from wherever it is.
+
+        Raises:
+            InputError: if the store does not hold it (any more).
+        """
         with self._lock:
-            coming = self._coming.get(key)
-        if coming is not None:
-            coming.result()
+            future = self._futures.get(key)
+        if future is not None:
+            future.result()
         with self._lock:
-            held = self._held["device"].get(key)
-            if held is None:
-                held = self._held["host"].pop(key, None)
-                held = self._read(key) if held is None else moved(held, self.device)
-            self._hold("device", key, held)
-            return held
+            document = self._documents["device"].get(key)
+            if document is None:
+                document = self._documents["host"].pop(key, None)
+                document = self._read(key) if document is None else on_device(document, self.device)
+            self._put("device", key, document)
+            return document
 
     def prefetch(self, *keys: str) -> None:
         """Brings documents to the device in the background; `get` waits for one that is under way."""
         for key in keys:
             with self._lock:
-                if key in self._held["device"] or key in self._coming:
+                if key in self._documents["device"] or key in self._futures:
                     continue
-                self._coming[key] = self._reader.submit(self._fetch, key)
+                self._futures[key] = self._reader.submit(self._fetch, key)
 
     def where(self, key: str) -> str:
-        """ "device", "host" or "disk"."""
+        """The tier of a document: "device", "host" or "disk"."""
         with self._lock:
-            return next((tier for tier, held in self._held.items() if key in held), "disk")
+            return next((tier for tier, documents in self._documents.items() if key in documents), "disk")
 
     def bytes(self, tier: str) -> int:
-        """What a tier holds."""
+        """Bytes of the documents in a tier."""
         with self._lock:
-            return sum(document.cache.report().kv_bytes for document in self._held[tier].values())
+            return sum(document.cache.report().kv_bytes for document in self._documents[tier].values())
 
     def _fetch(self, key: str) -> Document:
         try:
             with self._lock:
-                waiting = self._held["host"].pop(key, None)
-            document = self._read(key) if waiting is None else moved(waiting, self.device)
+                in_memory = self._documents["host"].pop(key, None)
+            document = self._read(key) if in_memory is None else on_device(in_memory, self.device)
             with self._lock:
-                self._hold("device", key, document)
+                self._put("device", key, document)
             return document
         finally:
             with self._lock:
-                self._coming.pop(key, None)
+                self._futures.pop(key, None)
 
     def _read(self, key: str) -> Document:
         document = self.shelf.get(key)
@@ -89,24 +112,25 @@ class Tiers:
             raise InputError(f"the store holds no {key[:12]!r}: it was removed, or never added")
         return document
 
-    def _hold(self, tier: str, key: str, document: Document) -> None:
-        """Puts a document into a tier, and what is too much there one tier down; the newest always stays."""
-        held = self._held[tier]
-        held[key] = document
-        held.move_to_end(key)
-        while len(held) > 1 and self.bytes(tier) > self._limits[tier]:
-            old, last = held.popitem(last=False)
+    def _put(self, tier: str, key: str, document: Document) -> None:
+        """Puts a document into a tier, and what is too much there one tier down. The newest always stays on the device."""
+        documents = self._documents[tier]
+        documents[key] = document
+        documents.move_to_end(key)
+        while len(documents) > 1 and self.bytes(tier) > self._limits[tier]:
+            oldest_key, oldest = documents.popitem(last=False)
             if tier == "device" and self._limits["host"]:
-                self._hold("host", old, moved(last, torch.device("cpu")))
+                self._put("host", oldest_key, on_device(oldest, torch.device("cpu")))
         if tier == "host" and self.bytes(tier) > self._limits[tier]:
-            held.clear()
+            documents.clear()
 
 
-def moved(document: Document, device: torch.device) -> Document:
+def on_device(document: Document, device: torch.device) -> Document:
     """A document whose cache is on another device."""
     cache = document.cache.fork()
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+        layer.keys = layer.keys.to(device)
+        layer.values = layer.values.to(device)
         if isinstance(layer, KeepLayer) and layer.slots is not None:
             layer.slots = layer.slots.to(device)
     ids = None if document.ids is None else document.ids.to(device)

@@ -22,7 +22,7 @@ from keepkv.eval.sample import Question, Sample
 from keepkv.methods import Method
 from keepkv.recipe import CHUNK
 from keepkv.text.ask import greedy
-from keepkv.text.conversation import pieces
+from keepkv.text.conversation import turn_template
 from keepkv.text.prompt import Prompt
 from keepkv.text.reading import REPEAT, read, read_in_chunks
 
@@ -119,7 +119,7 @@ def _reading(host: Host, prompt: Prompt) -> Callable[[Method, str], Ready]:
 
 def turns(host: Host, sample: Sample) -> Opened:
     """What was said is read turn by turn through a live cache that folds on the way; then each question is the next turn."""
-    head, between, after = pieces(host.tokenizer)
+    head, between, after = turn_template(host.tokenizer)
     said = "".join(f"{head if i == 0 else between}{user}{after}\0{answer}\1" for i, (user, answer) in enumerate(sample.turns))
     parts = [part.replace("\0", "") for part in said.split("\1")[:-1]]
     read_ids = [host.tokens(part) for part in parts]

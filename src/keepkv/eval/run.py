@@ -174,7 +174,7 @@ def _variant(blank: Record, sample: Sample, opened: Opened) -> list[Record]:
 
 def _filled(record: Record, outcome: Outcome) -> Record:
     report = outcome.cache.report()
-    slots = report.slots if report.kept else float(outcome.tokens)
+    slots = report.slots_per_head if report.kept else float(outcome.tokens)
     return replace(
         record, answer=outcome.answer, score=round(outcome.score, 6), loglik=outcome.loglik, chances=outcome.chances,
         measures=outcome.measures, tokens=outcome.tokens, slots=round(slots, 2), kv_bytes=report.kv_bytes,

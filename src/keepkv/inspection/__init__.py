@@ -1,1 +1,1 @@
-"""Inspection: what a compression made of a text, as numbers, figures and one HTML page."""
+"""Inspection: what a compression made of a text, as numbers (anatomy.py), a page (html.py, svg.py) or a picture (png.py)."""

@@ -25,45 +25,61 @@ _LONGEST = 8  # tokens of one character
 
 
 @dataclass(frozen=True)
-class Slotted:
-    """One compressed KV head: the token that each slot's key comes from, ascending, and each slot's vote."""
+class HeadSlots:
+    """One compressed KV head.
+
+    Attributes:
+        layer: The model's own index of its layer.
+        head: Its index in the layer.
+        result: What the compression reported of it.
+        positions: The token that each slot's key comes from, ascending.
+        votes: Each slot's vote.
+    """
 
     layer: int
     head: int
-    made: Head
+    result: Head
     positions: tuple[int, ...]
     votes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """One text, compressed. tokens: the text piece by piece; heads: layer by layer, with the model's own layer indices."""
+    """One text, compressed.
+
+    Attributes:
+        model: What the model is called.
+        repeated: Whether the text was repeated before.
+        report: Of the cache.
+        tokens: The text, token by token.
+        heads: Every compressed head, layer by layer.
+    """
 
     model: str
     repeated: bool
     report: Report
     tokens: tuple[str, ...]
-    heads: tuple[Slotted, ...]
+    heads: tuple[HeadSlots, ...]
 
     @property
-    def layers(self) -> list[list[Slotted]]:
+    def layers(self) -> list[list[HeadSlots]]:
         """The heads of each compressed layer."""
         return [list(heads) for _, heads in groupby(self.heads, lambda head: head.layer)]
 
     @property
     def judged(self) -> bool:
         """Whether queries were held out, so that there are errors to show."""
-        return any(head.made.evict_error > 0 for head in self.heads)
+        return any(head.result.evict_error > 0 for head in self.heads)
 
     @property
     def fallen(self) -> int:
-        """Heads with a fallback."""
-        return sum(head.made.fallbacks > 0 for head in self.heads)
+        """How many heads fell back to a simpler rule."""
+        return sum(head.result.fallbacks > 0 for head in self.heads)
 
     @property
     def evict_error(self) -> float:
         """The mean error, had all heads been evicted."""
-        return fmean(head.made.evict_error for head in self.heads)
+        return fmean(head.result.evict_error for head in self.heads)
 
     @property
     def keepers(self) -> list[int]:
@@ -84,13 +100,15 @@ class Anatomy:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        report, unknown = self.report, {} if self.judged else dict.fromkeys(("error", "mass_error", "evict_error"))
+        """What `keepkv inspect --json` prints."""
+        report = self.report
+        unknown = {} if self.judged else dict.fromkeys(("error", "mass_error", "evict_error"))
         return {
             "model": self.model,
             "method": report.method,
             "budget": report.budget,
             "repeated": self.repeated,
-            "slots": report.slots,
+            "slots_per_head": report.slots_per_head,
             "kv_bytes_full": report.kv_bytes_full,
             "kv_bytes": report.kv_bytes,
             "error": report.error if self.judged else None,
@@ -101,7 +119,7 @@ class Anatomy:
                 {
                     "layer": head.layer,
                     "head": head.head,
-                    **asdict(head.made),
+                    **asdict(head.result),
                     **unknown,
                     "mean_vote": fmean(head.votes) if head.votes else 0.0,
                     "positions": head.positions,
@@ -115,49 +133,71 @@ class Anatomy:
 
 @torch.inference_mode()
 def inspect(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str, recipe: Recipe | None = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    name: str,
+    recipe: Recipe | None = None,
     phase: Phase = silent,
-) -> Anatomy:  # fmt: skip
-    """Reads prompt.text at once and compresses it by the recipe; name: what the model is called.
+) -> Anatomy:
+    """Reads a text at once and compresses it: its anatomy.
 
-    Raises BudgetError, MethodError, InputError.
+    Args:
+        model: Any supported model.
+        tokenizer: Its tokenizer.
+        prompt: The text.
+        name: What the model is called.
+        recipe: How the text is compressed.
+        phase: Told what is under way.
+
+    Raises:
+        BudgetError, MethodError, InputError: for a recipe that this text cannot be compressed with, or keeps whole.
     """
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
-    method, ids = methods.get(recipe.method), prompt.text.to(model.device)
+    method = methods.get(recipe.method)
+    ids = prompt.text.to(model.device)
     spans = prompt.spans(*recipe.keep)
     reading = read(model, ids, [method], recipe, prompt.question(REPEAT).to(model.device), phase)
     cache = reading.of(method).compress(recipe.budget, method, phase(f"compressing ({method.name})"), spans)
-    return of(cache, pieces(tokenizer, ids[0].tolist()), name, reading.is_repeated(method))
+    return of(cache, token_texts(tokenizer, ids[0].tolist()), name, reading.is_repeated(method))
 
 
 def of(cache: KeepCache, tokens: Sequence[str], model: str = "", repeated: bool = False) -> Anatomy:
-    """The anatomy of a compressed cache of one row that has read `tokens`. Raises InputError if nothing was compressed."""
+    """The anatomy of a compressed cache of one row that has read `tokens`.
+
+    Raises:
+        InputError: if nothing was compressed.
+    """
     report = cache.report()
     if not report.heads:
         raise InputError(f"there is nothing to inspect ({report.note}): give a smaller budget, or another method")
-    heads, layers = [], [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, KeepLayer)]
-    for (index, layer), made in zip(layers, report.heads[0], strict=True):
+    heads = []
+    layers = [(index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, KeepLayer)]
+    for (index, layer), results in zip(layers, report.heads[0], strict=True):
         assert layer.slots is not None
-        slots, bounds = layer.slots, layer.slots.offsets
-        positions, votes = slots.positions.tolist(), slots.bias.exp().tolist()
-        for head, (lo, hi) in enumerate(pairwise(bounds)):
-            heads.append(Slotted(index, head, made[head], tuple(positions[lo:hi]), tuple(votes[lo:hi])))
+        positions = layer.slots.positions.tolist()
+        votes = layer.slots.bias.exp().tolist()
+        for head, (lo, hi) in enumerate(pairwise(layer.slots.offsets)):
+            heads.append(HeadSlots(index, head, results[head], tuple(positions[lo:hi]), tuple(votes[lo:hi])))
     return Anatomy(model, repeated, report, tuple(tokens), tuple(heads))
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text, as it is read; a character of several tokens is its last token's."""
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, as it is read. A character of several tokens belongs to the last of them."""
 
     def decode(lo: int, hi: int) -> str:
         return str(tokenizer.decode(list(ids[lo:hi]), clean_up_tokenization_spaces=False))
 
-    texts, before, start = [], 0, 0  # what is decoded starts a piece earlier: alone, a word would lose its space
+    texts = []
+    before = 0  # what is decoded starts a piece earlier: alone, a word would lose its space
+    start = 0
     for end in range(1, len(ids) + 1):
         text = decode(before, end)
         if text.endswith(_CUT) and end - start < _LONGEST and end < len(ids):
             texts.append("")
         else:
             texts.append(text[len(decode(before, start)) :])
-            before, start = start, end
+            before = start
+            start = end
     return texts

@@ -41,9 +41,9 @@ th,td{padding:.15rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
 def page(anatomy: Anatomy) -> str:
     """The whole page."""
     report = anatomy.report
-    title = f"{report.tokens[0]:,} tokens in {report.slots:,.0f} slots per KV head"
+    title = f"{report.tokens[0]:,} tokens in {report.slots_per_head:,.0f} slots per KV head"
     sections = [
-        ("Where the slots went", _BUDGETS.format(mean=f"{report.slots:,.0f}"), svg.budgets(anatomy)),
+        ("Where the slots went", _BUDGETS.format(mean=f"{report.slots_per_head:,.0f}"), svg.budgets(anatomy)),
         ("What is lost", _ERRORS, svg.errors(anatomy)) if anatomy.judged else ("What is lost", _UNJUDGED, ""),
         ("Who votes for whom", _VOTES.format(heads=len(anatomy.heads)), svg.votes(anatomy)),
     ]
@@ -78,7 +78,7 @@ _VOTES = """A vote is how many tokens' worth of attention a slot stands for. Her
 every token of the full cache has {heads} (dashed). Dropped tokens have none; where a method merges, kept ones speak for them,
 and the first tokens, where heads rest that have nothing to look at, often for most. Solid: mean of each column's tokens; faint:
 the largest. The scale is logarithmic."""
-_KEPT = """Every token is shaded by the share of the {heads} pairs of layer and KV head that kept its slot; grey letters were
+_KEPT = """Every token is shaded by the share of the {heads} pairs of layer and KV head that kept its slot; gray letters were
 kept by none. Point at a token for its number. What was dropped is gone; where a method merges, votes and values of the kept
 slots answer for it."""
 
@@ -101,7 +101,9 @@ def _shades() -> str:
 
 def _text(anatomy: Anatomy) -> str:
     """The tokens, shaded; tokens that are a part of one character count together, by the one kept most."""
-    heads, most, parts = len(anatomy.heads), 0, []
+    heads = len(anatomy.heads)
+    parts = []
+    most = 0  # of the tokens of one character
     for token, kept in zip(anatomy.tokens, anatomy.keepers, strict=True):
         most = max(most, kept)
         if token:
@@ -116,10 +118,11 @@ def _table(anatomy: Anatomy) -> str:
     names += ["mean vote", "largest vote", "fallbacks"]
     rows = ["<tr>" + "".join(f"<th scope=col>{name}</th>" for name in names) + "</tr>"]
     for head in anatomy.heads:
-        made, mean = head.made, sum(head.votes) / max(1, len(head.votes))
-        row = [f"{head.layer}", f"{head.head}", f"{made.slots:,}"]
+        result = head.result
+        mean_vote = sum(head.votes) / max(1, len(head.votes))
+        row = [f"{head.layer}", f"{head.head}", f"{result.slots:,}"]
         if anatomy.judged:
-            row += [f"{made.error:.2%}", f"{made.evict_error:.2%}", f"{made.mass_error:.2%}"]
-        row += [f"{mean:,.2f}", f"{made.max_vote:,.1f}", f"{made.fallbacks}"]
+            row += [f"{result.error:.2%}", f"{result.evict_error:.2%}", f"{result.mass_error:.2%}"]
+        row += [f"{mean_vote:,.2f}", f"{result.max_vote:,.1f}", f"{result.fallbacks}"]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
     return f"<div class=scroll tabindex=0><table>{''.join(rows)}</table></div>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from keepkv.inspection.anatomy import Anatomy, Slotted
+from keepkv.inspection.anatomy import Anatomy, HeadSlots
 from keepkv.render import require_matplotlib
 
 
@@ -19,17 +19,18 @@ def save(anatomy: Anatomy, path: Path) -> None:
     wide = max(map(len, layers))
     figure = Figure(figsize=(11, 10.4 + 0.16 * wide), dpi=150, layout="constrained")
     figure.suptitle(
-        f"{report.tokens[0]:,} tokens in {report.slots:,.0f} slots per KV head ({anatomy.model}, {report.method})", fontsize=14
+        f"{report.tokens[0]:,} tokens in {report.slots_per_head:,.0f} slots per KV head ({anatomy.model}, {report.method})",
+        fontsize=14,
     )
     budgets, errors, votes, kept = figure.subplots(4, 1, height_ratios=[0.6 + 0.16 * wide, 2.6, 2.2, 1.6])
 
-    counts = [[head.made.slots for head in layer] + [0] * (wide - len(layer)) for layer in layers]
-    least, most = (pick(head.made.slots for head in heads) for pick in (min, max))
+    counts = [[head.result.slots for head in layer] + [0] * (wide - len(layer)) for layer in layers]
+    least, most = (pick(head.result.slots for head in heads) for pick in (min, max))
     scale = LogNorm(max(1, least), max(2, most, least + 1), clip=True)
     image = budgets.imshow(list(zip(*counts, strict=True)), aspect="auto", norm=scale, cmap="viridis")
     budgets.set(title="Slots of every layer and KV head", ylabel="KV head", xlabel="layer")
     budgets.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    ticks = sorted({max(1, least), round(report.slots), most})
+    ticks = sorted({max(1, least), round(report.slots_per_head), most})
     bar = figure.colorbar(image, ax=budgets, pad=0.01, ticks=ticks, format="{x:,.0f}")
     bar.minorticks_off()
 
@@ -39,7 +40,7 @@ def save(anatomy: Anatomy, path: Path) -> None:
         errors.vlines(place, ours, evicted, color="0.7", lw=1, zorder=1)
         errors.scatter(place, evicted, s=16, facecolors="white", edgecolors="0.45", label="had it been evicted", zorder=2)
         errors.scatter(place, ours, s=16, color="#1f5fae", label="error", zorder=3)
-        fell = [(x, y) for x, y, head in zip(place, ours, heads, strict=True) if head.made.fallbacks]
+        fell = [(x, y) for x, y, head in zip(place, ours, heads, strict=True) if head.result.fallbacks]
         if fell:
             errors.scatter(
                 *zip(*fell, strict=True), s=40, marker="x", color="#b3261e", label="fallen back to eviction", zorder=4
@@ -68,5 +69,5 @@ def save(anatomy: Anatomy, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _errors(head: Slotted) -> tuple[float, float]:
-    return head.made.error, head.made.evict_error
+def _errors(head: HeadSlots) -> tuple[float, float]:
+    return head.result.error, head.result.evict_error

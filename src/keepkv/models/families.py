@@ -1,4 +1,8 @@
-"""What keepkv has to know about a transformers model: which layers it can compress, and its rotary frequencies."""
+"""What keepkv must know about a model of transformers: whether it is supported, its layers, and its rotary frequencies.
+
+A new model family is one name in `FAMILIES`, and one in the tests' list of tiny models: every test of the cache then runs
+with it. That is enough for a decoder whose layers run `sdpa` attention and rotate keys by halves (dimension i with i + d/2).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from keepkv.errors import ModelError
 
-FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")  # tested; all rotate half and half
+FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")  # tested
 
 
-def check(model: PreTrainedModel) -> None:
-    """Raises ModelError unless the model's family is supported and it runs `sdpa` attention."""
+def check_supported(model: PreTrainedModel) -> None:
+    """Checks a model before anything is read.
+
+    Raises:
+        ModelError: unless the model's family is in `FAMILIES` and it runs `sdpa` attention.
+    """
     config = model.config.get_text_config(decoder=True)
     if config.model_type not in FAMILIES:
         raise ModelError(f"the model family {config.model_type!r} is not supported: expected one of {', '.join(FAMILIES)}")
@@ -26,9 +34,10 @@ def check(model: PreTrainedModel) -> None:
 
 
 def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
-    """Per layer None for full attention, or the stock cache layer of a sliding window, which is left as it is.
+    """Per layer None for full attention, or transformers' own cache layer for a sliding window, which is not compressed.
 
-    Raises ModelError for any other kind of layer and for a model without full attention.
+    Raises:
+        ModelError: for any other kind of layer, and for a model without full attention in any layer.
     """
     kinds: list[CacheLayerMixin | None] = []
     for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers:
@@ -41,22 +50,26 @@ def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
 
 
 def key_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """KV heads of a layer, and the size of a key."""
+    """Number of KV heads of a layer, and the size d of a key."""
     config = model.config.get_text_config(decoder=True)
-    heads, size = config.num_key_value_heads, getattr(config, "head_dim", None)
-    return int(heads), int(size or config.hidden_size // config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_key_value_heads), int(size)
 
 
-def let_go(layer: CacheLayerMixin) -> None:
-    """Frees what a sliding window has passed: transformers' layers keep views that hold all keys of a forward pass."""
+def free_passed(layer: CacheLayerMixin) -> None:
+    """Frees the tokens that a sliding window has passed: transformers' layers keep views, which hold a whole pass's keys."""
     for name in ("keys", "values"):
-        kept = getattr(layer, name)
-        if kept.untyped_storage().nbytes() > 2 * kept.numel() * kept.element_size():
-            setattr(layer, name, kept.clone())
+        view = getattr(layer, name)
+        if view.untyped_storage().nbytes() > 2 * view.numel() * view.element_size():
+            setattr(layer, name, view.clone())
 
 
 def rotary(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the rotary frequencies. Raises ModelError if there is none."""
+    """The module that holds the rotary frequencies.
+
+    Raises:
+        ModelError: if the model has none where transformers' models have it.
+    """
     module = getattr(model.get_decoder(), "rotary_emb", None)
     if not isinstance(module, nn.Module):
         raise ModelError(f"{type(model).__name__} has no rotary position embedding where one was expected (rotary_emb)")
@@ -64,36 +77,42 @@ def rotary(model: PreTrainedModel) -> nn.Module:
 
 
 def projections(model: PreTrainedModel) -> list[Tensor | None]:
-    """Per layer with full attention its output projection [D, heads × d_v], or None where its weights are not to be read."""
-    found = []
-    for index, kind in enumerate(layer_kinds(model)):
-        weight = getattr(getattr(model.get_decoder().layers[index].self_attn, "o_proj", None), "weight", None)
-        if kind is None:
-            found.append(weight.detach() if isinstance(weight, Tensor) and weight.is_floating_point() else None)
-    return found
+    """Per layer with full attention its output projection [D, heads × d_v], or None where its weights cannot be read.
+
+    They cannot be read, for example, where they are quantized.
+    """
+    weights = []
+    for layer, kind in zip(model.get_decoder().layers, layer_kinds(model), strict=True):
+        if kind is not None:
+            continue
+        weight = getattr(getattr(layer.self_attn, "o_proj", None), "weight", None)
+        weights.append(weight.detach() if isinstance(weight, Tensor) and weight.is_floating_point() else None)
+    return weights
 
 
-def frequencies(rotary_module: nn.Module) -> Tensor:
-    """Rotary frequencies of the full-attention layers, float32 [r/2], as they are now (some models change them)."""
-    named = dict(rotary_module.named_buffers())
-    return named.get("full_attention_inv_freq", named.get("inv_freq", Tensor())).detach().float()
+def inv_freq(rotary_module: nn.Module) -> Tensor:
+    """Rotary frequencies of the full-attention layers, float32 [r/2], as they are now: some models change them while running.
+
+    r is the number of rotated dimensions of a key. Frequency i rotates by position × inv_freq[i] radians.
+    """
+    buffers = dict(rotary_module.named_buffers())
+    return buffers.get("full_attention_inv_freq", buffers.get("inv_freq", Tensor())).detach().float()
 
 
-def local_frequencies(rotary_module: nn.Module) -> Tensor:
-    """Rotary frequencies of the sliding-window layers, float32 [r/2]: their own where they have some."""
-    named = dict(rotary_module.named_buffers())
-    own = named.get("sliding_attention_inv_freq")
-    return frequencies(rotary_module) if own is None else own.detach().float()
+def sliding_inv_freq(rotary_module: nn.Module) -> Tensor:
+    """Rotary frequencies of the sliding-window layers, float32 [r/2]: their own if they have some, else those of the others."""
+    own = dict(rotary_module.named_buffers()).get("sliding_attention_inv_freq")
+    return inv_freq(rotary_module) if own is None else own.detach().float()
 
 
 def trained_length(model: PreTrainedModel) -> int | None:
-    """How many tokens the model was trained for, where its configuration says so."""
+    """How many tokens the model was trained for; None where its configuration does not say so."""
     length: Any = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return length if isinstance(length, int) else None
 
 
-def too_long(model: PreTrainedModel, tokens: int) -> str:
-    """A warning where a model is asked for more tokens than it was trained for; nothing otherwise."""
+def length_warning(model: PreTrainedModel, tokens: int) -> str:
+    """A warning if a text has more tokens than the model was trained for, otherwise an empty string."""
     trained = trained_length(model)
     if trained is None or tokens <= trained:
         return ""

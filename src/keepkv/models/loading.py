@@ -1,4 +1,4 @@
-"""Models and texts from what a user typed, with errors that say what to do."""
+"""Loads a model and its tokenizer by the name that a user typed, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -22,37 +22,47 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load(
     name: str = smollm2.NAME, device: str = "auto", dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode, and its tokenizer. name: "smollm2" (embedded), a folder, or a Hugging Face id.
+    """Loads a model, in evaluation mode and with `sdpa` attention, and its tokenizer.
 
-    device "auto": CUDA if there is one, else CPU. dtype "auto": float32 on a CPU, as saved otherwise. Raises ModelError.
+    Args:
+        name: "smollm2" (the embedded model), a model that `make models` fetched, a folder, or a Hugging Face id.
+        device: "auto" is CUDA if there is one, otherwise the CPU.
+        dtype: One of `DTYPES`; "auto" is float32 on a CPU, and otherwise what the model was saved in.
+
+    Raises:
+        ModelError: for a name, device or dtype that does not exist, and for a model that cannot be compressed.
     """
-    where = _device(device)
+    torch_device = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: {nearest(dtype, DTYPES)}")
-    kind = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
-    with _no_bars():
+    torch_dtype = DTYPES.get(dtype, torch.float32 if torch_device.type == "cpu" else "auto")
+    with _no_progress_bars():
         source = _source(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, attn_implementation="sdpa")
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, attn_implementation="sdpa")
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(_why(name, error)) from error
-    model = model.to(where).eval()
-    families.check(model)
+    model = model.to(torch_device).eval()
+    families.check_supported(model)
     return model, tokenizer
 
 
 def tokenizer(name: str = smollm2.NAME) -> PreTrainedTokenizerBase:
-    """A model's tokenizer alone. Raises ModelError."""
+    """A model's tokenizer alone; name: see `load`.
+
+    Raises:
+        ModelError: if there is none of that name.
+    """
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_source(name))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_source(name))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_why(name, error)) from error
-    return found
+    return loaded
 
 
 def _source(name: str) -> str:
-    """What transformers is to load: the embedded model, one that `make models` fetched, a folder, or an id."""
+    """What transformers loads: the folder of the embedded model or of one that `make models` fetched, or the name itself."""
     if name == smollm2.NAME:
         return str(smollm2.path())
     return str(paths.models_folder() / name) if name in _fetched() else name
@@ -65,31 +75,34 @@ def _fetched() -> list[str]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers' own progress bars off, and on again if they were: ours is on the screen."""
-    were = transformers_logging.is_progress_bar_enabled()
+def _no_progress_bars() -> Iterator[None]:
+    """Turns transformers' own progress bars off for a while: keepkv shows its own."""
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if were:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
 def _device(device: str) -> torch.device:
+    """A device that exists. Raises ModelError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
+        named = torch.device(device)
+        torch.empty(1, device=named)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        there += ["mps"] if torch.backends.mps.is_available() else []
-        raise ModelError(f"the device {device!r} is not there: expected one of {', '.join(there)}") from error
-    return where
+        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            devices.append("mps")
+        raise ModelError(f"the device {device!r} is not there: expected one of {', '.join(devices)}") from error
+    return named
 
 
 def _why(name: str, error: Exception) -> str:
+    """Why a model could not be loaded, and what to do about it."""
     if Path(name).is_dir():
         return f"the folder {name!r} holds no model that transformers can load: {_first_line(error)}"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

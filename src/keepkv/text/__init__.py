@@ -1,1 +1,1 @@
-"""Texts: prompts and their tokens, reading a text into a cache, asking about it, and conversations."""
+"""Texts and questions: reading files, tokens in a model's chat format, asking, and conversations."""

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from keepkv import methods
 from keepkv.cache import KeepCache
-from keepkv.cache.auto_budget import check, smallest
+from keepkv.cache.auto_budget import check_tolerance, compress_to_tolerance
 from keepkv.cache.report import Report
 from keepkv.errors import InputError
 from keepkv.recipe import Recipe
@@ -24,7 +24,7 @@ from keepkv.text.reading import REPEAT, Phase, read, read_in_chunks, silent
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, the answer in words, its tokens, and the seconds after its first token."""
+    """A question, the answer in words, its tokens, and the seconds from its first token to its last."""
 
     question: str
     answer: str
@@ -33,12 +33,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What one method made of the text: the cache right after compression, and the answers from it.
+class AskResult:
+    """What one method made of the text: the report of its cache right after compression, and the answers from it.
 
-    compress_seconds: everything between reading and answering; repeated: whether the text was repeated in it.
-    alike: of the words (tokens) of the full cache's answers, the share that this cache would have chosen too at the
-    same place; None where no full cache was asked. loaded: the cache came out of a file, and prefill_seconds is what that took.
+    Attributes:
+        method: The method's name.
+        report: Of the cache that answered.
+        prefill_seconds: Of reading the text or, if the cache was `loaded`, of loading.
+        compress_seconds: Everything between reading and answering.
+        answers: One for each question.
+        repeated: Whether the text was repeated before it was compressed.
+        alike: Of the tokens of the full cache's answers, the share that this cache would have chosen at the same place; None
+            where no full cache was asked.
+        loaded: Whether the cache came out of a file.
     """
 
     method: str
@@ -57,6 +64,7 @@ class Asked:
         return tokens / max(1e-9, sum(answer.seconds for answer in self.answers))
 
     def to_dict(self) -> dict[str, Any]:
+        """What `keepkv ask --json` prints."""
         report = self.report
         whole = not report.kept
         return {
@@ -64,7 +72,7 @@ class Asked:
             "budget": report.budget,
             "repeated": self.repeated,
             "tokens": report.tokens[0],
-            "slots": float(report.tokens[0]) if whole else report.slots,
+            "slots_per_head": float(report.tokens[0]) if whole else report.slots_per_head,
             "slot_dtype": report.slot_dtype,
             "kv_bytes_full": report.kv_bytes_full,
             "kv_bytes": report.kv_bytes,
@@ -88,7 +96,7 @@ def ask(
     compare: Sequence[str] = (),
     max_new_tokens: int = 64,
     phase: Phase = silent,
-) -> list[Asked]:
+) -> list[AskResult]:
     """Reads prompt.text once and answers every question with every method, each time from the state after compression.
 
     Args:
@@ -112,7 +120,7 @@ def ask(
     recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
     table = [methods.get(name) for name in (recipe.method, *compare)]
     if recipe.auto_budget:
-        check(table[0], recipe.tolerance)
+        check_tolerance(table[0], recipe.tolerance)
         if recipe.chunk:
             raise InputError("a budget is found by trying several on the whole text: give one, or read all at once (--chunk 0)")
     spans = prompt.spans(*recipe.keep)
@@ -122,56 +130,62 @@ def ask(
     if not recipe.chunk:
         reading = read(model, ids, table, recipe, lead, phase)
 
-    asked, caches = [], []
+    results = []
+    caches = []
     for method in table:
         if recipe.chunk:
             reading = read_in_chunks(model, ids, method, recipe, lead, spans, phase)
-            cache, compressing = reading.cache, reading.cache.report().compress_seconds
+            cache = reading.cache
+            compressing = cache.report().compress_seconds
         else:
-            tell = phase(f"compressing ({method.name})")
+            progress = phase(f"compressing ({method.name})")
             start = time.perf_counter()
             if recipe.auto_budget:
-                cache = smallest(reading.of(method), method, recipe.tolerance, tell, spans)
+                cache = compress_to_tolerance(reading.of(method), method, recipe.tolerance, progress, spans)
                 recipe = replace(recipe, budget=cache.report().budget)  # the other methods get as much
             else:
-                cache = reading.of(method).compress(recipe.budget, method, tell, spans)
+                cache = reading.of(method).compress(recipe.budget, method, progress, spans)
             compressing = time.perf_counter() - start
         caches.append(cache)
-        report, answers = cache.report(), []
-        tell = phase(f"answering ({method.name})")
+        report = cache.report()
+        progress = phase(f"answering ({method.name})")
+        answers = []
         for index, question in enumerate(questions):
             later = prompt.question(question).to(model.device)
             answers.append(greedy(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
-            tell(index + 1, len(questions))
+            progress(index + 1, len(questions))
         seconds = compressing + reading.repeat_cost(method)
-        asked.append(Asked(method.name, report, reading.seconds, seconds, tuple(answers), reading.is_repeated(method)))
+        repeated = reading.is_repeated(method)
+        results.append(AskResult(method.name, report, reading.seconds, seconds, tuple(answers), repeated))
 
-    full = next((result for result in asked if result.method == "full"), None)
+    full = next((result for result in results if result.method == "full"), None)
     if full is None:
-        return asked
+        return results
     phase("comparing")
     alike = []
     for cache in caches:
-        same = [_agreement(model, cache.fork(), prompt.question(answer.question), answer.tokens) for answer in full.answers]
-        alike.append(sum(hits for hits, _ in same) / max(1, sum(count for _, count in same)))
-    return [replace(result, alike=share) for result, share in zip(asked, alike, strict=True)]
+        counts = [_agreement(model, cache.fork(), prompt.question(answer.question), answer.tokens) for answer in full.answers]
+        alike.append(sum(same for same, _ in counts) / max(1, sum(of for _, of in counts)))
+    return [replace(result, alike=share) for result, share in zip(results, alike, strict=True)]
 
 
 def generation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 0.0
 ) -> GenerationConfig:
-    """How an answer is written, whatever else the model's own configuration says: temperature 0 is greedy."""
+    """How an answer is written, whatever else the model's own configuration says; temperature 0 is greedy decoding."""
     own = model.generation_config
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, bos_token_id=own.bos_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id if own.pad_token_id is not None else tokenizer.eos_token_id,
         **({"temperature": temperature} if temperature > 0 else {}),
-    )  # fmt: skip
+    )
 
 
 class _Clock(BaseStreamer):
-    """Notes when the first and the last token came."""
+    """Notes when each token came."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -184,10 +198,15 @@ class _Clock(BaseStreamer):
 
 
 def greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: KeepCache, ids: Tensor, later: Tensor,
-    question: str, max_new_tokens: int,
-) -> Answer:  # fmt: skip
-    """Greedy decoding of one answer after `later` = question tokens, from a cache that has read `ids`."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: KeepCache,
+    ids: Tensor,
+    later: Tensor,
+    question: str,
+    max_new_tokens: int,
+) -> Answer:
+    """Greedy decoding of one answer, from a cache that has read the text `ids` [1, T], after the question's tokens [1, n]."""
     clock = _Clock()
     prompt = torch.cat([ids, later], dim=1)
     generate: Any = model.generate
@@ -199,13 +218,13 @@ def greedy(
         streamer=clock,
     )
     new = output[0, prompt.shape[1] :].tolist()
-    first, last = clock.times[1], clock.times[-1]  # the streamer is given the prompt first
-    return Answer(question, str(tokenizer.decode(new, skip_special_tokens=True)).strip(), tuple(new), last - first)
+    seconds = clock.times[-1] - clock.times[1]  # the streamer is given the prompt first
+    return Answer(question, str(tokenizer.decode(new, skip_special_tokens=True)).strip(), tuple(new), seconds)
 
 
 def _agreement(model: PreTrainedModel, cache: KeepCache, later: Tensor, answer: Sequence[int]) -> tuple[int, int]:
     """How many of the answer's tokens this cache would have chosen at their places, and how many there are."""
     target = torch.tensor([answer], device=model.device)
-    fed = torch.cat([later.to(model.device), target], dim=1)
-    logits = model(fed, past_key_values=cache, logits_to_keep=len(answer) + 1).logits[0, :-1]
+    ids = torch.cat([later.to(model.device), target], dim=1)
+    logits = model(ids, past_key_values=cache, logits_to_keep=len(answer) + 1).logits[0, :-1]
     return int((logits.argmax(-1) == target[0]).sum()), len(answer)

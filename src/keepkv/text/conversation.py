@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.errors import InputError
+from keepkv.paths import atomic_file
 from keepkv.recipe import CONVERSATION, Recipe
 from keepkv.text.ask import generation
+from keepkv.text.prompt import marks
 from keepkv.text.reading import Phase, silent
 
 FORMAT = "keepkv conversation 1"
-_MARKS = ("\u2402keepkv-0\u2403", "\u2402keepkv-1\u2403", "\u2402keepkv-2\u2403")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a user said and what the model answered; whole is False where the answer was cut off."""
+    """What a user said and what the model answered; `whole` is False where the answer was cut off."""
 
     user: str
     answer: str
@@ -33,21 +35,37 @@ class Turn:
 
 
 class Conversation:
-    """Says and hears one turn after the other; `cache` holds budget + period tokens at most, however long it gets.
+    """One turn after the other over a live cache, which holds budget + period tokens at most, however long it gets.
 
-    system: a system prompt, which stays verbatim in every head. Every turn starts from a checkpoint, so that `undo` takes
-    it back exactly. Raises what KeepCache raises.
+    Every turn starts from a checkpoint, so that `undo` takes it back exactly.
+
+    Args:
+        model: Any supported model.
+        tokenizer: Its tokenizer. Without a chat template, turns are "Question: ..." and "Answer: ...".
+        recipe: The cache's settings.
+        system: A system prompt; it stays verbatim in every head.
+
+    Attributes:
+        cache: What has been read and written so far.
+        turns: What was said.
+        ids: The same as token ids [1, T].
+
+    Raises:
+        InputError: for a chat template that takes no system prompt, or no conversation.
+        KeepKVError: as `KeepCache` does.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe = CONVERSATION, system: str = ""
     ) -> None:
-        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.model = model
+        self.tokenizer = tokenizer
+        self.system = system
         self.cache = KeepCache.of(model, recipe)
         self.turns: list[Turn] = []
-        self.ids = torch.empty(1, 0, dtype=torch.int64, device=model.device)  # all that was said, in tokens
-        self._before: tuple[KeepCache, Tensor] | None = None
-        self._head, self._between, self._after = pieces(tokenizer, system)
+        self.ids = torch.empty(1, 0, dtype=torch.int64, device=model.device)
+        self._before: tuple[KeepCache, Tensor] | None = None  # the last turn's checkpoint
+        self._template = turn_template(tokenizer, system)
 
     @torch.no_grad()
     def say(
@@ -59,9 +77,18 @@ class Conversation:
         temperature: float = 0.0,
         phase: Phase = silent,
     ) -> Turn:
-        """One turn: hear(piece) is told the answer as it comes, stop() is asked after every token whether to end it.
+        """One turn. If anything goes wrong, or is interrupted, the conversation is as it was before.
 
-        temperature 0 is greedy. If anything goes wrong, the conversation is as it was before. Raises InputError for no text.
+        Args:
+            text: What the user says.
+            hear: Called with the pieces of the answer as they come.
+            stop: Called after every token; the answer ends where it returns True.
+            max_new_tokens: Of the answer, at most.
+            temperature: 0 is greedy decoding.
+            phase: Told what is under way.
+
+        Raises:
+            InputError: if there is no text.
         """
         if not text.strip():
             raise InputError("nothing was said: give some text")
@@ -76,22 +103,30 @@ class Conversation:
         return turn
 
     def _say(
-        self, text: str, hear: Callable[[str], None], stop: Callable[[], bool], max_new_tokens: int, temperature: float,
+        self,
+        text: str,
+        hear: Callable[[str], None],
+        stop: Callable[[], bool],
+        max_new_tokens: int,
+        temperature: float,
         phase: Phase,
-    ) -> Turn:  # fmt: skip
-        head = self._between if self.turns else self._head
-        new = self._tokens(head + text + self._after, special=not self.turns)
+    ) -> Turn:
+        opening = self._template.between if self.turns else self._template.head
+        new = self._tokenize(opening + text + self._template.after, special=not self.turns)
         self.ids = torch.cat([self.ids, new], dim=1)
         self._read(self.ids[:, self.cache.get_seq_length() : -1], phase("reading"))
-        own, generate = self.model.generation_config, self.model.generate
-        config = generation(self.model, self.tokenizer, max_new_tokens, temperature)
-        speaker = _Speaker(self.tokenizer, hear)
+        generate: Any = self.model.generate
         output = generate(
-            self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, generation_config=config,
-            streamer=speaker, stopping_criteria=[_Stop(stop)],
-        )  # type: ignore[operator]  # fmt: skip
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            past_key_values=self.cache,
+            generation_config=generation(self.model, self.tokenizer, max_new_tokens, temperature),
+            streamer=_Speaker(self.tokenizer, hear),
+            stopping_criteria=[_Stop(stop)],
+        )
         answer = output[:, self.ids.shape[1] :]
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        end: Any = self.model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
         whole = answer.shape[1] > 0 and int(answer[0, -1]) in ends
         if whole:  # the template ends the answer itself, when the next turn begins
             answer = answer[:, :-1]
@@ -99,44 +134,57 @@ class Conversation:
         return Turn(text, str(self.tokenizer.decode(answer[0], skip_special_tokens=True)).strip(), whole)
 
     def _read(self, ids: Tensor, progress: Progress) -> None:
+        """Reads tokens into the cache; a system prompt at their beginning is kept verbatim."""
         if ids.shape[1] == 0:
             return
         first = self.cache.get_seq_length() == 0
-        stay = [(0, self._tokens(self._head, special=True).shape[1])] if first and self.system else []
-        self.cache.read(self.model, ids, keep=stay, progress=progress)
+        keep = [(0, self._tokenize(self._template.head, special=True).shape[1])] if first and self.system else []
+        self.cache.read(self.model, ids, keep=keep, progress=progress)
 
-    def _tokens(self, text: str, special: bool) -> Tensor:
+    def _tokenize(self, text: str, special: bool) -> Tensor:
         special = special and not self.tokenizer.chat_template
         ids: Tensor = self.tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False)["input_ids"]
         return ids.to(self.model.device)
 
     def undo(self) -> Turn:
-        """Takes the last turn back; the cache is exactly as it was before. Raises InputError if there is none to take back."""
+        """Takes the last turn back: the cache is exactly as it was before it.
+
+        Raises:
+            InputError: if there is none to take back.
+        """
         if self._before is None:
             raise InputError("there is no turn to take back: only the last one can be, once")
-        (self.cache, self.ids), self._before = self._before, None
+        self.cache, self.ids = self._before
+        self._before = None
         return self.turns.pop()
 
     def save(self, file: Path) -> None:
-        """Writes what was said as JSON: words and tokens, not the cache. Raises InputError if it cannot be written."""
+        """Writes what was said as JSON, whole or not at all: words and tokens, not the cache and its settings.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
         turns = [asdict(turn) for turn in self.turns]
-        told = {"format": FORMAT, "system": self.system, "turns": turns, "tokens": self.ids[0].tolist()}
+        fields = {"format": FORMAT, "system": self.system, "turns": turns, "tokens": self.ids[0].tolist()}
         try:
-            file.write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+            with atomic_file(file) as scratch:
+                scratch.write_text(json.dumps(fields, ensure_ascii=False, indent=1), encoding="utf-8")
         except OSError as error:
             raise InputError(f"{str(file)!r} cannot be written ({error.strerror})") from error
 
     def load(self, file: Path, phase: Phase = silent) -> None:
-        """Goes on where a saved conversation ended: its tokens are read again, in chunks. Raises InputError if it is none."""
+        """Goes on where a saved conversation ended: its tokens are read again, with this conversation's settings.
+
+        Raises:
+            InputError: for a file that is no saved conversation, or one with another model. Nothing has changed then.
+        """
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            if told["format"] != FORMAT:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            if fields["format"] != FORMAT:
                 raise KeyError("format")
-            turns, tokens, system = (
-                [Turn(**turn) for turn in told["turns"]],
-                torch.tensor([told["tokens"]]),
-                str(told["system"]),
-            )
+            turns = [Turn(**turn) for turn in fields["turns"]]
+            tokens = torch.tensor([fields["tokens"]])
+            system = str(fields["system"])
         except OSError as error:
             raise InputError(f"{str(file)!r} cannot be read ({error.strerror})") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -144,39 +192,63 @@ class Conversation:
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         if tokens.numel() == 0 or tokens.dtype != torch.int64 or int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
             raise InputError(f"{str(file)!r} was saved with another model: its tokens are not this one's")
-        old = self.cache, self.ids, self.turns, self.system, self._head, self._between, self._after
-        self.cache = self.cache.fork()
-        self.cache.reset()
-        try:
-            self.system = system
-            self._head, self._between, self._after = pieces(self.tokenizer, system)
-            self._read(tokens[:, :-1].to(self.model.device), phase("reading the conversation"))
-        except BaseException:
-            self.cache, self.ids, self.turns, self.system, self._head, self._between, self._after = old
-            raise
-        self.ids, self.turns, self._before = tokens.to(self.model.device), turns, None
+        loaded = copy.copy(self)
+        loaded.cache = self.cache.fork()
+        loaded.cache.reset()
+        loaded.ids = tokens.to(self.model.device)
+        loaded.turns = turns
+        loaded.system = system
+        loaded._before = None
+        loaded._template = turn_template(self.tokenizer, system)
+        loaded._read(loaded.ids[:, :-1], phase("reading the conversation"))
+        vars(self).update(vars(loaded))
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, system: str = "") -> tuple[str, str, str]:
-    """What stands before the first user's text, between an answer and the next one's, and between text and answer."""
+class TurnTemplate(NamedTuple):
+    """What a chat template puts around the turns of a conversation.
+
+    Attributes:
+        head: Before the first user's text, a system prompt included.
+        between: Between an answer and the next user's text.
+        after: Between a user's text and the answer.
+    """
+
+    head: str
+    between: str
+    after: str
+
+
+def turn_template(tokenizer: PreTrainedTokenizerBase, system: str = "") -> TurnTemplate:
+    """What a tokenizer's chat template puts around turns, after a system prompt; without a template, plain words.
+
+    Raises:
+        InputError: for a template that takes no system prompt, or no conversation.
+    """
     if not tokenizer.chat_template:
-        return f"{system}\n\nQuestion: ".lstrip() if system else "Question: ", "\n\nQuestion: ", "\nAnswer:"
-    first, answer, second = _MARKS
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), _MARKS, strict=True)]
+        head = f"{system}\n\nQuestion: ".lstrip() if system else "Question: "
+        return TurnTemplate(head, between="\n\nQuestion: ", after="\nAnswer:")
+    question, answer, next_question = marks(3, system, str(tokenizer.chat_template))
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": next_question},
+    ]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    kind = "system prompt" if system else "conversation"
     try:
         whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:
-        raise InputError(
-            f"this model's chat template takes no {'system prompt' if system else 'conversation'}: {error}"
-        ) from error
-    head, rest = whole.split(first)
-    between, after = rest.split(answer)[1].split(second)
-    return head, between, after
+    except Exception as error:  # templates raise whatever they like
+        raise InputError(f"this model's chat template takes no {kind}: {error}") from error
+    if [whole.count(mark) for mark in (question, answer, next_question)] != [1, 1, 1]:
+        raise InputError(f"this model's chat template takes no {kind}: it does not show every message once, as it is")
+    head, rest = whole.split(question)
+    between, after = rest.split(answer)[1].split(next_question)
+    return TurnTemplate(head, between, after)
 
 
 class _Speaker(TextStreamer):
-    """Tells the words of an answer as they become certain."""
+    """Hands on the words of an answer as they become certain."""
 
     def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -188,6 +260,8 @@ class _Speaker(TextStreamer):
 
 
 class _Stop(StoppingCriteria):
+    """Ends an answer where a function says so."""
+
     def __init__(self, stop: Callable[[], bool]) -> None:
         self._stop = stop
 

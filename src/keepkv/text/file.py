@@ -9,7 +9,11 @@ from keepkv.errors import InputError
 
 
 def read_text(file: str) -> str:
-    """The text of a UTF-8 file, or of standard input for "-". Raises InputError for a missing, binary or empty one."""
+    """The text of a UTF-8 file, or of standard input for "-".
+
+    Raises:
+        InputError: for a file that is missing, is no UTF-8 text, or is empty.
+    """
     name = "standard input" if file == "-" else repr(file)
     try:
         raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()

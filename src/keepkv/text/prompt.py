@@ -1,76 +1,109 @@
-"""Prompt: a text and questions about it, cut into tokens with the model's chat template."""
+"""Prompt: a text and questions about it, as tokens in the model's chat format."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from itertools import takewhile
+from itertools import count
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from keepkv.errors import InputError
 
-_MARK = "\u2402keepkv\u2403"  # stands before the text and where the question will be, while the chat template is applied
-
 
 class Prompt:
-    """A text and questions about it, cut into tokens: `text` is read once, `question(q)` is appended to it.
+    """A text and questions about it as tokens: `text` is read once, and `question(q)` is appended to it.
 
-    lead: how many tokens of `text` the chat template puts before it. before, after: what stands around a question. Text and
-    question are two line breaks apart, and the cut is between those: most tokenizers cut there too where they see the whole.
+    Text and question are the user's one message, two line breaks apart. What is read ends between the line breaks: most
+    tokenizers cut there too where they see the whole message.
+
+    Attributes:
+        text: Token ids [1, T] of everything before a question.
+        lead: How many of them the chat template puts before the text.
+        before, after: What stands around a question.
+
+    Raises:
+        InputError: for a chat template that does not show the user's message as it is.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        """Applies the chat template if there is one; the text and then the question are the user's message."""
         self._tokenizer = tokenizer
+        self._special = not tokenizer.chat_template  # whether the tokenizer adds its special tokens: templates have their own
         if tokenizer.chat_template:
-            message = [{"role": "user", "content": f"{_MARK}{text.strip()}\n\n{_MARK}"}]
-            whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            opening, body, self.after = str(whole).split(_MARK)
-            body, self.before = body.removesuffix("\n"), "\n"
+            mark, *_ = marks(1, text, str(tokenizer.chat_template))
+            message = [{"role": "user", "content": f"{mark}{text.strip()}\n\n{mark}"}]
+            whole = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+            if whole.count(mark) != 2:
+                raise InputError("this model's chat template does not show the user's message once, as it is")
+            opening, body, self.after = whole.split(mark)
+            body = body.removesuffix("\n")
+            self.before = "\n"
         else:
-            opening, body, self.before, self.after = "", f"{text.strip()}\n", "\nQuestion: ", "\nAnswer:"
-        self._read, self._special = opening + body, not tokenizer.chat_template
-        self.text: Tensor = self._cut(self._read)
-        pairs = zip(self._cut(opening)[0].tolist(), self.text[0].tolist(), strict=False)
-        self.lead = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            opening = ""
+            body = f"{text.strip()}\n"
+            self.before = "\nQuestion: "
+            self.after = "\nAnswer:"
+        self._text = opening + body
+        self.text: Tensor = self._tokenize(self._text)
+        self.lead = same_prefix(self._tokenize(opening)[0].tolist(), self.text[0].tolist())
 
-    def _cut(self, text: str) -> Tensor:
+    def _tokenize(self, text: str) -> Tensor:
         ids: Tensor = self._tokenizer(text, add_special_tokens=self._special, return_tensors="pt", verbose=False)["input_ids"]
         return ids.long()
 
     def spans(self, *patterns: str) -> list[tuple[int, int]]:
-        """The tokens (first, last + 1) of every match of regular expressions in what is read. Raises InputError."""
-        found = [span for pattern in patterns for span in self._matches(pattern)]
-        if not found:
+        """The tokens (first, last + 1) of every match of regular expressions in what is read.
+
+        Raises:
+            InputError: for a pattern that is no regular expression or matches nothing, and for a tokenizer that cannot say
+                where its tokens stand in the text.
+        """
+        matches = [match for pattern in patterns for match in self._matches(pattern)]
+        if not matches:
             return []
         if not self._tokenizer.is_fast:
             raise InputError(
                 "this model's tokenizer does not say where its tokens stand in the text: nothing can be kept by name"
             )
-        places = self._tokenizer(self._read, add_special_tokens=self._special, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
-        starts, ends = [lo for lo, _ in places], [hi for _, hi in places]  # both ascend
-        spans = [(bisect_right(ends, first), bisect_left(starts, last)) for first, last in found]
-        return [span for span in spans if span[0] < span[1]]
+        encoding = self._tokenizer(self._text, add_special_tokens=self._special, return_offsets_mapping=True, verbose=False)
+        starts = [start for start, _ in encoding["offset_mapping"]]  # starts and ends ascend
+        ends = [end for _, end in encoding["offset_mapping"]]
+        spans = [(bisect_right(ends, first), bisect_left(starts, last)) for first, last in matches]
+        return [(first, last) for first, last in spans if first < last]
 
     def _matches(self, pattern: str) -> list[tuple[int, int]]:
+        """The characters (first, last + 1) of a pattern's matches. Raises InputError."""
         try:
-            found = [match.span() for match in re.finditer(pattern, self._read) if match[0]]
+            matches = [match.span() for match in re.finditer(pattern, self._text) if match[0]]
         except re.error as error:
             raise InputError(f"{pattern!r} is not a regular expression: {error}") from None
-        if not found:
+        if not matches:
             raise InputError(f"nothing in the text matches {pattern!r}, so there is nothing to keep")
-        return found
+        return matches
 
     def question(self, question: str) -> Tensor:
         """Token ids [1, n] of a question and what stands around it."""
-        return asked(self._tokenizer, question, self.before, self.after)
+        return question_ids(self._tokenizer, question, self.before, self.after)
 
 
-def asked(tokenizer: PreTrainedTokenizerBase, question: str, before: str, after: str) -> Tensor:
+def question_ids(tokenizer: PreTrainedTokenizerBase, question: str, before: str, after: str) -> Tensor:
     """Token ids [1, n] of a question and what stands around it."""
     ids: Tensor = tokenizer(before + question.strip() + after, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return ids
+
+
+def marks(number: int, *texts: str) -> list[str]:
+    """Different strings that occur in none of the texts: they mark places in what a chat template makes of a message.
+
+    A mark begins with a sign that it holds nowhere else, so it cannot occur across a text's edge either.
+    """
+    candidates = (f"\u2402keepkv-{index}\u2403" for index in count())
+    free = (mark for mark in candidates if not any(mark in text for text in texts))
+    return [next(free) for _ in range(number)]
+
+
+def same_prefix(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists have in common before they differ."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

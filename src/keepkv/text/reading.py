@@ -1,4 +1,4 @@
-"""Reading: a text and questions cut into tokens, and the text read, and repeated if wanted, before it is compressed."""
+"""Reading: a text is read into a cache, and repeated over it where that is wanted, before it is compressed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keepkv.recipe import Recipe, RepeatMode
 
 REPEAT = "Repeat the text above, word for word."
 _REPEAT_ROOM = 512  # one repeated piece and the instruction
-Phase = Callable[[str], Progress]  # starts a phase of that title; returns what to tell its progress to
+Phase = Callable[[str], Progress]  # called with a phase's title; returns what is called with its (steps done, steps in all)
 
 
 def silent(title: str) -> Progress:
@@ -28,9 +28,14 @@ def silent(title: str) -> Progress:
 
 
 class Reading(NamedTuple):
-    """A cache that has read a text, and the seconds that took; the same after repeating it, in every way that is wanted.
+    """A cache that has read a text, and caches that have also repeated it, in every way that a method wants.
 
-    It is not compressed yet, or, if the text was read in chunks, has been on the way.
+    They are not compressed yet; or, if the text was read in chunks, have been compressed on the way.
+
+    Attributes:
+        cache: It has read the text.
+        seconds: How long that took.
+        repeated: For every way of repeating, a cache that has done so too, and the seconds of the repetition.
     """
 
     cache: KeepCache
@@ -38,7 +43,7 @@ class Reading(NamedTuple):
     repeated: Mapping[Repeat, tuple[KeepCache, float]]
 
     def of(self, method: Method) -> KeepCache:
-        """A fork of the cache, as the method wants it."""
+        """A fork of the cache that the method wants: repeated, or not."""
         return self._of(method)[0].fork()
 
     def is_repeated(self, method: Method) -> bool:
@@ -54,45 +59,74 @@ class Reading(NamedTuple):
 
 
 def read(
-    model: PreTrainedModel, ids: Tensor, methods: Sequence[Method], recipe: Recipe, lead: Tensor | None = None,
+    model: PreTrainedModel,
+    ids: Tensor,
+    methods: Sequence[Method],
+    recipe: Recipe,
+    lead: Tensor | None = None,
     phase: Phase = silent,
-) -> Reading:  # fmt: skip
-    """Reads ids [1, T] at once, and repeats them after lead [1, n] where `repeats` says so, for all the methods together."""
-    settings = replace(recipe, budget="100%", chunk=0)  # every method is given its budget when it compresses
+) -> Reading:
+    """Reads a text at once, for several methods together, and repeats it where `repeats` says so.
+
+    Args:
+        model: Any supported model.
+        ids: Token ids [1, T].
+        methods: What will compress it.
+        recipe: Its budget is not used: every method gets it when it compresses.
+        lead: An instruction [1, n] to repeat the text, in the model's chat format.
+        phase: Told what is under way.
+    """
+    settings = replace(recipe, budget="100%", chunk=0)
     column_mass = any(method.column_mass for method in methods)
     cache = KeepCache.of(model, settings, column_mass=column_mass, auto=False)
     phase(f"reading {ids.shape[1]:,} tokens")
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
-    seconds, repeated = time.perf_counter() - start, {}
+    seconds = time.perf_counter() - start
+    repeated = {}
     for how in dict.fromkeys(method.repeat for method in methods):
         if how is not None and repeats(recipe.repeat, model, how, ids.shape[1]):
-            start, twin = time.perf_counter(), cache.fork()
+            start = time.perf_counter()
+            twin = cache.fork()
             twin.repeat(model, ids, lead, how, phase("repeating the text"))
             repeated[how] = twin, time.perf_counter() - start
     return Reading(cache, seconds, repeated)
 
 
 def read_in_chunks(
-    model: PreTrainedModel, ids: Tensor, method: Method, recipe: Recipe, lead: Tensor | None = None,
-    spans: Sequence[tuple[int, int]] = (), phase: Phase = silent,
-) -> Reading:  # fmt: skip
-    """Reads ids [1, T] `recipe.chunk` tokens at a time, compressing as it goes: memory does not grow with the text."""
+    model: PreTrainedModel,
+    ids: Tensor,
+    method: Method,
+    recipe: Recipe,
+    lead: Tensor | None = None,
+    spans: Sequence[tuple[int, int]] = (),
+    phase: Phase = silent,
+) -> Reading:
+    """Reads a text `recipe.chunk` tokens at a time and compresses it on the way: memory does not grow with the text.
+
+    Args:
+        model: Any supported model.
+        ids: Token ids [1, T].
+        method: What compresses it.
+        recipe: How.
+        lead: As in `read`.
+        spans: Tokens (first, last + 1) that keep their slots.
+        phase: Told what is under way.
+    """
     cache = KeepCache.of(model, replace(recipe, method=method))
     how = method.repeat
-    again = how is not None and repeats(recipe.repeat, model, how, ids.shape[1])
+    repeating = how is not None and repeats(recipe.repeat, model, how, ids.shape[1])
+    progress = phase(f"reading {ids.shape[1]:,} tokens in chunks ({method.name})")
     start = time.perf_counter()
-    cache.read(
-        model, ids, repeat=lead if again else None, keep=spans,
-        progress=phase(f"reading {ids.shape[1]:,} tokens in chunks ({method.name})"),
-    )  # fmt: skip
-    seconds, report = time.perf_counter() - start, cache.report()
-    repeated = {how: (cache, report.repeat_seconds)} if how is not None and again else {}
+    cache.read(model, ids, repeat=lead if repeating else None, keep=spans, progress=progress)
+    seconds = time.perf_counter() - start
+    report = cache.report()
+    repeated = {how: (cache, report.repeat_seconds)} if how is not None and repeating else {}
     return Reading(cache, seconds - report.compress_seconds - report.repeat_seconds, repeated)
 
 
 def repeats(mode: RepeatMode, model: PreTrainedModel, how: Repeat, tokens: int) -> bool:
-    """Whether to repeat a text of so many tokens: it is needed, or wanted, or ("auto") within the trained length."""
+    """Whether to repeat a text: where the method needs it, always, or (mode "auto") where the trained length allows it."""
     if mode != "auto" or how.needed:
         return how.needed or mode == "always"
     trained = trained_length(model)

@@ -12,7 +12,7 @@ from documents.joining.texts import LEAD, LENGTHS, documents, prompt, read, whol
 from helpers import make_model, tokens
 from keepkv import KeepCache
 from keepkv.cache.report import held_bytes
-from keepkv.documents.joining.cacheblend import Text, deviation, fresh, renew
+from keepkv.documents.joining.cacheblend import ReusedText, deviation, fresh, recompute
 from keepkv.documents.joining.join import join
 from keepkv.documents.joining.joined import joined
 from keepkv.errors import InputError
@@ -74,8 +74,10 @@ def test_no_token_sees_what_comes_after_it() -> None:
         if changed:
             ids[0, 21:] = 7
         exact = read(model, torch.cat([second.ids[:, :LEAD], ids], 1))
-        text = Text(ids, lambda i, exact=exact: tuple(x[:, :, LEAD:] for x in (exact.layers[i].keys, exact.layers[i].values)))
-        made.append(renew(model, before, text, 0.1, chosen=chosen))
+        text = ReusedText(
+            ids, lambda i, exact=exact: tuple(x[:, :, LEAD:] for x in (exact.layers[i].keys, exact.layers[i].values))
+        )
+        made.append(recompute(model, before, text, 0.1, chosen=chosen))
     for a, b in zip(made[0].keys + made[0].values, made[1].keys + made[1].values, strict=True):
         assert torch.equal(a, b)
 
@@ -85,7 +87,7 @@ def test_the_tokens_that_change_most_are_read_again() -> None:
     first, second, _ = documents(model)
     ids = second.ids[:, LEAD:]
     old = tuple(x[:, :, LEAD:] for x in second.exact(1))
-    text = Text(ids, lambda i: tuple(x[:, :, LEAD:] for x in second.exact(i)))
+    text = ReusedText(ids, lambda i: tuple(x[:, :, LEAD:] for x in second.exact(i)))
     new = fresh(model, first.cache, ids)
     there = DynamicCache(config=model.config)
     model(torch.cat([first.ids, ids], 1), past_key_values=there)
@@ -93,9 +95,9 @@ def test_the_tokens_that_change_most_are_read_again() -> None:
     change = deviation(new, old)
     expected = (new[1] - old[1]).square().sum((0, 1, 3)).sqrt()
     assert torch.allclose(change, expected.float(), atol=1e-5)
-    made = renew(model, first.cache, text, 0.25)
+    made = recompute(model, first.cache, text, 0.25)
     assert set(made.tokens.tolist()) == set(change.topk(7).indices.tolist())
-    narrowed = renew(model, first.cache, text, 0.25, "paper")
+    narrowed = recompute(model, first.cache, text, 0.25, "paper")
     counts = [int(taken.sum()) for taken in narrowed.taken]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == len(narrowed.tokens) > counts[-1] == 4
@@ -144,7 +146,7 @@ def test_repaired_documents_can_be_compressed_together() -> None:
 def test_queries_of_repaired_tokens_are_those_of_the_prompt() -> None:
     model = make_model()
     parts = documents(model)[:2]
-    made = renew(model, parts[0].cache, Text(parts[1].ids[:, LEAD:], lambda i: tuple(
+    made = recompute(model, parts[0].cache, ReusedText(parts[1].ids[:, LEAD:], lambda i: tuple(
         x[:, :, LEAD:] for x in parts[1].exact(i))), 1.0)  # fmt: skip
     cache = KeepCache(model, 1.0, "full", auto=False)
     model(torch.cat([parts[0].ids, parts[1].ids[:, LEAD:]], 1), past_key_values=cache)

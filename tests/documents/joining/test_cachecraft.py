@@ -9,7 +9,7 @@ from documents.joining.texts import LEAD, LENGTHS, _behind, documents, prompt
 from helpers import make_model, tokens
 from keepkv.documents import identity
 from keepkv.documents.joining import cachecraft
-from keepkv.documents.joining.cacheblend import Text
+from keepkv.documents.joining.cacheblend import ReusedText
 from keepkv.documents.joining.joined import joined
 from keepkv.errors import InputError
 
@@ -21,7 +21,7 @@ def test_a_variant_counts_the_attention_it_paid_and_needs_no_repair_where_it_sto
     whole = joined(model, parts[:2], 1.0).cache
     ids = third.ids[:, LEAD:]
     start = whole.get_seq_length()
-    stood = cachecraft.observe(model, whole, [LENGTHS[0], start], ["a", "b"], Text(ids, lambda i: (
+    stood = cachecraft.observe(model, whole, [LENGTHS[0], start], ["a", "b"], ReusedText(ids, lambda i: (
         third.exact(i)[0][:, :, LEAD:], third.exact(i)[1][:, :, LEAD:])))  # fmt: skip
     assert stood.sizes == (LENGTHS[0], LENGTHS[1] - LEAD)
     assert stood.inter.shape == (3, ids.shape[1], 2)
@@ -47,7 +47,7 @@ def test_a_variant_counts_the_attention_it_paid_and_needs_no_repair_where_it_sto
     paid = stood.inter.sum((0, 2))
     assert paid[stood.chosen(["x"])].min() >= paid.sort().values[ids.shape[1] - len(stood.chosen(["x"]))]
     other = cachecraft.observe(
-        model, first.cache, [LENGTHS[0]], ["a"], Text(ids, lambda i: tuple(x[:, :, LEAD:] for x in third.exact(i)))
+        model, first.cache, [LENGTHS[0]], ["a"], ReusedText(ids, lambda i: tuple(x[:, :, LEAD:] for x in third.exact(i)))
     )
     assert cachecraft.best([stood, other], ["a", "b"]) is stood
     assert cachecraft.best([stood, other], ["a"]) is other
@@ -67,7 +67,7 @@ def test_a_variant_comes_back_from_its_file(tmp_path) -> None:
     assert (again.before, again.sizes, again.start, again.impact) == (made.before, made.sizes, made.start, made.impact)
     assert again.chosen(["x"]).tolist() == made.chosen(["x"]).tolist()
     for part in ("keys", "values", "taken"):
-        assert all(map(torch.equal, getattr(again.renewed, part), getattr(made.renewed, part)))
+        assert all(map(torch.equal, getattr(again.recomputed, part), getattr(made.recomputed, part)))
     ours, theirs = (joined(model, [first, second], 1.0, crafts=[[v]], keys=["a", "b"]).cache for v in (made, again))
     later = tokens(1, 4, seed=6)
     assert torch.equal(model(later, past_key_values=ours).logits, model(later, past_key_values=theirs).logits)

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from documents.joining.texts import LEAD, LENGTHS, read, split, texts
 from helpers import make_model, tokens
-from keepkv.documents.joining.join import join, with_lead
+from keepkv.documents.joining.join import join, merge_lead
 from keepkv.slots.slots import Slots
 
 
@@ -70,7 +70,7 @@ def test_the_lead_counts_once_and_its_votes_add_up() -> None:
     first = Slots(keys[:5], values[:5], torch.tensor([3.0, 0.5, 0, 1, 0]), torch.tensor([0, 2, 7, 3, 9]).int(), (0, 3, 5))
     lead_keys = torch.cat([keys[:1], keys[5:6], keys[6:]])  # position 0 in both, 1 and 2 only in the other text
     lead = Slots(lead_keys, values[4:], torch.tensor([2.0, 0.7, -1.0]), torch.tensor([0, 1, 2]).int(), (0, 2, 3))
-    made = with_lead(first, lead)
+    made = merge_lead(first, lead)
     assert made.counts == [4, 3]
     assert made.positions.tolist() == [0, 1, 2, 7, 2, 3, 9]
     votes = made.bias.double().exp()
@@ -79,7 +79,7 @@ def test_the_lead_counts_once_and_its_votes_add_up() -> None:
     assert torch.allclose(made.values[0], mean)
     assert torch.equal(made.values[1], values[5])
     assert torch.equal(made.bias[[1, 2, 3, 4]], torch.tensor([0.7, 0.5, 0, -1.0]))
-    assert with_lead(first, None) is first
+    assert merge_lead(first, None) is first
 
 
 def test_one_document_joined_is_itself(family: str) -> None:

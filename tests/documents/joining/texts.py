@@ -8,7 +8,7 @@ from helpers import tokens
 from keepkv import KeepCache
 from keepkv.documents.document import Document
 from keepkv.documents.joining import cachecraft
-from keepkv.documents.joining.cacheblend import Text
+from keepkv.documents.joining.cacheblend import ReusedText
 from keepkv.slots.slots import Slots
 
 LEAD = 5
@@ -50,6 +50,6 @@ def split(slots: Slots) -> tuple[torch.Tensor, ...]:
     return torch.split(slots.positions, slots.counts)
 
 
-def _behind(model, first: Document, second: Document) -> cachecraft.Variant:
-    return cachecraft.observe(model, first.cache, [LENGTHS[0]], ["a"], Text(second.ids[:, LEAD:], lambda i: (
+def _behind(model, first: Document, second: Document) -> cachecraft.ChunkVariant:
+    return cachecraft.observe(model, first.cache, [LENGTHS[0]], ["a"], ReusedText(second.ids[:, LEAD:], lambda i: (
         second.exact(i)[0][:, :, LEAD:], second.exact(i)[1][:, :, LEAD:])))  # fmt: skip

@@ -154,8 +154,8 @@ def frequencies(vllm_config: Any, device: torch.device) -> Tensor:
     config = vllm_config.model_config.hf_text_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    families.check(model)
-    return families.frequencies(type(families.rotary(model))(config)).to(device)
+    families.check_supported(model)
+    return families.inv_freq(type(families.rotary(model))(config)).to(device)
 
 
 def tell(settings: Settings) -> None:
