@@ -55,10 +55,18 @@ class Chat:
         self._temperature = temperature
         self.talk = start()
         self._commands: dict[str, Callable[[str], object]] = {
-            "help": lambda argument: out.print(HELP), "report": self._report, "budget": self._budget, "undo": self._undo,
-            "history": self._history, "save": lambda argument: self.talk.save(_file(argument)), "load": self.load,
-            "read": self._read, "clear": self._clear, "quit": self._quit, "exit": self._quit,
-        }  # fmt: skip
+            "help": lambda argument: out.print(HELP),
+            "report": self._report,
+            "budget": self._budget,
+            "undo": self._undo,
+            "history": self._history,
+            "save": lambda argument: self.talk.save(_file(argument)),
+            "load": self.load,
+            "read": self._read,
+            "clear": self._clear,
+            "quit": self._quit,
+            "exit": self._quit,
+        }
         self._over = False
 
     def run(self, lines: Iterator[str]) -> None:

@@ -120,10 +120,16 @@ def show_fidelity(records: Sequence[Fidelity]) -> None:
         table.add_column(name, justify="right")
     for record in records:
         table.add_row(
-            record.method, f"{record.budget} {record.slot_dtype}".removesuffix(" float"), f"{record.delta_nll:+.4f}",
-            f"{record.kl:.4f}", f"{100 * record.top1:.1f}%", size(record.kv_bytes), size(record.kv_bytes_full),
-            f"{record.prefill_seconds:.1f} s", f"{record.compress_seconds:.1f} s",
-        )  # fmt: skip
+            record.method,
+            f"{record.budget} {record.slot_dtype}".removesuffix(" float"),
+            f"{record.delta_nll:+.4f}",
+            f"{record.kl:.4f}",
+            f"{100 * record.top1:.1f}%",
+            size(record.kv_bytes),
+            size(record.kv_bytes_full),
+            f"{record.prefill_seconds:.1f} s",
+            f"{record.compress_seconds:.1f} s",
+        )
     out.print(table)
     first = records[0]
     out.print(

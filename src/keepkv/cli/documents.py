@@ -110,9 +110,9 @@ def compile(
 ) -> None:
     """Read documents once and write their compressed caches as .keep files, which can be asked at any time.
 
-    keepkv compile report.txt && keepkv ask report.keep "Who signed it?"
-    keepkv compile chapters/*.txt -o compiled --budget 5% --resume
-    keepkv compile library/*.txt -o compiled --ray --workers 8
+    $ keepkv compile report.txt && keepkv ask report.keep "Who signed it?"
+    $ keepkv compile chapters/*.txt -o compiled --budget 5% --resume
+    $ keepkv compile library/*.txt -o compiled --ray --workers 8
     """
     from keepkv.cli.console import line_of
 
@@ -173,7 +173,7 @@ def add(
 ) -> None:
     """Compile documents into the store. A text that was compiled before in the same way is not compiled again.
 
-    keepkv store add handbook.txt minutes/*.txt --budget 5%
+    $ keepkv store add handbook.txt minutes/*.txt --budget 5%
     """
     with bar(f"loading {model}") as line:
         from keepkv.documents.store import Store
@@ -196,8 +196,8 @@ def add(
 def list_(folder: Folder = None, as_json: Json = False, debug: Debug = False) -> None:
     """List the documents of the store, the most recently used first.
 
-    keepkv store list
-    keepkv store list --json | jq ".[].source"
+    $ keepkv store list
+    $ keepkv store list --json | jq ".[].source"
     """
     from keepkv.documents.store import Store
 
@@ -217,8 +217,8 @@ def list_(folder: Folder = None, as_json: Json = False, debug: Debug = False) ->
 def show(key: Annotated[str, argument(KEY_HELP, "KEY")], folder: Folder = None, debug: Debug = False) -> None:
     """Print all about one document of the store as JSON. Its "file" can be given to keepkv ask.
 
-    keepkv store show report.txt
-    keepkv ask "$(keepkv store show report.txt | jq -r .file)" "Who signed it?"
+    $ keepkv store show report.txt
+    $ keepkv ask "$(keepkv store show report.txt | jq -r .file)" "Who signed it?"
     """
     from keepkv.documents.format import Contents
     from keepkv.documents.store import Store
@@ -238,8 +238,8 @@ def rm(
 ) -> None:
     """Remove documents from the store. Processes that have one open can go on using it.
 
-    keepkv store rm report.txt
-    keepkv store rm 3f9a01c2 77be
+    $ keepkv store rm report.txt
+    $ keepkv store rm 3f9a01c2 77be
     """
     from keepkv.documents.store import Store
 
@@ -265,8 +265,8 @@ def gc(
 ) -> None:
     """Clean up the store: unfinished files, entries without a file, and documents beyond a limit.
 
-    keepkv store gc
-    keepkv store gc --limit 10GB
+    $ keepkv store gc
+    $ keepkv store gc --limit 10GB
     """
     from keepkv.documents.store import Store, bytes_of
     from keepkv.render import size
@@ -276,7 +276,7 @@ def gc(
         remaining = shelf.entries()
     err.print(
         f"removed {len(removed)} ({size(sum(entry.bytes for entry in removed))}), added {adopted} files without an entry, "
-        f"{len(remaining)} remain ({size(sum(entry.bytes for entry in remaining))})"
+        f"left {len(remaining)} ({size(sum(entry.bytes for entry in remaining))})"
     )
 
 

@@ -139,7 +139,7 @@ def inspect(
     with bar(f"loading {model}") as line:
         for target in filter(None, (html, png)):
             if target.is_dir() or not target.parent.is_dir():
-                raise InputError(f"{str(target)!r} cannot be written: give a file name in a folder that exists")
+                raise InputError(f"{str(target)!r} cannot be written: expected a file name in a folder that exists")
         from keepkv import render
         from keepkv.cli import console
         from keepkv.inspection import anatomy
@@ -180,9 +180,9 @@ def methods(
 ) -> None:
     """List the compression methods, or explain some: equations, cost, memory, strengths and weaknesses.
 
-    keepkv methods
-    keepkv methods snapkv chelsea
-    keepkv methods --json | jq ".[].name"
+    $ keepkv methods
+    $ keepkv methods snapkv chelsea
+    $ keepkv methods --json | jq ".[].name"
     """
     from keepkv.methods import METHODS, get
     from keepkv.methods.pages import facts, page, write

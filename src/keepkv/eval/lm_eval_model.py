@@ -42,10 +42,19 @@ class KeepKV(TemplateLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: str = "smollm2", method: str = "keepkv", budget: str | float = "10%", device: str = "auto",
-        dtype: str = "auto", seed: int = 0, least: int = 64, max_gen_toks: int = 256, batch_size: int | str = 1,
-        max_batch_size: int | None = None, **unknown: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str = "smollm2",
+        method: str = "keepkv",
+        budget: str | float = "10%",
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int = 0,
+        least: int = 64,
+        max_gen_toks: int = 256,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
         super().__init__()
         if unknown:
             known = "model, method, budget, device, dtype, seed, least, max_gen_toks"
@@ -74,10 +83,12 @@ class KeepKV(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(
             self._tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-        )  # fmt: skip
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids: list[int] = self._tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]

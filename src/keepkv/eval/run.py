@@ -179,11 +179,20 @@ def _filled(record: Record, outcome: Outcome) -> Record:
     report = outcome.cache.report()
     slots = report.slots if report.kept else float(outcome.tokens)
     return replace(
-        record, answer=outcome.answer, score=round(outcome.score, 6), loglik=outcome.loglik, chances=outcome.chances,
-        measures=outcome.measures, tokens=outcome.tokens, slots=round(slots, 2), kv_bytes=report.kv_bytes,
-        kv_bytes_full=report.kv_bytes_full, predicted=round(report.error, 6), fallbacks=report.fallbacks,
+        record,
+        answer=outcome.answer,
+        score=round(outcome.score, 6),
+        loglik=outcome.loglik,
+        chances=outcome.chances,
+        measures=outcome.measures,
+        tokens=outcome.tokens,
+        slots=round(slots, 2),
+        kv_bytes=report.kv_bytes,
+        kv_bytes_full=report.kv_bytes_full,
+        predicted=round(report.error, 6),
+        fallbacks=report.fallbacks,
         seconds={name: round(value, 3) for name, value in outcome.seconds.items()},
-    )  # fmt: skip
+    )
 
 
 def _why(error: Exception) -> str:

@@ -6,8 +6,18 @@ from keepkv.eval.summary import FULL, SummaryRow
 from keepkv.render import size
 
 COLUMNS = (
-    "model", "budget", "method", "rank", "score", "retained", "vs full", "bytes", "of full", "questions", "failed",
-)  # fmt: skip
+    "model",
+    "budget",
+    "method",
+    "rank",
+    "score",
+    "retained",
+    "vs full",
+    "bytes",
+    "of full",
+    "questions",
+    "failed",
+)
 
 
 def cells(row: SummaryRow) -> list[str]:

@@ -80,7 +80,7 @@ def html_report(
         f"<h2>All numbers</h2><details><summary>One row per task, budget and method</summary>{_table(per_task)}</details>"
         f"<h2>Settings</h2>{''.join(map(_settings, settings, settings.values()))}"
         f"<p class=soft>{escape(_provenance(records))}</p></main></body></html>\n"
-    )  # fmt: skip
+    )
 
 
 def _depths(heat: Sequence[Heat]) -> str:
