@@ -121,7 +121,7 @@ check-site: site
 
 bench: .venv/ready
 	@.venv/bin/python benchmarks/attention.py --json bench-results/attention.json
-	@.venv/bin/python benchmarks/decode.py --tokens 8192 --budgets 10% --slots int8,int4 --json bench-results/decode.json
+	@.venv/bin/python benchmarks/decode.py --tokens 8192 --budgets 10% --slot-dtype int8,int4 --json bench-results/decode.json
 	@.venv/bin/python benchmarks/compress.py --lengths 2048 --json bench-results/compress.json
 	@.venv/bin/python benchmarks/throughput.py --lengths 2048 --batches 1,4,16 --small --json bench-results/throughput.json
 

@@ -29,7 +29,7 @@ SHAPES = {  # KV heads, query heads of each, head size
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slot-dtype", type=int, default=819, help="of a head on average")
+    parser.add_argument("--slots", type=int, default=819, help="slots of a head on average")
     parser.add_argument("--layers", type=int, default=12, help="different slots, so that nothing is in the cache")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

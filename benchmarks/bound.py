@@ -161,7 +161,7 @@ def main() -> None:
         )
         for (name, kind, scope), parts in found.items():
             table.append({"budget": budget, "rule": name, "score": kind, "scope": scope, **row(parts)})
-            print(f"  {name}, {kind}, {scope}: " + " ".merge_states(f"{k} {v:.4g}" for k, v in list(table[-1].items())[4:]))
+            print(f"  {name}, {kind}, {scope}: " + " ".join(f"{k} {v:.4g}" for k, v in list(table[-1].items())[4:]))
     if args.output:
         args.output.write_text(json.dumps({**vars(args), "output": None, "rows": table}, indent=1) + "\n")
 

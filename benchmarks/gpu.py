@@ -6,7 +6,7 @@
 Writes OUT/tests.log and OUT/gpu.json, after every step; times are medians and quartiles in seconds. `kernel`: one layer's
 attention over slots at batch 1, 16 and 64, ragged heads of 3,200 slots on average, 8 KV heads of size 128, 32 query heads: with
 its votes, with votes of nought (the same loads), in 8 and 4 bits, with votes in spare dimensions of the keys and stock flash
-attention; and the bytes it must read over the bandwidth of a large copy on the same GPU. The rest is a randomly initialised
+attention; and the bytes it must read over the bandwidth of a large copy on the same GPU. The rest is a randomly initialized
 model of Llama-3.1-8B's shape in bfloat16 at 32,768 tokens: `decode`, one step at batch 16 or the largest that fits: keepkv at
 10%, DynamicCache as small, and whole (at the end once more with Qwen3-8B's shape); `fitting`, tokens per second with the
 largest batches that fit into what memory is free, at 10% and whole; `compression`, reading a random prompt plainly, reading it
@@ -89,7 +89,7 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
 
 
 def made(shape: dict[str, int], device: torch.device, dtype: torch.dtype, config: Any = LlamaConfig) -> Any:
-    """A randomly initialised model."""
+    """A randomly initialized model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -41,8 +41,8 @@ def test_mistakes_get_one_line(monkeypatch, capsys, folder: str, tmp_path: Path,
     text.write_text(TEXT)
     for args, expected in (
         (["ask", file, "Who?", "--budget", "5%"], "--budget is for texts"),
-        (["ask", file, file], "no question"),
-        (["ask", str(text), "Who?", "--repair", "10%", "--model", folder], "--repair is for joined"),
+        (["ask", file, file], "there is no question"),
+        (["ask", str(text), "Who?", "--repair", "10%", "--model", folder], "--repair is for several"),
         (["ask", file, file, "Who?", "--repair", "150%"], "'150%' is not a share"),
         (["ask", file, file, "Who?", "--repair", "most"], "'most' is not a share"),
         (["ask", file, file, "Who?", "--repair", "64MB"], "'64MB' is not a share"),

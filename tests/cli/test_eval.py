@@ -9,7 +9,7 @@ import pytest
 from helpers import run
 
 MISTAKES = [
-    (["eval"], "where to?"),
+    (["eval"], "the folder of the run is missing"),
     (["eval", "{there}", "--tasks", "needel"], "did you mean 'needle'"),
     (["eval", "{there}", "--methods", "snapkw"], "did you mean 'snapkv'"),
     (["eval", "{there}", "--budgets", "lots"], "cannot be read: expected a fraction"),
@@ -20,7 +20,7 @@ MISTAKES = [
     (["eval", "{there}", "--data", "{odd}"], "expected the fields of one of squad"),
     (["eval", "{there}", "--haystack", "nowhere"], "cannot be read (No such file"),
     (["eval", "{there}", "--config", "{odd}"], "is not TOML"),
-    (["report", "{there}"], "is not a run"),
+    (["report", "{there}"], "is not the folder of a run"),
 ]
 
 

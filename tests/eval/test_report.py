@@ -11,7 +11,7 @@ import pytest
 
 from helpers import Page, run
 from keepkv.eval import records, summary
-from keepkv.eval.config import Config, written
+from keepkv.eval.config import Config, to_toml
 from keepkv.eval.records import Record
 from keepkv.eval.report import figures, html, markdown, svg
 from keepkv.eval.report.figures import Bars, Curves, Heat
@@ -39,14 +39,14 @@ def made(good: float = 0.8) -> list[Record]:
 
 def stored(folder: Path, found: list[Record]) -> Path:
     folder.mkdir()
-    (folder / "config.toml").write_text(written(Config(haystack=NASTY)))
+    (folder / "config.toml").write_text(to_toml(Config(haystack=NASTY)))
     records.rewrite(folder, found)
     return folder
 
 
 def test_figures_show_the_numbers_of_the_records() -> None:
     found = made()
-    drawn = figures.all_of(found, summary.summarise(found))
+    drawn = figures.all_of(found, summary.summarize(found))
     pareto = next(figure for figure in drawn if figure.key == "pareto")
     assert isinstance(pareto, Curves)
     (point,) = pareto.series["keepkv"]
@@ -61,13 +61,13 @@ def test_figures_show_the_numbers_of_the_records() -> None:
     assert [(p.x, p.y) for p in spent.series["keepkv, 10%"]] == [(512, 2.0), (2048, 5.0)]
     for figure in drawn:
         assert all(float(x) < 10_000 for x in re.findall(r'(?:x|y|x1|width|height)="(-?[\d.]+)"', svg.draw(figure)))
-    assert svg.order(["snapkv", "keepkv"])["keepkv"] == svg.order(["full", "keepkv", "h2o"])["keepkv"]
+    assert svg.color_numbers(["snapkv", "keepkv"])["keepkv"] == svg.color_numbers(["full", "keepkv", "h2o"])["keepkv"]
 
 
 def test_the_page_is_whole_and_asks_for_nothing(tmp_path: Path) -> None:
     found = made()
-    result = summary.summarise(found)
-    shown = html.page(found, result, figures.all_of(found, result), {NASTY: NASTY}, lambda record: f"Text. {NASTY} end")
+    result = summary.summarize(found)
+    shown = html.html_report(found, result, figures.all_of(found, result), {NASTY: NASTY}, lambda record: f"Text. {NASTY} end")
     read = Page(shown)
     assert "script" not in read.tags
     assert not [value for name, value in read.attributes if name in ("src", "href", "action") or "http" in (value or "")]
@@ -114,4 +114,4 @@ def test_a_regression_ends_with_status_1_only_beyond_its_interval(monkeypatch, c
 def test_the_tasks_are_listed(monkeypatch, capsys) -> None:
     assert "RULER" in run(monkeypatch, capsys, "eval", "--list")[1]
     assert len(json.loads(run(monkeypatch, capsys, "eval", "--list", "--json")[1])) == 18
-    assert markdown.retained(summary.summarise(made())).count("\n") == 6
+    assert markdown.retained(summary.summarize(made())).count("\n") == 6

@@ -16,7 +16,7 @@ from helpers import LOG, run
 from keepkv.eval import plan as running
 from keepkv.eval import records
 from keepkv.eval.config import Config
-from keepkv.eval.measure import Host
+from keepkv.eval.measure import Setup
 from keepkv.eval.run import measured, sampled
 from keepkv.eval.tasks import registry
 
@@ -24,17 +24,17 @@ SMALL = {"haystack": str(LOG), "lengths": (300,), "samples": 1, "methods": ("sna
 
 
 @pytest.fixture(scope="module")
-def host(folder: str) -> Host:
+def setup(folder: str) -> Setup:
     from keepkv.models import loading
 
-    return Host(*loading.load(folder, "cpu", "auto"), Config(model=folder, **SMALL, written=40, period=64))
+    return Setup(*loading.load(folder, "cpu", "auto"), Config(model=folder, **SMALL, written=40, period=64))
 
 
 @pytest.mark.parametrize("name", registry.TASKS)
-def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, host: Host) -> None:
-    config = replace(host.config, tasks=(name,))
+def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, setup: Setup) -> None:
+    config = replace(setup.config, tasks=(name,))
     job = running.Job(name, 600, 0, tuple(running.variants(config)))
-    found = {group[0].method: group for group in measured(host._replace(config=config), job)}
+    found = {group[0].method: group for group in measured(setup._replace(config=config), job)}
     assert list(found) == ["full", "snapkv", "streaming"]
     assert not any(r.failed for group in found.values() for r in group)
     full, ours = found["full"][0], found["snapkv"][0]
@@ -49,41 +49,41 @@ def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, host: Ho
         assert len(full.chances) == 4
 
 
-def test_the_full_caches_likelihoods_are_those_of_plain_transformers(host: Host) -> None:
+def test_the_full_caches_likelihoods_are_those_of_plain_transformers(setup: Setup) -> None:
     import torch
 
     from keepkv.text.prompt import Prompt
 
-    config = replace(host.config, tasks=("needle",))
+    config = replace(setup.config, tasks=("needle",))
     job = running.Job("needle", 600, 1, (("full", "100%"),))
-    (found,) = next(measured(host._replace(config=config), job))
-    sample = sampled(host, registry.TASKS["needle"], 600, 1)
-    prompt, question = Prompt(host.tokenizer, sample.text), sample.questions[0]
-    answer = host.tokens(question.wrong[1])
+    (found,) = next(measured(setup._replace(config=config), job))
+    sample = sampled(setup, registry.TASKS["needle"], 600, 1)
+    prompt, question = Prompt(setup.tokenizer, sample.text), sample.questions[0]
+    answer = setup.tokens(question.wrong[1])
     ids = torch.cat([prompt.text, prompt.question(question.ask), answer], 1)
-    logits = host.model(ids).logits[0, -answer.shape[1] - 1 : -1].float().log_softmax(-1)
+    logits = setup.model(ids).logits[0, -answer.shape[1] - 1 : -1].float().log_softmax(-1)
     assert found.chances[2] == pytest.approx(float(logits.gather(1, answer[0, :, None]).mean()), abs=1e-4)
 
 
-def test_question_aware_and_by_answer(host: Host) -> None:
-    config = replace(host.config, question_aware=True, by="answer", max_new_tokens=4)
-    (found,) = next(measured(host._replace(config=config), running.Job("json", 500, 0, (("snapkv", "25%"),))))
+def test_question_aware_and_by_answer(setup: Setup) -> None:
+    config = replace(setup.config, question_aware=True, by="answer", max_new_tokens=4)
+    (found,) = next(measured(setup._replace(config=config), running.Job("json", 500, 0, (("snapkv", "25%"),))))
     assert not found.failed
     assert set(found.measures) == {"name", "job", "town", "born"}
     plain = replace(config, question_aware=False)
-    (other,) = next(measured(host._replace(config=plain), running.Job("json", 500, 0, (("snapkv", "25%"),))))
+    (other,) = next(measured(setup._replace(config=plain), running.Job("json", 500, 0, (("snapkv", "25%"),))))
     assert found.tokens > other.tokens + 100
     assert found.prompt == other.prompt
 
 
-def test_what_fails_is_recorded(host: Host) -> None:
+def test_what_fails_is_recorded(setup: Setup) -> None:
     job = running.Job("needle", 500, 0, (("full", "100%"), ("snapkv", "2"), ("streaming", "25%")))
-    full, low, fine = (group[0] for group in measured(host, job))
+    full, low, fine = (group[0] for group in measured(setup, job))
     assert (full.failed, fine.failed) == ("", "")
     assert low.failed.startswith("BudgetError: ")
     assert low.prompt == full.prompt
     long = running.Job("needle", 10**6, 0, (("full", "100%"),))
-    assert next(measured(host, long))[0].failed.startswith("InputError: the haystack has")
+    assert next(measured(setup, long))[0].failed.startswith("InputError: the haystack has")
 
 
 ARGS = [
@@ -118,11 +118,11 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(monkeypatch, capsys
         file.write_bytes(killed[:cut])
         assert run(monkeypatch, capsys, "eval", str(torn))[0] == 0
         assert (torn / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
-    stripped = [[replace(r, seconds={}) for r in records.load(place)] for place in (whole, torn)]
+    stripped = [[replace(r, seconds={}) for r in records.load_records(place)] for place in (whole, torn)]
     assert stripped[0] == stripped[1]
     before = file.read_bytes()
     assert run(monkeypatch, capsys, "eval", str(torn))[0] == 0
-    assert file.read_bytes() == before or records.load(torn) == records.load(torn), "nothing is done twice"
+    assert file.read_bytes() == before or records.load_records(torn) == records.load_records(torn), "nothing is done twice"
     status, _, said = run(monkeypatch, capsys, "eval", str(torn), "--seed", "5")
     assert status == 2
     assert "has seed = 0, not 5" in said

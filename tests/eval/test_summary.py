@@ -21,13 +21,13 @@ def test_ranks_only_where_intervals_separate_and_failures_count() -> None:
     full = [record("full", i, 1.0) for i in range(12)]
     good, bad = ([record(name, i, float(i % 12 < hits)) for i in range(12)] for name, hits in (("good", 11), ("bad", 2)))
     close = [record("close", i, float(i % 12 != 3)) for i in range(12)]
-    found = summary.summarise([*full, *good, *bad, *close])
+    found = summary.summarize([*full, *good, *bad, *close])
     rank = {row.method: row.rank for row in found.rows if row.task == summary.ALL and row.method != "full"}
     assert rank == {"good": 1, "close": 1, "bad": 3}
     apart = {(v.first, v.second): v.apart for v in found.versus}
     assert apart == {("bad", "close"): True, ("bad", "good"): True, ("close", "good"): False}
     lost = [replace(r, failed="OSError: gone", score=0.0) if r.sample < 6 else r for r in good]
-    row = next(r for r in summary.summarise([*full, *lost]).rows if r.method == "good" and r.task == "t")
+    row = next(r for r in summary.summarize([*full, *lost]).rows if r.method == "good" and r.task == "t")
     assert (row.failed, row.questions) == (6, 12)
     assert row.retained.value == pytest.approx(5 / 12, abs=1e-5)
     assert ranks(["a", "b"], {}) == {"a": 1, "b": 1}

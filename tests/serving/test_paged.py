@@ -15,7 +15,7 @@ from keepkv import KeepCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.sdpa_proxy import SdpaProxy
 from keepkv.models import families
-from keepkv.serving.paged import CELL, Lot, Pages, step, watcher
+from keepkv.serving.paged import CELL, PagedConfig, Pages, new_watch, step
 from keepkv.serving.settings import Settings
 from keepkv.slots.slots import Slots
 
@@ -47,10 +47,10 @@ class PagedCache(Cache):
 
     def _attention(self, layer_idx, new, query, *args, scale=None, **kwargs):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        lot = Lot(self.settings, self.settings.row, scale, self.inv_freq)
-        watch = self.watches.get(layer_idx) or watcher(lot, layer_idx)
+        config = PagedConfig(self.settings, self.settings.uniform_method(), scale, self.inv_freq)
+        watch = self.watches.get(layer_idx) or new_watch(config, layer_idx)
         output, self.watches[layer_idx] = step(
-            self.pages[layer_idx], self.table, query[0].transpose(0, 1), self.read, lot, watch
+            self.pages[layer_idx], self.table, query[0].transpose(0, 1), self.read, config, watch
         )
         if layer_idx == len(self.pages) - 1:
             self.read += new
@@ -70,12 +70,14 @@ def new_pages(model, pages: int) -> list[Pages]:
 @pytest.mark.parametrize("method", ["keepkv", "snapkv", "keepkv-exact", "streaming", "h2o", "tova"])
 @pytest.mark.parametrize("cuts", [[64, 64, 32, *[1] * 80], [7, 100, 1, 1, 90, *[1] * 20], [160, *[1] * 40]])
 def test_a_paged_request_is_a_live_cache(method: str, cuts: list[int]) -> None:
-    settings = Settings(**{**SETTINGS.told()["keepkv"], "method": method})
+    settings = Settings(**{**SETTINGS.to_dict()["keepkv"], "method": method})
     model = make_model()
     ids = tokens(1, sum(cuts))
     table = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:20]
     paged = PagedCache(model, settings, new_pages(model, 40), table)
-    live = KeepCache(model, settings.budget, settings.row, period=10**6, auto=False, references=settings.references)
+    live = KeepCache(
+        model, settings.budget, settings.uniform_method(), period=10**6, auto=False, references=settings.references
+    )
     compressions = 0
     for last, new in zip(itertools.accumulate(cuts), cuts, strict=True):
         chunk = ids[:, last - new : last]
@@ -96,7 +98,7 @@ def test_with_whole_steps_a_paged_request_is_the_librarys_own_live_cache() -> No
     model = make_model("qwen3")
     ids = tokens(1, 300)
     paged = PagedCache(model, settings, new_pages(model, 30), torch.arange(29, 9, -1))
-    live = KeepCache(model, 32, settings.row, chunk=64, period=32, tail=32, references=64)
+    live = KeepCache(model, 32, settings.uniform_method(), chunk=64, period=32, tail=32, references=64)
     for first, last in [*itertools.pairwise(range(0, 193, 64)), *((n, n + 1) for n in range(192, 300))]:
         ours, theirs = (model(ids[:, first:last], past_key_values=cache).logits for cache in (paged, live))
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)

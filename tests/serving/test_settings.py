@@ -28,7 +28,7 @@ def test_settings_are_read_and_refused() -> None:
     assert Settings.read(None) is None
     assert Settings.read({"keepkv": False}) is None
     assert Settings.read({"keepkv": True}) == Settings()
-    assert Settings.read(SETTINGS.told()) == SETTINGS
+    assert Settings.read(SETTINGS.to_dict()) == SETTINGS
     for told, says in (
         ({"budgets": 3}, "did you mean 'budget'"),
         ({"budget": "10%"}, "positive whole number"),
@@ -43,4 +43,4 @@ def test_settings_are_read_and_refused() -> None:
         with pytest.raises(KeepKVError, match=says):
             Settings.read({"keepkv": told})
     with pytest.raises(InputError, match="take 32"):
-        Settings(budget=40).check(32)
+        Settings(budget=40).check_blocks(32)

@@ -19,7 +19,7 @@ from openai import BadRequestError, OpenAI
 from keepkv import KeepCache
 from keepkv.models import loading
 from keepkv.recipe import Recipe
-from keepkv.serving.transformers_server import Compressing, PromptCaches, application
+from keepkv.serving.transformers_server import CompressingModel, PromptCaches, application
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 TEXT = FOX * 4
@@ -133,7 +133,7 @@ def test_a_shelf_keeps_the_last_prompts_and_branches_do_not_touch_them(model) ->
 
 def test_only_generate_is_not_the_models_own(model) -> None:
     lm, _ = model
-    stand_in = Compressing(lm, PromptCaches(RECIPE, 2))
+    stand_in = CompressingModel(lm, PromptCaches(RECIPE, 2))
     assert stand_in.config is lm.config
     assert stand_in.device == lm.device
 

@@ -4,48 +4,70 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import keepkv
 from keepkv.cli.ask import ask
 from keepkv.cli.chat import chat
 from keepkv.cli.documents import compile, store
 from keepkv.cli.eval import evaluate, report
 from keepkv.cli.measure import fidelity, inspect, methods
+from keepkv.cli.options import command, flag, help_text
 from keepkv.cli.serve import serve
 from keepkv.errors import KeepKVError
 
+HELP = """Make the KV cache of a language model ten times smaller, and measure what that costs.
+
+$ keepkv ask report.txt "Who signed it?" --compare full
+$ keepkv chat --budget 512
+$ keepkv fidelity book.txt --methods keepkv,snapkv,h2o --budgets 25%,10%
+
+keepkv COMMAND --help explains a command, and keepkv methods lists the compression methods.
+"""
+USE = "Use a model"
+DOCUMENTS = "Compiled documents"
+MEASURE = "Measure and compare"
+
 app = typer.Typer(
-    name="keepkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
-    help="A KV cache ten times smaller, with the model answering as if nothing had been removed.",
-)  # fmt: skip
+    name="keepkv",
+    help=help_text(HELP),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, flag("Print the versions and the attention backend, for bug reports.", "--version")] = False,
+) -> None:
     if version:
-        from keepkv import __version__
+        from keepkv.cli.version import version_text
 
-        typer.echo(__version__)
+        typer.echo(version_text())
         raise typer.Exit
 
 
-app.command()(ask)
-app.command()(chat)
-app.command()(compile)
-app.add_typer(store, name="store")
-app.command()(inspect)
-app.command()(fidelity)
-app.command()(methods)
-app.command("eval")(evaluate)
-app.command()(report)
-app.command()(serve)
+command(app, panel=USE)(ask)
+command(app, panel=USE)(chat)
+command(app, panel=USE)(serve)
+command(app, panel=DOCUMENTS)(compile)
+app.add_typer(store, name="store", rich_help_panel=DOCUMENTS)
+command(app, panel=MEASURE)(fidelity)
+command(app, panel=MEASURE)(inspect)
+command(app, "eval", panel=MEASURE)(evaluate)
+command(app, panel=MEASURE)(report)
+command(app, panel=MEASURE)(methods)
 
 
 def main() -> None:
-    """Runs the command line: a user's mistake ends with one line on standard error and status 2."""
+    """Runs the command line. A mistake of the user ends with one line on standard error and status 2."""
     debug = "--debug" in sys.argv
     try:
         app()
@@ -61,7 +83,30 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        _end(f"{type(error).__name__}: {error} (an error of keepkv's own: --debug shows where)", 1)
+        _end(_unexpected(error), 1)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an error that keepkv does not raise on purpose."""
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return f"{what} (there is not enough memory: read in pieces with --chunk 2048, or take a smaller model or text)"
+    if place := _place_in_own_code(error):
+        return f"{what} (in your own code, {place}: --debug shows the stack trace)"
+    return f"{what} (this is a bug in keepkv: please report it with the output of --debug and of keepkv --version)"
+
+
+def _place_in_own_code(error: Exception) -> str:
+    """Where an error was raised in a file of the user's own, such as a method's, or ""."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename} line {error.lineno}"
+    folders = [Path(keepkv.__file__).resolve().parent, Path(os.__file__).resolve().parent]  # ours, and the standard library
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).resolve()
+        is_library = {"site-packages", "dist-packages"} & set(file.parts) or any(map(file.is_relative_to, folders))
+        if file.suffix == ".py" and file.exists() and not is_library:
+            return f"{frame.filename} line {frame.lineno}"
+    return ""
 
 
 def _end(message: str, status: int) -> None:

@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from keepkv.cli.options import (
+    COMPRESSION,
     DEFAULT,
+    OUTPUT,
     Chunk,
     Debug,
     Device,
@@ -24,8 +26,10 @@ from keepkv.cli.options import (
     Repeat,
     Seed,
     SlotDtype,
+    argument,
     checked,
     listed,
+    option,
     warn_if_long,
     was_typed,
 )
@@ -37,26 +41,28 @@ from keepkv.recipe import Recipe
 
 def ask(
     context: typer.Context,
-    file: Annotated[
-        str, typer.Argument(help="A text file, - for standard input, or a compiled .keep file.", show_default=False)
-    ],
+    file: Annotated[str, argument("A text file, - for standard input, or a .keep file made by keepkv compile.", "FILE")],
     questions: Annotated[
-        list[str], typer.Argument(help="One question or several; before them, more .keep files to join.", show_default=False)
+        list[str], argument("One question or several. More .keep files may stand before them.", "QUESTION...")
     ],
     budget: Annotated[
         str,
-        typer.Option(
-            help='Share of the tokens ("10%"), slots per KV head ("512"), bytes ("64MB"), or auto: the smallest that '
-            "predicts an error within --tolerance."
+        option(
+            'How much of the cache to keep: a share of the tokens ("10%"), slots per KV head ("512"), or bytes ("64MB"). '
+            '"auto" takes the smallest budget whose predicted error is within --tolerance.',
+            "BUDGET",
+            COMPRESSION,
         ),
     ] = DEFAULT.budget_text,
     method: Method = DEFAULT.method_name,
     slot_dtype: SlotDtype = DEFAULT.slot_dtype,
-    compare: Annotated[str, typer.Option(help="More methods, side by side: full,snapkv", show_default=False)] = "",
+    compare: Annotated[
+        str, option('More methods to answer with, side by side: "full,snapkv".', "NAMES", OUTPUT, show_default=False)
+    ] = "",
     repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
     tolerance: Annotated[
-        float, typer.Option(help="With --budget auto: the share of its output that a head may lose.")
+        float, option("With --budget auto: the share of its output that an attention head may lose.", "SHARE", COMPRESSION)
     ] = DEFAULT.tolerance,
     chunk: Chunk = None,
     model: Model = "smollm2",
@@ -70,30 +76,27 @@ def ask(
 ) -> None:
     """Answer questions about a long text from a compressed cache.
 
-    The text is read once and compressed [bold]before[/bold] the questions are seen; each answer starts from that same cache.
+    The text is read once and compressed before the questions are seen, so that every answer starts from the same cache.
 
-    [bold]keepkv ask report.txt "Who signed it?" "When?"[/bold]
-
-    [bold]keepkv ask report.txt "Who signed it?" --budget 5% --compare full,snapkv[/bold]
-
-    [bold]keepkv ask report.txt "Who signed it?" --budget auto --tolerance 0.02 --keep "[0-9]+"[/bold]
-
-    [bold]pdftotext paper.pdf - | keepkv ask - "What was measured?" --json | jq .answers[/bold]
-
-    [bold]keepkv ask report.keep minutes.keep "Who signed it?"[/bold] (compiled before: keepkv compile)
+    $ keepkv ask report.txt "Who signed it?" "When?"
+    $ keepkv ask report.txt "Who signed it?" --budget 5% --compare full,snapkv
+    $ pdftotext paper.pdf - | keepkv ask - "What was measured?" --json | jq .answers
+    $ keepkv ask report.keep minutes.keep "Who signed it?"    (made by keepkv compile)
     """
-    compiled, asked = split([file, *questions])
-    if compiled:
+    documents, texts = split([file, *questions])
+    if documents:
         settings = ("budget", "method", "slot_dtype", "compare", "repeat", "keep", "tolerance", "chunk", "seed")
-        if typed := [name.replace("_", "-") for name in settings if was_typed(context, name)]:
-            raise InputError(f"--{typed[0]} is for texts: {compiled[0]} is compiled already, with its own")
-        named = model if was_typed(context, "model") else None
-        return ask_compiled(compiled, asked, named, device, dtype, max_new_tokens, repair, as_json)
+        for name in settings:
+            if was_typed(context, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for texts, and {documents[0]} is compiled already: "
+                    "leave the option out, or compile the text again with it"
+                )
+        model_name = model if was_typed(context, "model") else None
+        return ask_compiled(documents, texts, model_name, device, dtype, max_new_tokens, repair, as_json)
     if repair:
-        raise InputError("--repair is for joined documents: keepkv ask A.keep B.keep ... --repair 15%")
-    recipe = Recipe(
-        budget, method, slot_dtype, repeat, tuple(keep or ()), tolerance=tolerance, chunk=chunk, seed=seed
-    )  # fmt: skip
+        raise InputError("--repair is for several compiled documents: keepkv ask A.keep B.keep QUESTION --repair 15%")
+    recipe = Recipe(budget, method, slot_dtype, repeat, tuple(keep or ()), tolerance=tolerance, chunk=chunk, seed=seed)
     with bar(f"loading {model}") as line:
         from keepkv.cli import console
         from keepkv.methods import get
@@ -105,7 +108,7 @@ def ask(
         checked(recipe)
         others = listed(compare, "--compare", get) if compare else []
         if not all(question.strip() for question in questions):
-            raise InputError("one of the questions is empty: write each in quotes, one after the other")
+            raise InputError("one of the questions is empty: put each question in quotes, one after the other")
         text = read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
@@ -113,8 +116,10 @@ def ask(
         compared = [name for name in others if name != method]
         results = answer_all(lm, tokenizer, prompt, questions, recipe, compared, max_new_tokens, line.phase)
     if as_json:
-        first, *rest = [{"model": model, **result.to_dict()} for result in results]
-        typer.echo(json.dumps({**first, **({"compare": rest} if rest else {})}, ensure_ascii=False))
+        output, *comparisons = [{"model": model, **result.to_dict()} for result in results]
+        if comparisons:
+            output["compare"] = comparisons
+        typer.echo(json.dumps(output, ensure_ascii=False))
         return None
     console.show_asked(results)
     full = next((result for result in results if result.method == "full"), None)
@@ -124,12 +129,18 @@ def ask(
 
 
 def ask_compiled(
-    files: list[str], questions: list[str], model: str | None, device: str, dtype: str, max_new_tokens: int, repair: float,
+    files: list[str],
+    questions: list[str],
+    model: str | None,
+    device: str,
+    dtype: str,
+    max_new_tokens: int,
+    repair: float,
     as_json: bool,
-) -> None:  # fmt: skip
-    """What `keepkv ask A.keep B.keep "…"` does."""
+) -> None:
+    """What `keepkv ask A.keep B.keep "..."` does."""
     if not questions:
-        raise InputError('no question: keepkv ask report.keep "Who signed it?"')
+        raise InputError('there is no question: give one after the files, as in keepkv ask report.keep "Who signed it?"')
     with bar("loading") as line:
         import time
 
@@ -138,22 +149,22 @@ def ask_compiled(
         from keepkv.documents.document import answer, load
         from keepkv.models import loading
 
-        named = model or format.Contents(Path(files[0])).header.get("model", {}).get("name") or "smollm2"
-        lm, tokenizer = loading.load(named, device, dtype)
-        known, cut = identity.of_model(lm), identity.of_tokenizer(tokenizer)
+        model_name = model or format.Contents(Path(files[0])).header.get("model", {}).get("name") or "smollm2"
+        lm, tokenizer = loading.load(model_name, device, dtype)
+        model_id, tokenizer_id = identity.of_model(lm), identity.of_tokenizer(tokenizer)
         start = time.perf_counter()
-        parts = [load(Path(file), lm, cut, known) for file in files]
-        if len(parts) == 1:
-            document = parts[0]
+        documents = [load(Path(file), lm, tokenizer_id, model_id) for file in files]
+        if len(documents) == 1:
+            document = documents[0]
         else:
             from keepkv.documents.joining.joined import joined
 
-            document = joined(lm, parts, repair, line.phase("joining"))
+            document = joined(lm, documents, repair, line.phase("joining"))
         seconds = time.perf_counter() - start
         warn_if_long(lm, document.tokens + max_new_tokens)
         result = answer(lm, tokenizer, document, questions, max_new_tokens, seconds, line.phase)
     if as_json:
-        typer.echo(json.dumps({"model": named, "documents": files, **result.to_dict()}, ensure_ascii=False))
+        typer.echo(json.dumps({"model": model_name, "documents": files, **result.to_dict()}, ensure_ascii=False))
     else:
         console.show_asked([result])
 

@@ -10,10 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
 
-from keepkv.cli.options import Debug, Device, Dtype, MaxNewTokens, Method, Model, Seed, SlotDtype, checked
+from keepkv.cli.options import (
+    COMPRESSION,
+    OUTPUT,
+    Debug,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Method,
+    Model,
+    Seed,
+    SlotDtype,
+    checked,
+    option,
+)
 from keepkv.cli.progress import bar, err, out
 from keepkv.errors import InputError, KeepKVError, nearest
 from keepkv.recipe import CONVERSATION
@@ -22,28 +34,39 @@ from keepkv.render import size
 if TYPE_CHECKING:
     from keepkv.text.conversation import Conversation
 
-HELP = """[bold]/report[/bold]        what the cache holds
-[bold]/budget 512[/bold]    change the budget: slots per KV head, bytes (64MB) or a share (10%)
-[bold]/undo[/bold]          take the last turn back, exactly
-[bold]/history[/bold]       what was said
-[bold]/save FILE[/bold]     write the conversation
-[bold]/load FILE[/bold]     go on with a saved one
-[bold]/read FILE[/bold]     say what a text file holds
+CONVERSATION_PANEL = "Conversation"
+HELP = """[bold]/report[/bold]        show what the cache holds
+[bold]/budget 512[/bold]    change the budget: slots per KV head (512), bytes (64MB) or a share (10%)
+[bold]/undo[/bold]          take back the last turn
+[bold]/history[/bold]       show the conversation
+[bold]/save FILE[/bold]     save the conversation
+[bold]/load FILE[/bold]     continue a saved conversation
+[bold]/read FILE[/bold]     send the contents of a text file
 [bold]/clear[/bold]         start again
-[bold]/quit[/bold]          or Ctrl-D; Ctrl-C stops an answer"""
+[bold]/quit[/bold]          end, as Ctrl-D does (Ctrl-C stops an answer)"""
 
 
 class Chat:
-    """Reads lines, answers them, and does what /commands say; a mistake costs a line, not the conversation."""
+    """Answers lines, and does what /commands say. A mistake ends a line, not the conversation."""
 
     def __init__(self, start: Callable[[], Conversation], max_new_tokens: int, temperature: float) -> None:
-        self._start, self._max_new_tokens, self._temperature = start, max_new_tokens, temperature
+        self._start = start
+        self._max_new_tokens = max_new_tokens
+        self._temperature = temperature
         self.talk = start()
         self._commands: dict[str, Callable[[str], object]] = {
-            "help": lambda rest: out.print(HELP), "report": self._report, "budget": self._budget, "undo": self._undo,
-            "history": self._history, "save": lambda rest: self.talk.save(_file(rest)), "load": self.load,
-            "read": self._read, "clear": self._clear, "quit": self._quit, "exit": self._quit,
-        }  # fmt: skip
+            "help": lambda argument: out.print(HELP),
+            "report": self._report,
+            "budget": self._budget,
+            "undo": self._undo,
+            "history": self._history,
+            "save": lambda argument: self.talk.save(_file(argument)),
+            "load": self.load,
+            "read": self._read,
+            "clear": self._clear,
+            "quit": self._quit,
+            "exit": self._quit,
+        }
         self._over = False
 
     def run(self, lines: Iterator[str]) -> None:
@@ -54,7 +77,7 @@ class Chat:
             except KeepKVError as error:
                 err.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
             except KeyboardInterrupt:
-                err.print("stopped; the turn is taken back")
+                err.print("stopped: the turn was taken back")
             if self._over:
                 break
 
@@ -63,14 +86,14 @@ class Chat:
             return None
         if not line.startswith("/"):
             return self.answer(line)
-        name, _, rest = line[1:].partition(" ")
+        name, _, argument = line[1:].partition(" ")
         if name not in self._commands:
-            raise InputError(f"unknown command /{name}: {nearest(name, self._commands)} /help lists them")
-        self._commands[name](rest.strip())
+            raise InputError(f"unknown command /{name}: {nearest(name, self._commands)} /help explains the commands")
+        self._commands[name](argument.strip())
         return None
 
     def answer(self, text: str) -> None:
-        """Says it and prints the answer as it comes; Ctrl-C ends the answer, a second one takes the turn back."""
+        """Prints the answer as it comes. Ctrl-C ends the answer, a second one takes the turn back."""
         with _interruptible() as interrupted, bar("thinking") as line:
 
             def hear(piece: str) -> None:
@@ -80,58 +103,60 @@ class Chat:
 
             turn = self.talk.say(text, hear, lambda: bool(interrupted), self._max_new_tokens, self._temperature, line.phase)
         sys.stdout.write("\n")
-        if not turn.whole:
-            err.print(
-                f"[dim](stopped after {self._max_new_tokens} tokens)[/dim]" if not interrupted else "[dim](stopped)[/dim]"
-            )
+        if interrupted and not turn.whole:
+            err.print("[dim](stopped)[/dim]")
+        elif not turn.whole:
+            err.print(f"[dim](stopped after {self._max_new_tokens} tokens: --max-new-tokens allows more)[/dim]")
 
-    def _report(self, rest: str) -> None:
+    def _report(self, argument: str) -> None:
         report = self.talk.cache.report()
         if not report.tokens:
             return out.print(report.note)
-        seen = self.talk.cache.get_seq_length()
-        out.print(f"{seen:,} tokens said and heard in {len(self.talk.turns)} turns")
+        tokens = self.talk.cache.get_seq_length()
+        out.print(f"conversation: {tokens:,} tokens in {len(self.talk.turns)} turns")
         out.print(
-            f"held: {report.slots_per_head:,.0f} slots per KV head of {report.tokens[0]:,} tokens, "
-            f"and {report.tail:,} as they are"
+            f"held: {report.slots_per_head:,.0f} slots per KV head for {report.tokens[0]:,} tokens, "
+            f"and the newest {report.tail:,} tokens uncompressed"
         )
-        out.print(f"cache {size(report.kv_bytes)}, the full cache would be {size(report.kv_bytes_full)}: {report.ratio:.1f}x")
-        out.print(f"beside it {size(report.watch_bytes)} of queries for the next compression")
-        out.print(f"compressed {report.compressions} times, the longest took {report.longest_pause:.1f} s")
+        out.print(
+            f"cache: {size(report.kv_bytes)} instead of {size(report.kv_bytes_full)} ({report.ratio:.1f} times smaller), and "
+            f"{size(report.watch_bytes)} of queries for the next compression"
+        )
+        out.print(f"compressions: {report.compressions}, the longest took {report.longest_pause:.1f} s")
         return None
 
-    def _budget(self, rest: str) -> None:
-        if not rest:
+    def _budget(self, argument: str) -> None:
+        if not argument:
             return out.print(f"budget {self.talk.cache.policy.budget_text}")
         cache = self.talk.cache
         if cache.get_seq_length():
             with bar("compressing") as line:
-                cache.compress(rest, progress=line)
+                cache.compress(argument, progress=line)
         else:
-            cache.policy = cache.policy.changed(rest)
+            cache.policy = cache.policy.changed(argument)
         return None
 
-    def _undo(self, rest: str) -> None:
+    def _undo(self, argument: str) -> None:
         out.print(f"taken back: {escape(self.talk.undo().user)}")
 
-    def _history(self, rest: str) -> None:
+    def _history(self, argument: str) -> None:
         for turn in self.talk.turns:
             out.print(f"[bold]{escape(turn.user)}[/bold]\n{escape(turn.answer)}")
 
-    def load(self, rest: str) -> None:
+    def load(self, argument: str) -> None:
         with bar("reading the conversation") as line:
-            self.talk.load(_file(rest), line.phase)
+            self.talk.load(_file(argument), line.phase)
         out.print(f"{len(self.talk.turns)} turns, {self.talk.ids.shape[1]:,} tokens")
 
-    def _read(self, rest: str) -> None:
+    def _read(self, argument: str) -> None:
         from keepkv.text.file import read_text
 
-        self.answer(read_text(str(_file(rest))))
+        self.answer(read_text(str(_file(argument))))
 
-    def _clear(self, rest: str) -> None:
+    def _clear(self, argument: str) -> None:
         self.talk = self._start()
 
-    def _quit(self, rest: str) -> None:
+    def _quit(self, argument: str) -> None:
         self._over = True
 
 
@@ -171,21 +196,35 @@ def _interruptible() -> Iterator[list[int]]:
 
 def _file(name: str) -> Path:
     if not name:
-        raise InputError("which file? give its name after the command")
+        raise InputError("the file name is missing: give it after the command, as in /save talk.json")
     return Path(name).expanduser()
 
 
 def chat(
     budget: Annotated[
-        str, typer.Option(help='Slots per KV head ("1024"), bytes ("64MB"), or a growing share ("10%").')
+        str,
+        option(
+            'How much of the cache to keep: slots per KV head ("1024"), bytes ("64MB"), or a share of the tokens ("10%"), '
+            "which grows with the conversation.",
+            "BUDGET",
+            COMPRESSION,
+        ),
     ] = CONVERSATION.budget_text,
     method: Method = CONVERSATION.method_name,
     slot_dtype: SlotDtype = CONVERSATION.slot_dtype,
-    system: Annotated[str, typer.Option(help="A system prompt; it stays verbatim.", show_default=False)] = "",
-    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.", show_default=False)] = None,
-    period: Annotated[int, typer.Option(min=1, help="Compress whenever so many tokens have come.")] = CONVERSATION.period or 0,
+    period: Annotated[
+        int, option("Compress again whenever this many tokens have come.", "TOKENS", COMPRESSION, min=1)
+    ] = CONVERSATION.period or 0,
+    system: Annotated[
+        str, option("A system prompt. It is kept as it is in every head.", "TEXT", CONVERSATION_PANEL, show_default=False)
+    ] = "",
+    load: Annotated[
+        Path | None, option("Continue a conversation that /save wrote.", "FILE", CONVERSATION_PANEL, show_default=False)
+    ] = None,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest word.")] = 0.7,
+    temperature: Annotated[
+        float, option("Sampling temperature. 0 always takes the most likely token.", "T", OUTPUT, min=0)
+    ] = 0.7,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -194,11 +233,11 @@ def chat(
 ) -> None:
     """Talk with a model for as long as you like, in memory that does not grow.
 
-    What was said is compressed to the budget as the conversation goes on. /help lists what else can be done.
+    The conversation is compressed to the budget as it goes on. Type /help for the commands.
 
-    [bold]keepkv chat --budget 512[/bold]
-
-    [bold]echo "What is a whale?" | keepkv chat --system "Answer in one sentence."[/bold]
+    $ keepkv chat --budget 512
+    $ keepkv chat --load talk.json
+    $ echo "What is a whale?" | keepkv chat --system "Answer in one sentence."
     """
     with bar(f"loading {model}"):
         import torch
@@ -213,5 +252,5 @@ def chat(
     if load is not None:
         talk.load(str(load))
     if sys.stdin.isatty():
-        err.print("[dim]/help lists the commands, Ctrl-D ends[/dim]")
+        err.print("[dim]Type /help for the commands, Ctrl-D to end.[/dim]")
     talk.run(lines())

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 
 from keepkv.cache.report import Report
@@ -30,44 +31,43 @@ def show_asked(results: Sequence[AskResult]) -> None:
     answers.add_column("", style="bold", ratio=1)
     for result in results:
         answers.add_column(result.method, ratio=2)
-    for row in zip(*(result.answers for result in results), strict=True):
-        answers.add_row(row[0].question, *(" ".join(answer.answer.split()) for answer in row))
+    for same_question in zip(*(result.answers for result in results), strict=True):
+        texts = [" ".join(answer.answer.split()) for answer in same_question]
+        answers.add_row(escape(same_question[0].question), *map(escape, texts))
     out.print(answers)
 
-    facts = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    facts.add_column("")
+    numbers = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    numbers.add_column("")
     for result in results:
-        facts.add_column(result.method, justify="right")
-    lines = [(result.to_dict(), result.report) for result in results]
-    facts.add_row("tokens read", *(f"{facts_of['tokens']:,}" for facts_of, _ in lines))
-    facts.add_row(
-        "slots per KV head",
-        *(
-            f"{f['slots_per_head']:,.0f}{'' if report.slot_dtype == 'float' else f' ({report.slot_dtype})'}"
-            for f, report in lines
-        ),
+        numbers.add_column(result.method, justify="right")
+    values = [result.to_dict() for result in results]
+    reports = [result.report for result in results]
+    dtypes = ["" if report.slot_dtype == "float" else f" ({report.slot_dtype})" for report in reports]
+    numbers.add_row("tokens read", *(f"{value['tokens']:,}" for value in values))
+    numbers.add_row(
+        "slots per KV head", *(f"{value['slots_per_head']:,.0f}{dtype}" for value, dtype in zip(values, dtypes, strict=True))
     )
-    facts.add_row("cache, full", *(size(report.kv_bytes_full) for _, report in lines))
-    facts.add_row("cache, kept", *(size(report.kv_bytes) for _, report in lines))
+    numbers.add_row("full cache", *(size(report.kv_bytes_full) for report in reports))
+    numbers.add_row("compressed cache", *(size(report.kv_bytes) for report in reports))
     if results[0].loaded:
-        facts.add_row("loading", *(f"{result.prefill_seconds:.2f} s" for result in results))
+        numbers.add_row("loading", *(f"{result.prefill_seconds:.2f} s" for result in results))
     else:
-        facts.add_row("reading", *(f"{result.prefill_seconds:.1f} s" for result in results))
-        facts.add_row("compressing", *(f"{result.compress_seconds:.1f} s" for result in results))
-    facts.add_row("answering", *(f"{result.decode_tokens_per_second:.1f} tokens/s" for result in results))
-    out.print(facts)
+        numbers.add_row("reading", *(f"{result.prefill_seconds:.1f} s" for result in results))
+        numbers.add_row("compressing", *(f"{result.compress_seconds:.1f} s" for result in results))
+    numbers.add_row("answering", *(f"{result.decode_tokens_per_second:.1f} tokens/s" for result in results))
+    out.print(numbers)
     for result in results:
         if result.report.note and result.method != "full":
             err.print(f"{result.method}: {result.report.note}")
 
 
 def show_verdict(ours: AskResult, full: AskResult) -> None:
-    """Two lines: how many times smaller, how alike."""
+    """Two lines: how many times smaller the cache is, and how similar the answers are."""
     same = sum(a.answer == b.answer for a, b in zip(ours.answers, full.answers, strict=True))
     _say_smaller(ours.report)
     out.print(
-        f"Alike: {same} of {len(full.answers)} answers are word for word those of the full cache; "
-        f"{100 * (ours.alike or 0):.0f}% of its words would be chosen by both."
+        f"Alike: {same} of {len(full.answers)} answers are word for word those of the full cache. "
+        f"Both would choose {100 * (ours.alike or 0):.0f}% of its words."
     )
 
 
@@ -80,33 +80,35 @@ def _say_smaller(report: Report) -> None:
 
 def show_anatomy(anatomy: Anatomy) -> None:
     """One line per layer: slots per head, errors, largest vote; then the totals."""
-    report, layers, judged = anatomy.report, anatomy.layers, anatomy.judged
-    most = max(sum(head.result.slots for head in layer) for layer in layers)
+    report = anatomy.report
+    layers = anatomy.layers
+    judged = anatomy.judged
+    most_slots = max(sum(head.result.slots for head in layer) for layer in layers)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("layer", justify="right")
     table.add_column("slots per head", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for name in ("error", "evicted", "largest vote", "fell back"):
+    for name in ("error", "error if evicted", "largest vote", "fallbacks"):
         table.add_column(name, justify="right")
     for layer in layers:
-        made = [head.result for head in layer]
-        slots = [head.slots for head in made]
-        shown = " ".join(f"{count:>5,}" for count in slots) if len(slots) <= 4 else f"{min(slots):,} to {max(slots):,}"
-        lost = [f"{fmean(errors):.2%}" for errors in ([head.error for head in made], [head.evict_error for head in made])]
-        fell = sum(head.fallbacks > 0 for head in made)
-        table.add_row(
-            f"{layer[0].layer}", shown, "█" * round(8 * sum(slots) / most), *(lost if judged else ("", "")),
-            f"{max(head.max_vote for head in made):,.1f}", f"{fell or ''}",
-        )  # fmt: skip
+        heads = [head.result for head in layer]
+        slots = [head.slots for head in heads]
+        counts = " ".join(f"{count:>5,}" for count in slots) if len(slots) <= 4 else f"{min(slots):,} to {max(slots):,}"
+        bar = "█" * round(8 * sum(slots) / most_slots)
+        error = f"{fmean(head.error for head in heads):.2%}" if judged else ""
+        evict_error = f"{fmean(head.evict_error for head in heads):.2%}" if judged else ""
+        largest_vote = f"{max(head.max_vote for head in heads):,.1f}"
+        fallbacks = sum(head.fallbacks > 0 for head in heads)
+        table.add_row(f"{layer[0].layer}", counts, bar, error, evict_error, largest_vote, f"{fallbacks or ''}")
     out.print(table)
     if judged:
         out.print(
-            f"Lost of a head's output on held-out queries: {report.error:.2%} (mean over heads), "
-            f"{anatomy.evict_error:.2%} had it been evicted."
+            f"Predicted error: a head loses {report.error:.2%} of its output on held-out queries (mean over heads), and would "
+            f"lose {anatomy.evict_error:.2%} if tokens were evicted instead of merged."
         )
     else:
-        out.print(f"{report.method} holds no queries out: it has no errors to show.")
-    out.print(f"Fallen back to eviction: {anatomy.fallen} of {len(anatomy.heads)} heads.")
+        out.print(f"{report.method} does not predict errors: there are none to show.")
+    out.print(f"Fallbacks to eviction: {anatomy.fallen} of {len(anatomy.heads)} heads.")
     _say_smaller(report)
 
 
@@ -114,19 +116,25 @@ def show_fidelity(records: Sequence[Fidelity]) -> None:
     """One line per method and budget; lower KL is better."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
-    for name in ("budget", "delta NLL", "KL", "top-1", "kept", "full", "reading", "compressing"):
+    for name in ("budget", "delta NLL", "KL", "top-1", "bytes", "full bytes", "reading", "compressing"):
         table.add_column(name, justify="right")
     for record in records:
         table.add_row(
-            record.method, f"{record.budget} {record.slot_dtype}".removesuffix(" float"), f"{record.delta_nll:+.4f}",
-            f"{record.kl:.4f}", f"{100 * record.top1:.1f}%", size(record.kv_bytes), size(record.kv_bytes_full),
-            f"{record.prefill_seconds:.1f} s", f"{record.compress_seconds:.1f} s",
-        )  # fmt: skip
+            record.method,
+            f"{record.budget} {record.slot_dtype}".removesuffix(" float"),
+            f"{record.delta_nll:+.4f}",
+            f"{record.kl:.4f}",
+            f"{100 * record.top1:.1f}%",
+            size(record.kv_bytes),
+            size(record.kv_bytes_full),
+            f"{record.prefill_seconds:.1f} s",
+            f"{record.compress_seconds:.1f} s",
+        )
     out.print(table)
     first = records[0]
     out.print(
         f"Mean of {first.segments} x {first.context_tokens:,} tokens compressed, {first.continuation_tokens - 1} true next "
-        "tokens each, against the full cache: lower delta NLL and KL (nats), higher top-1 agreement are better."
+        "tokens each, compared with the full cache. Lower delta NLL and KL (in nats) and higher top-1 agreement are better."
     )
 
 
@@ -148,28 +156,24 @@ def show_methods() -> None:
 
 def line_of(facts: Mapping[str, Any]) -> str:
     """One line about a compiled file."""
-    from keepkv.render import size
-
-    smaller = facts["kv_bytes_full"] / max(1, facts["kv_bytes"])
+    ratio = facts["kv_bytes_full"] / max(1, facts["kv_bytes"])
     seconds = facts["compress_seconds"] + facts["repeat_seconds"]
-    how = f"read in {facts['reading_seconds']:.1f} s, compressed in {seconds:.1f} s" if facts["made"] else "was there already"
+    work = f"read in {facts['reading_seconds']:.1f} s, compressed in {seconds:.1f} s" if facts["made"] else "was there already"
     return (
         f"{facts['file']}: {facts['tokens']:,} tokens, cache {size(facts['kv_bytes'])} instead of "
-        f"{size(facts['kv_bytes_full'])} ({smaller:.1f}x), file {size(facts['bytes'])}, {how}"
+        f"{size(facts['kv_bytes_full'])} ({ratio:.1f} times smaller), file {size(facts['bytes'])}, {work}"
     )
 
 
 def show_entries(entries: Sequence[Entry]) -> None:
     """A table of entries: key, source, tokens, bytes, recipe, and how long ago each was used."""
-    from keepkv.render import size
-
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in (("key", "left"), ("source", "left"), ("tokens", "right"), ("size", "right"), ("recipe", "left")):
-        table.add_column(name, justify="right" if justify == "right" else "left")
-    table.add_column("used", justify="right")
+    for name in ("key", "source", "tokens", "size", "recipe", "used"):
+        table.add_column(name, justify="right" if name in ("tokens", "size", "used") else "left")
     for entry in entries:
         recipe = f"{entry.method} {entry.budget}{' exact' if entry.exact else ''}"
-        table.add_row(entry.key[:12], Path(entry.source).name, f"{entry.tokens:,}", size(entry.bytes), recipe, _ago(entry.used))
+        source = escape(Path(entry.source).name)
+        table.add_row(entry.key[:12], source, f"{entry.tokens:,}", size(entry.bytes), recipe, _ago(entry.used))
     out.print(table)
 
 

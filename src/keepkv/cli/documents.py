@@ -1,16 +1,19 @@
-"""The commands around compiled documents: compile, store, and what `ask` does with .keep files."""
+"""`keepkv compile` and `keepkv store`: documents that are read once, and asked at any time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from keepkv.cli.options import (
+    COMPRESSION,
     DEFAULT,
+    OUTPUT,
     Budget,
     Chunk,
     Debug,
@@ -23,35 +26,57 @@ from keepkv.cli.options import (
     Repeat,
     Seed,
     SlotDtype,
+    argument,
     checked,
+    command,
+    flag,
+    help_text,
+    option,
 )
 from keepkv.cli.progress import bar, err
 from keepkv.errors import InputError
 from keepkv.paths import SUFFIX
 from keepkv.recipe import Recipe
 
-if TYPE_CHECKING:
-    from keepkv.documents.store import Entry
-
-
-Docs = Annotated[list[str], typer.Argument(metavar="DOC...", help="Text files, or - for standard input.", show_default=False)]
+BATCH = "Several documents"
+STORE = "Store"
+Docs = Annotated[list[str], argument("Text files, or - for standard input.", "DOC...")]
+Exact = Annotated[
+    bool, flag("Also keep every key and value, so that joined documents can be repaired (--repair).", "--exact", COMPRESSION)
+]
 Folder = Annotated[
     Path | None,
-    typer.Option(
-        "--store", envvar="KEEPKV_STORE", help="The store's folder; by default in keepkv's cache.", show_default=False
+    option(
+        "The folder of the store. The default is in keepkv's cache folder.",
+        "FOLDER",
+        STORE,
+        "--store",
+        envvar="KEEPKV_STORE",
+        show_default=False,
     ),
 ]
-Key = Annotated[str, typer.Argument(help="A key, the beginning of one, or a source's name.", show_default=False)]
-store = typer.Typer(
-    no_args_is_help=True, help="Compiled documents in a folder: found by what they are, bounded in bytes, shared by processes."
-)
+KEY_HELP = "A key, the beginning of a key, or the name of the text file."
+STORE_HELP = """Keep compiled documents in a folder that several processes can use at once.
+
+$ keepkv store add handbook.txt minutes/*.txt --budget 5%
+$ keepkv store list
+$ keepkv ask "$(keepkv store show handbook.txt | jq -r .file)" "Who signed it?"
+"""
+store = typer.Typer(no_args_is_help=True, help=help_text(STORE_HELP))
 
 
 def compile(
     docs: Docs,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="A file, or a folder for several. Default: DOC.keep", show_default=False),
+        option(
+            "Where to write: a file, or a folder for several documents. The default is DOC.keep beside each text.",
+            "PATH",
+            OUTPUT,
+            "-o",
+            "--output",
+            show_default=False,
+        ),
     ] = None,
     budget: Budget = DEFAULT.budget_text,
     method: Method = DEFAULT.method_name,
@@ -59,19 +84,23 @@ def compile(
     repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
     chunk: Chunk = None,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Keep every key and value too: joined documents can then be repaired (--repair).")
-    ] = False,
+    exact: Exact = False,
     ids: Annotated[
-        bool, typer.Option("--ids/--no-ids", help="Whether the file holds the text's tokens (the text can be read from them).")
+        bool,
+        typer.Option(
+            "--ids/--no-ids",
+            help="Whether the file holds the tokens of the text. Anybody can read the text from them.",
+            metavar="",
+            rich_help_panel=OUTPUT,
+        ),
     ] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Leave files alone that were made of the same text in the same way.")
+        bool, flag("Skip documents whose file was made of the same text in the same way.", "--resume", BATCH)
     ] = False,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Compile side by side on a Ray cluster ($RAY_ADDRESS, or this machine's cores).")
+        bool, flag("Compile in parallel with Ray: on the cluster of $RAY_ADDRESS, or on this machine.", "--ray", BATCH)
     ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="With --ray: how many at once, each with the model in memory.")] = 2,
+    workers: Annotated[int, option("With --ray: the number of workers, each with the model in memory.", "N", BATCH, min=1)] = 2,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -79,21 +108,19 @@ def compile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Read documents once and write their compact caches as .keep files, to be asked at any time.
+    """Read documents once and write their compressed caches as .keep files, which can be asked at any time.
 
-    [bold]keepkv compile report.txt && keepkv ask report.keep "Who signed it?"[/bold]
-
-    [bold]keepkv compile chapters/*.txt -o compiled --budget 5% --resume[/bold]
-
-    [bold]keepkv compile library/*.txt -o compiled --ray --workers 8 --resume[/bold]
+    $ keepkv compile report.txt && keepkv ask report.keep "Who signed it?"
+    $ keepkv compile chapters/*.txt -o compiled --budget 5% --resume
+    $ keepkv compile library/*.txt -o compiled --ray --workers 8
     """
     from keepkv.cli.console import line_of
 
     outputs = targets(docs, output)
     if ray and "-" in docs:
-        raise InputError("--ray compiles files: standard input is read by no worker")
-    told: list[dict[str, Any]] = []
-    failed: list[tuple[str, str]] = []
+        raise InputError("--ray needs files, which every worker can read: write standard input to a file first")
+    compiled: list[dict[str, Any]] = []
+    failures: list[tuple[str, str]] = []
     with bar(f"loading {model}") as line:
         from keepkv.documents.batch import Compiler, Order, with_ray
 
@@ -101,28 +128,32 @@ def compile(
         order = Order(recipe, ids, resume, model, device, dtype)
         if ray:
             progress = line.phase(f"compiling with {workers} workers")
-            for number, (doc, facts) in enumerate(with_ray(docs, outputs, order, workers, 1.0 if "cuda" in device else 0.0)):
+            gpus = 1.0 if "cuda" in device else 0.0
+            for number, (doc, outcome) in enumerate(with_ray(docs, outputs, order, workers, gpus)):
                 progress(number + 1, len(docs))
-                if isinstance(facts, str):
-                    failed.append((doc, facts))
+                if isinstance(outcome, str):
+                    failures.append((doc, outcome))
                 else:
-                    told.append(facts)
+                    compiled.append(outcome)
         else:
             compiler = Compiler(order)
             for number, (doc, target) in enumerate(zip(docs, outputs, strict=True)):
                 count = f"{number + 1}/{len(docs)} {doc}: " if len(docs) > 1 else ""
-                told.append(compiler.compile(doc, target, line.counted(count)))
-    for facts in told:
+                compiled.append(compiler.compile(doc, target, line.counted(count)))
+    for facts in compiled:
         if warning := facts.pop("warning"):
-            err.print(f"[yellow]warning:[/yellow] {facts['source']}: {warning}")
+            err.print(f"[yellow]warning:[/yellow] {escape(facts['source'])}: {escape(warning)}")
         typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else line_of(facts))
-    for doc, why in failed:
-        err.print(f"[red]{doc}:[/red] {why}")
-    if failed:
-        raise InputError(f"{len(failed)} of {len(docs)} documents could not be compiled")
+    for doc, reason in failures:
+        err.print(f"[red]{escape(doc)}:[/red] {escape(reason)}")
+    if failures:
+        raise InputError(
+            f"{len(failures)} of {len(docs)} documents could not be compiled, for the reasons above: mend them, and run the "
+            "same command with --resume"
+        )
 
 
-@store.command()
+@command(store)
 def add(
     docs: Docs,
     folder: Folder = None,
@@ -132,7 +163,7 @@ def add(
     repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
     chunk: Chunk = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Keep every key and value too, for --repair.")] = False,
+    exact: Exact = False,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -140,9 +171,9 @@ def add(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compile documents into the store; what is there already, by text, model and recipe, is left as it is.
+    """Compile documents into the store. A text that was compiled before in the same way is not compiled again.
 
-    [bold]keepkv store add handbook.txt minutes/*.txt --budget 5%[/bold]
+    $ keepkv store add handbook.txt minutes/*.txt --budget 5%
     """
     with bar(f"loading {model}") as line:
         from keepkv.documents.store import Store
@@ -155,12 +186,19 @@ def add(
         shelf = Store.open(folder).for_model(lm, tokenizer, model)
         for doc, text in zip(docs, texts, strict=True):
             entry, new = shelf.add(text, recipe, doc, line.phase)
-            _say([entry], as_json, "added" if new else "there already")
+            if as_json:
+                typer.echo(json.dumps(entry.to_dict(), ensure_ascii=False))
+            else:
+                typer.echo(f"{entry.key[:12]} {'added' if new else 'there already'}: {entry.source}")
 
 
-@store.command("list")
+@command(store, "list")
 def list_(folder: Folder = None, as_json: Json = False, debug: Debug = False) -> None:
-    """List what the store holds, the most recently used first."""
+    """List the documents of the store, the most recently used first.
+
+    $ keepkv store list
+    $ keepkv store list --json | jq ".[].source"
+    """
     from keepkv.documents.store import Store
 
     with Store.open(folder) as shelf:
@@ -172,14 +210,15 @@ def list_(folder: Folder = None, as_json: Json = False, debug: Debug = False) ->
 
         show_entries(entries)
     else:
-        err.print("the store is empty: keepkv store add report.txt")
+        err.print("the store is empty: add a document with keepkv store add report.txt")
 
 
-@store.command()
-def show(key: Key, folder: Folder = None, debug: Debug = False) -> None:
-    """Show all that is known of one entry, as JSON; `file` is what keepkv ask can be given.
+@command(store)
+def show(key: Annotated[str, argument(KEY_HELP, "KEY")], folder: Folder = None, debug: Debug = False) -> None:
+    """Print all about one document of the store as JSON. Its "file" can be given to keepkv ask.
 
-    [bold]keepkv ask "$(keepkv store show report.txt | jq -r .file)" "Who signed it?"[/bold]
+    $ keepkv store show report.txt
+    $ keepkv ask "$(keepkv store show report.txt | jq -r .file)" "Who signed it?"
     """
     from keepkv.documents.format import Contents
     from keepkv.documents.store import Store
@@ -187,17 +226,21 @@ def show(key: Key, folder: Folder = None, debug: Debug = False) -> None:
     with Store.open(folder) as shelf:
         entry = shelf.find(key)
     header = dict(Contents(entry.file).header)
-    header.pop("tensors"), header.pop("layers"), header["report"].pop("heads")
+    del header["tensors"], header["layers"], header["report"]["heads"]
     typer.echo(json.dumps({**entry.to_dict(), **header}, ensure_ascii=False, indent=1))
 
 
-@store.command()
+@command(store)
 def rm(
-    keys: Annotated[list[str], typer.Argument(help="Keys, beginnings of keys, or sources' names.", show_default=False)],
+    keys: Annotated[list[str], argument(f"{KEY_HELP} May be given several times.", "KEY...")],
     folder: Folder = None,
     debug: Debug = False,
 ) -> None:
-    """Remove entries. Who is just using one is not disturbed."""
+    """Remove documents from the store. Processes that have one open can go on using it.
+
+    $ keepkv store rm report.txt
+    $ keepkv store rm 3f9a01c2 77be
+    """
     from keepkv.documents.store import Store
 
     with Store.open(folder) as shelf:
@@ -206,31 +249,35 @@ def rm(
             err.print(f"removed {entry.key[:12]} {entry.source}")
 
 
-@store.command()
+@command(store)
 def gc(
-    limit: Annotated[str, typer.Option(help='Bytes the store may hold ("10GB"); the least recently used go.')] = "",
+    limit: Annotated[
+        str,
+        option(
+            'Bytes that the store may hold ("10GB"). The least recently used documents are removed.',
+            "SIZE",
+            STORE,
+            show_default=False,
+        ),
+    ] = "",
     folder: Folder = None,
     debug: Debug = False,
 ) -> None:
-    """Clean up: unfinished files of stopped processes, entries without a file, and what is beyond a limit.
+    """Clean up the store: unfinished files, entries without a file, and documents beyond a limit.
 
-    [bold]keepkv store gc --limit 10GB[/bold]
+    $ keepkv store gc
+    $ keepkv store gc --limit 10GB
     """
     from keepkv.documents.store import Store, bytes_of
     from keepkv.render import size
 
     with Store.open(folder) as shelf:
-        gone, adopted = shelf.collect(bytes_of(limit) if limit else None)
-        left = shelf.entries()
+        removed, adopted = shelf.collect(bytes_of(limit) if limit else None)
+        remaining = shelf.entries()
     err.print(
-        f"removed {len(gone)} ({size(sum(entry.bytes for entry in gone))}), found again {adopted}, "
-        f"left {len(left)} ({size(sum(entry.bytes for entry in left))})"
+        f"removed {len(removed)} ({size(sum(entry.bytes for entry in removed))}), added {adopted} files without an entry, "
+        f"left {len(remaining)} ({size(sum(entry.bytes for entry in remaining))})"
     )
-
-
-def _say(entries: list[Entry], as_json: bool, what: str) -> None:
-    for entry in entries:
-        typer.echo(json.dumps(entry.to_dict()) if as_json else f"{entry.key[:12]} {what}: {entry.source}")
 
 
 def targets(docs: Sequence[str], output: Path | None) -> list[Path]:
@@ -239,21 +286,21 @@ def targets(docs: Sequence[str], output: Path | None) -> list[Path]:
         raise InputError("nothing to compile: give at least one text file")
     stems = [Path("document" if doc == "-" else doc).with_suffix(SUFFIX) for doc in docs]
     if output is None:
-        found = stems
+        files = stems
     elif len(docs) == 1 and not output.is_dir():
-        found = [output]
+        files = [output]
     else:
         if output.exists() and not output.is_dir():
             raise InputError(f"{str(output)!r} is a file, and there are {len(docs)} documents: give a folder")
         if len(docs) > 1:
             output.mkdir(parents=True, exist_ok=True)
-        found = [output / stem.name for stem in stems]
-    if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
-        raise InputError(f"two documents would be written to {str(twice)!r}: compile them into different folders")
-    for name in found:
-        if name.is_dir() or not name.parent.is_dir():
-            raise InputError(f"{str(name)!r} cannot be written: expected a file name in a folder that exists")
-        if str(name) in docs:
-            raise InputError(f"{str(name)!r} is compiled already: give the text it was made of")
-    return found
+        files = [output / stem.name for stem in stems]
+    if len(set(files)) < len(files):
+        duplicate = next(file for file in files if files.count(file) > 1)
+        raise InputError(f"two documents would be written to {str(duplicate)!r}: compile them into different folders")
+    for file in files:
+        if file.is_dir() or not file.parent.is_dir():
+            raise InputError(f"{str(file)!r} cannot be written: expected a file name in a folder that exists")
+        if str(file) in docs:
+            raise InputError(f"{str(file)!r} is compiled already: give the text it was made of")
+    return files

@@ -1,4 +1,4 @@
-"""The commands `keepkv eval` and `keepkv report`. Heavy imports happen inside them, so that --help answers at once."""
+"""`keepkv eval` and `keepkv report`. Heavy imports happen inside the commands, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -7,83 +7,133 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from keepkv.cli.options import Debug, Json
+from keepkv.cli.options import COMPRESSION, MODEL, OUTPUT, Debug, Json, argument, flag, option, shown_default
 from keepkv.cli.progress import bar, err
 from keepkv.errors import InputError
 
 if TYPE_CHECKING:
+    from keepkv.eval.bootstrap import Interval
+    from keepkv.eval.records import Record
     from keepkv.eval.summary import Summary
 
-
-Run = Annotated[
-    Path | None, typer.Argument(help="The run's folder; one that exists is continued.", metavar="[RUN]", show_default=False)
-]
-Runs = Annotated[list[Path], typer.Argument(help="Folders of runs; several are shown together.", metavar="RUN...")]
+TASKS = "Tasks"
 
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, show_default=False)
+def _setting(help: str, metavar: str, panel: str, default: str = "") -> Any:
+    """An option that is taken from the run's settings if it is not given."""
+    return option(f"{help} {shown_default(default)}" if default else help, metavar, panel, show_default=False)
 
 
 def evaluate(
-    run: Run = None,
-    config: Annotated[Path | None, _option("Settings from a TOML file; options here change them.")] = None,
-    model: Annotated[str | None, _option("smollm2 (default), a folder, or a Hugging Face id.")] = None,
-    tasks: Annotated[str | None, _option("Separated by commas; all for all. See --list.")] = None,
-    data: Annotated[
-        list[str] | None,
-        _option(
-            "A file of SQuAD, RULER, LongBench, GSM8K, QMSum or key-value retrieval as a task; hf:OWNER/NAME[:CONFIG[:SPLIT]]."
+    run: Annotated[Path | None, argument("The folder of the run. A run that exists is continued.", "RUN")] = None,
+    tasks: Annotated[
+        str | None,
+        _setting(
+            'Tasks, separated by commas, or "all". See --list.', "NAMES", TASKS, "needle,needles-4,facts,pairs,variables,json"
         ),
     ] = None,
-    methods: Annotated[str | None, _option("Separated by commas (default keepkv,snapkv,h2o); full is always there.")] = None,
-    budgets: Annotated[str | None, _option("Separated by commas (default 10%,5%): shares, slots per head, or bytes.")] = None,
-    lengths: Annotated[str | None, _option("Tokens of the texts, separated by commas (default 1024).")] = None,
-    samples: Annotated[int | None, _option("Of every task and length (default 5).")] = None,
+    list_tasks: Annotated[bool, flag("List the tasks, and do nothing else.", "--list", TASKS)] = False,
+    lengths: Annotated[str | None, _setting("Tokens of the texts, separated by commas.", "TOKENS", TASKS, "1024")] = None,
+    samples: Annotated[int | None, _setting("Texts of every task and length.", "N", TASKS, "5")] = None,
+    data: Annotated[
+        list[str] | None,
+        _setting(
+            "A task from a file of SQuAD, RULER, LongBench, GSM8K, QMSum or key-value retrieval, or from the Hugging Face Hub "
+            "as hf:OWNER/NAME. May be given several times.",
+            "FILE",
+            TASKS,
+        ),
+    ] = None,
+    haystack: Annotated[
+        str | None,
+        _setting("A text file or a folder of prose to hide facts in.", "PATH", TASKS, "documentation of installed packages"),
+    ] = None,
     by: Annotated[
-        str | None, _option("choice (default): the likeliest of four answers; answer: what the model writes.")
+        str | None,
+        _setting(
+            '"choice" scores the likeliest of four given answers, "answer" what the model writes.',
+            "[choice|answer]",
+            TASKS,
+            "choice",
+        ),
     ] = None,
     question_aware: Annotated[
         bool | None,
         typer.Option(
-            "--question-aware/--question-after", help="The question is in the text when it is compressed.", show_default=False
+            "--question-aware/--question-after",
+            help="Whether the question is in the text when the text is compressed. By default it comes after.",
+            metavar="",
+            rich_help_panel=TASKS,
+            show_default=False,
         ),
     ] = None,
-    repeat: Annotated[str | None, _option("auto (default), always, never: whether the text is repeated.")] = None,
-    slot_dtype: Annotated[str | None, _option("How slots are stored: float (default), int8, int4.")] = None,
-    chunk: Annotated[int | None, _option("Tokens read at a time; default: all at once up to 8,192, else 2,048.")] = None,
-    haystack: Annotated[
-        str | None, _option("Prose to hide things in: a file or a folder (default: installed documentation).")
+    written: Annotated[int | None, _setting("Tokens that the task drift writes.", "TOKENS", TASKS, "2000")] = None,
+    max_new_tokens: Annotated[int | None, _setting("Maximum number of tokens in an answer.", "N", TASKS, "64")] = None,
+    seed: Annotated[int | None, _setting("Random seed: the same seed gives the same samples.", "N", TASKS, "0")] = None,
+    methods: Annotated[
+        str | None,
+        _setting(
+            "Compression methods, separated by commas. The full cache is always measured too.",
+            "NAMES",
+            COMPRESSION,
+            "keepkv,snapkv,h2o",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int | None, _option("Maximum number of tokens in an answer (default 64).")] = None,
-    written: Annotated[int | None, _option("Tokens that drift writes (default 2000).")] = None,
-    dtype: Annotated[str | None, _option("auto (default), float32, bfloat16, float16.")] = None,
-    seed: Annotated[int | None, _option("Same seed, same samples (default 0).")] = None,
-    device: Annotated[str, typer.Option(help="Of each process: auto, cpu, or several: cuda:0,cuda:1.")] = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="Processes on each device.")] = 1,
-    show: Annotated[bool, typer.Option("--list", help="List the tasks, and do nothing.")] = False,
+    budgets: Annotated[
+        str | None,
+        _setting(
+            "Budgets, separated by commas: shares of the tokens, slots per KV head, or bytes.", "BUDGETS", COMPRESSION, "10%,5%"
+        ),
+    ] = None,
+    repeat: Annotated[
+        str | None,
+        _setting("Whether to feed the text a second time before it is compressed.", "[auto|always|never]", COMPRESSION, "auto"),
+    ] = None,
+    slot_dtype: Annotated[
+        str | None, _setting("How the kept keys and values are stored.", "[float|int8|int4]", COMPRESSION, "float")
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        _setting(
+            "Read this many tokens at a time. 0 reads everything at once.",
+            "TOKENS",
+            COMPRESSION,
+            "2048 for texts of more than 8,192 tokens, otherwise 0",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        _setting('"smollm2" (embedded, no network), a model folder, or a Hugging Face id.', "MODEL", MODEL, "smollm2"),
+    ] = None,
+    dtype: Annotated[str | None, _setting('"float32", "bfloat16", "float16" or "auto".', "DTYPE", MODEL, "auto")] = None,
+    device: Annotated[
+        str, option('"auto", "cpu", or several devices, each with a process of its own: "cuda:0,cuda:1".', "DEVICES", MODEL)
+    ] = "auto",
+    workers: Annotated[int, option("Processes on each device.", "N", MODEL, min=1)] = 1,
+    config: Annotated[
+        Path | None,
+        _setting("Take the settings from a TOML file. Options at the command line come before it.", "FILE", OUTPUT),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure model × tasks × methods × budgets into a folder of records, and sum them up.
+    """Measure methods at budgets on tasks, and write the records into a folder.
 
-    Every text is read once, compressed in every way, and asked only afterwards. A run that was stopped goes on when it is
-    started again; tasks, methods, budgets, lengths and samples may be added later.
+    Every text is read once, compressed in every way, and asked only afterwards. A run that was stopped continues when it is
+    started again, and tasks, methods, budgets, lengths and samples may be added later.
 
-    [bold]keepkv eval runs/first --tasks needle,facts,json --methods keepkv,snapkv --budgets 10%,5%[/bold]
-
-    [bold]keepkv eval runs/xquad --data xquad.en.json --by answer --lengths 2048[/bold]
-
-    [bold]keepkv eval runs/big --model my/model --tasks all --lengths 4096,16384 --device cuda:0,cuda:1[/bold]
-
-    [bold]keepkv eval runs/first[/bold]   goes on where it was stopped
+    $ keepkv eval runs/first --tasks needle,facts,json --methods keepkv,snapkv --budgets 10%,5%
+    $ keepkv eval runs/first    (continues a run that was stopped)
+    $ keepkv eval runs/xquad --data xquad.en.json --by answer --lengths 2048
+    $ keepkv eval runs/big --model my/model --tasks all --lengths 4096,16384 --device cuda:0,cuda:1
     """
-    if show:
+    if list_tasks:
         _list(as_json)
         return
     if run is None:
-        raise InputError("where to? give the folder of a run: keepkv eval runs/first")
+        raise InputError("the folder of the run is missing: give one, as in keepkv eval runs/first")
     with bar("preparing") as line:
         from keepkv.eval import config as settings
         from keepkv.eval import records, summary
@@ -91,122 +141,146 @@ def evaluate(
         from keepkv.eval.tasks import registry
 
         started = run / settings.FILE
-        base = settings.load(started) if started.exists() else settings.Config()
-        base = settings.load(config, base) if config else base
-        given: dict[str, Any] = {
-            "model": model, "tasks": _parts(tasks), "data": data, "methods": _parts(methods), "budgets": _parts(budgets),
-            "lengths": _numbers(lengths), "samples": samples, "by": by, "question_aware": question_aware,
-            "repeat": repeat, "slot_dtype": slot_dtype, "chunk": chunk, "haystack": haystack, "max_new_tokens": max_new_tokens,
-            "written": written, "dtype": dtype, "seed": seed,
-        }  # fmt: skip
-        if given["tasks"] == ["all"]:
-            given["tasks"] = list(registry.TASKS)
+        base = settings.load_config(started) if started.exists() else settings.Config()
+        base = settings.load_config(config, base) if config else base
+        options: dict[str, Any] = {
+            "model": model,
+            "tasks": list(registry.TASKS) if _names(tasks) == ["all"] else _names(tasks),
+            "data": data,
+            "methods": _names(methods),
+            "budgets": _names(budgets),
+            "lengths": _numbers(lengths),
+            "samples": samples,
+            "by": by,
+            "question_aware": question_aware,
+            "repeat": repeat,
+            "slot_dtype": slot_dtype,
+            "chunk": chunk,
+            "haystack": haystack,
+            "max_new_tokens": max_new_tokens,
+            "written": written,
+            "dtype": dtype,
+            "seed": seed,
+        }
         if data and tasks is None and not started.exists() and config is None:
-            given["tasks"] = []
-        wanted = settings.changed(base, {name: value for name, value in given.items() if value is not None}, "options")
+            options["tasks"] = []
+        typed = {name: value for name, value in options.items() if value is not None}
+        run_config = settings.changed(base, typed, "the command line")
         devices = [place for place in device.split(",") for _ in range(workers)]
-        said, shown = time.monotonic(), line.phase("loading the model")
+        shown = line.phase("loading the model")
+        last_printed = time.monotonic()
 
-        def tell(done: int, of: int, left: float) -> None:
-            nonlocal said
-            title = f"{done:,} of {of:,} samples, about {_span(left)} left"
+        def progress(finished: int, total: int, seconds_left: float) -> None:
+            nonlocal last_printed
+            title = f"{finished:,} of {total:,} samples, about {_duration(seconds_left)} left"
             line.title(title)
-            shown(done, of)
-            if not err.is_terminal and (time.monotonic() - said > 30 or done == of):
-                said = time.monotonic()
+            shown(finished, total)
+            if not err.is_terminal and (time.monotonic() - last_printed > 30 or finished == total):
+                last_printed = time.monotonic()
                 err.print(title)
 
-        running.run(run, wanted, devices, tell)
-        found = records.load(run)
-        result = summary.summarise(found)
-        summary.write(run, result)
+        running.run(run, run_config, devices, progress)
+        run_records = records.load_records(run)
+        result = summary.summarize(run_records)
+        summary.write_summary(run, result)
     _print(result, as_json)
-    failed = [record for record in found if record.failed]
+    failed = [record for record in run_records if record.failed]
     if failed:
-        err.print(f"[yellow]{len(failed)} of {len(found)} records failed[/yellow], the first: {failed[0].failed}", markup=True)
+        err.print(f"[yellow]{len(failed)} of {len(run_records)} answers failed.[/yellow] The first: {escape(failed[0].failed)}")
 
 
 def report(
-    runs: Runs,
-    out: Annotated[Path | None, _option("The folder to write to (default: the first run's).")] = None,
-    png: Annotated[bool, typer.Option("--png", help="Also write the figures as PNG (needs keepkv\\[plot]).")] = False,
+    runs: Annotated[list[Path], argument("The folders of one run or several, which are shown together.", "RUN...")],
+    out: Annotated[Path | None, _setting("The folder to write to.", "FOLDER", OUTPUT, "the folder of the first run")] = None,
+    png: Annotated[bool, flag("Also write the figures as PNG. Needs pip install 'keepkv\\[plot]'.", "--png", OUTPUT)] = False,
     against: Annotated[
-        Path | None, _option("An older run of the same samples: ends with status 1 if a method got worse.")
+        Path | None,
+        option(
+            "An older run of the same samples: the command ends with status 1 if a method got worse.",
+            "RUN",
+            OUTPUT,
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Turn records into tables and figures: report.md, and report.html, one page without outside requests.
+    """Turn records into tables and figures: report.md and report.html.
 
-    [bold]keepkv report runs/first --png[/bold]
+    The HTML page makes no requests, and can be mailed as it is.
 
-    [bold]keepkv report runs/small runs/big --out comparison[/bold]
-
-    [bold]keepkv report runs/new --against benchmarks/results/eval-quick[/bold]
+    $ keepkv report runs/first --png
+    $ keepkv report runs/small runs/big --out comparison
+    $ keepkv report runs/new --against benchmarks/results/eval-quick
     """
     with bar("reading the records"):
         from keepkv.eval import config as settings
         from keepkv.eval import records, summary
         from keepkv.eval.report import figures, html, markdown, worst
-        from keepkv.eval.report.png import save
+        from keepkv.eval.report.png import save_figures
         from keepkv.render import require_matplotlib
 
-        found = [record for run in runs for record in records.load(run)]
-        result = summary.summarise(found)
+        run_records = [record for run in runs for record in records.load_records(run)]
+        result = summary.summarize(run_records)
         target = out or runs[0]
         if png:
             require_matplotlib()
-        drawn = figures.all_of(found, result)
-        told = {str(run): settings.written(settings.load(run / settings.FILE)) for run in runs}
+        drawings = figures.all_of(run_records, result)
+        run_settings = {str(run): settings.to_toml(settings.load_config(run / settings.FILE)) for run in runs}
+        text = markdown.markdown_report(run_records, result, run_settings)
+        page = html.html_report(run_records, result, drawings, run_settings, worst.texts_of(runs))
         try:
             target.mkdir(parents=True, exist_ok=True)
-            (target / "report.md").write_text(markdown.report(found, result, told), encoding="utf-8")
-            (target / "report.html").write_text(html.page(found, result, drawn, told, worst.texts_of(runs)), encoding="utf-8")
+            (target / "report.md").write_text(text, encoding="utf-8")
+            (target / "report.html").write_text(page, encoding="utf-8")
             if out is None and len(runs) == 1:
-                summary.write(target, result)
+                summary.write_summary(target, result)
             if png:
-                save(drawn, target)
+                save_figures(drawings, target)
         except OSError as error:
-            raise InputError(f"{error.filename!r} cannot be written ({error.strerror})") from error
+            raise InputError(
+                f"{error.filename!r} cannot be written ({error.strerror}): give another folder with --out"
+            ) from error
     if against is not None:
-        worse = _regressions(found, records.load(against))
+        regressions = _regressions(run_records, records.load_records(against))
         if as_json:
             _print(result, True)
-        for name, budget, difference in worse:
+        for name, budget, difference in regressions:
             err.print(f"worse than {against}: {name} at {budget}, by {difference} of the score", markup=False)
-        if worse:
+        if regressions:
             raise typer.Exit(1)
-        err.print(f"no method is worse than in {against} beyond its interval", markup=False)
+        err.print(f"no method is significantly worse than in {against}", markup=False)
         return
     _print(result, as_json)
     err.print(f"{target / 'report.html'}, {target / 'report.md'}", markup=False)
 
 
-def _regressions(found: list[Any], before: list[Any]) -> list[tuple[str, str, Any]]:
+def _regressions(records: list[Record], old_records: list[Record]) -> list[tuple[str, str, Interval]]:
     """Methods whose paired difference to the older run lies below 0 with its whole interval."""
     from keepkv.eval.summary import by_method, paired
 
-    now, then = by_method(found), by_method(before)
-    if not now.keys() & then.keys():
-        raise InputError("the two runs have no method and budget in common: nothing to compare")
-    pairs = {key: paired(now[key], then[key]) for key in sorted(now.keys() & then.keys())}
+    new, old = by_method(records), by_method(old_records)
+    common = sorted(new.keys() & old.keys())
+    if not common:
+        raise InputError("the two runs have no method and budget in common: compare runs of the same methods and budgets")
+    pairs = {key: paired(new[key], old[key]) for key in common}
     if not any(pairs.values()):
-        raise InputError("the two runs have no sample in common: nothing to compare")
+        raise InputError("the two runs have no sample in common: compare runs of the same tasks and lengths")
     return [(key[1], key[2], difference) for key, difference in pairs.items() if difference and difference.high < 0]
 
 
-def _parts(text: str | None) -> list[str] | None:
-    return None if text is None else list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _numbers(text: str | None) -> list[int] | None:
     try:
-        return None if text is None else [int(part) for part in _parts(text) or []]
+        return None if text is None else [int(number) for number in _names(text) or []]
     except ValueError:
         raise InputError(f"--lengths {text!r}: expected whole numbers of tokens, separated by commas: 1024,4096") from None
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -12,21 +12,22 @@ from keepkv.eval.summary import ALL, Summary
 
 
 def show(result: Summary) -> None:
-    """One line per budget and method over all tasks, then what is apart."""
+    """One line per budget and method over all tasks, then the paired differences between methods."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    several = len({row.model for row in result.rows}) > 1
-    shown = [(name, i) for i, name in enumerate(COLUMNS) if name != "score" and (name != "model" or several)]
-    for name, i in shown:
-        table.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
+    one_model = len({row.model for row in result.rows}) == 1
+    hidden = {"score", "model"} if one_model else {"score"}
+    columns = [i for i, name in enumerate(COLUMNS) if name not in hidden]
+    for i in columns:
+        table.add_column(COLUMNS[i], justify="left" if i < 3 else "right", no_wrap=True)
     for row in result.rows:
         if row.task == ALL:
             words = cells(row)
-            table.add_row(*(words[i] for _, i in shown))
+            table.add_row(*(words[i] for i in columns))
     out.print(table)
     for versus in result.versus:
         if versus.budget != "100%":
-            apart = "" if versus.apart else " (not apart)"
-            out.print(f"{versus.first} − {versus.second} at {versus.budget}: {versus.difference}{apart}", markup=False)
+            remark = "" if versus.apart else " (not significant)"
+            out.print(f"{versus.first} − {versus.second} at {versus.budget}: {versus.difference}{remark}", markup=False)
 
 
 def show_tasks(rows: Sequence[dict[str, str]]) -> None:

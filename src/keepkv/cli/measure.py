@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from keepkv.cli.options import (
+    COMPRESSION,
     DEFAULT,
+    OUTPUT,
     Budget,
     Debug,
     Device,
@@ -22,24 +24,37 @@ from keepkv.cli.options import (
     Repeat,
     Seed,
     SlotDtype,
+    argument,
     checked,
     listed,
+    option,
     warn_if_long,
 )
 from keepkv.cli.progress import bar, err
 from keepkv.errors import InputError
 from keepkv.recipe import Recipe
 
+TEXT = "Text"
+
 
 def fidelity(
     file: File,
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas; see keepkv methods.")] = "keepkv,snapkv,h2o",
-    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas: 50%,10%,512,64MB")] = DEFAULT.budget_text,
-    slot_dtype: Annotated[str, typer.Option(help="How slots are stored, separated by commas: float,int8,int4")] = "float",
-    segments: Annotated[int, typer.Option(min=1, help="Stretches of the text to measure on.")] = 3,
-    context_tokens: Annotated[int, typer.Option(min=16, help="Tokens read and compressed per stretch.")] = 2048,
-    continuation_tokens: Annotated[int, typer.Option(min=2, help="True next tokens fed per stretch.")] = 192,
+    methods: Annotated[
+        str, option("Compression methods, separated by commas. See keepkv methods.", "NAMES", COMPRESSION)
+    ] = "keepkv,snapkv,h2o",
+    budgets: Annotated[
+        str,
+        option('Budgets, separated by commas: shares ("10%"), slots ("512") or bytes ("64MB").', "BUDGETS", COMPRESSION),
+    ] = DEFAULT.budget_text,
+    slot_dtype: Annotated[
+        str, option('How the kept keys and values are stored, separated by commas: "float,int8,int4".', "NAMES", COMPRESSION)
+    ] = DEFAULT.slot_dtype,
     repeat: Repeat = "never",
+    segments: Annotated[int, option("Number of segments of the text to measure on.", "N", TEXT, min=1)] = 3,
+    context_tokens: Annotated[int, option("Tokens of a segment that are compressed.", "TOKENS", TEXT, min=16)] = 2048,
+    continuation_tokens: Annotated[
+        int, option("True next tokens of a segment, on which both caches are compared.", "TOKENS", TEXT, min=2)
+    ] = 192,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -47,12 +62,14 @@ def fidelity(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how far compressed caches are from the full cache on your own text.
+    """Measure on your own text how far compressed caches are from the full cache.
 
-    Stretches of the text are read and compressed; then their true continuation is fed, and the next-token distributions
-    are compared with those of the full cache: change of the negative log-likelihood, KL divergence, top-1 agreement.
+    Segments of the text are read and compressed. Then their true continuation is fed, and the next-token distributions are
+    compared with those of the full cache: rise of the negative log-likelihood, KL divergence, top-1 agreement.
 
-    [bold]keepkv fidelity book.txt --methods keepkv,snapkv,h2o,expected --budgets 50%,10%,5%[/bold]
+    $ keepkv fidelity book.txt
+    $ keepkv fidelity book.txt --methods keepkv,snapkv,h2o,expected --budgets 50%,10%,5%
+    $ keepkv fidelity book.txt --methods keepkv --slot-dtype float,int8,int4 --json
     """
     with bar(f"loading {model}") as line:
         from keepkv.budget import Budget as Limit
@@ -63,25 +80,26 @@ def fidelity(
         from keepkv.slots.quantized import slot_dtype_of
         from keepkv.text.file import read_text
 
-        names, limits = listed(methods, "--methods", get), listed(budgets, "--budgets", Limit.parse)
+        names = listed(methods, "--methods", get)
+        limits = listed(budgets, "--budgets", Limit.parse)
         slot_dtypes = listed(slot_dtype, "--slot-dtype", slot_dtype_of)
         text = read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
-        stretches = measuring.cut(tokenizer, text, segments, context_tokens, continuation_tokens)
+        ids = measuring.split_into_segments(tokenizer, text, segments, context_tokens, continuation_tokens)
         warn_if_long(lm, context_tokens + continuation_tokens)
-        if len(stretches) < segments:
-            err.print(f"the text is short: {len(stretches)} stretches instead of {segments}")
-        tell = line.phase("measuring")
-        of = measuring.steps(len(stretches), names, limits, slot_dtypes)
+        if len(ids) < segments:
+            err.print(f"[yellow]warning:[/yellow] the text is short: it has {len(ids)} segments instead of {segments}")
+        show_progress = line.phase("measuring")
+        steps = measuring.steps(len(ids), names, limits, slot_dtypes)
         records = measuring.measure(
             lm,
-            stretches,
+            ids,
             continuation_tokens,
             names,
             limits,
             Recipe(repeat=repeat, seed=seed),
             slot_dtypes,
-            lambda done: tell(done, of),
+            lambda step: show_progress(step, steps),
         )
     if as_json:
         typer.echo(json.dumps([record.to_dict() for record in records]))
@@ -96,8 +114,14 @@ def inspect(
     slot_dtype: SlotDtype = DEFAULT.slot_dtype,
     repeat: Repeat = DEFAULT.repeat,
     keep: Keep = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page: figures, and what was kept.", show_default=False)] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture (needs keepkv\\[plot]).", show_default=False)] = None,
+    html: Annotated[
+        Path | None,
+        option("Write an HTML page with figures and the text with what was kept.", "FILE", OUTPUT, show_default=False),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        option("Write the figures as a PNG. Needs pip install 'keepkv\\[plot]'.", "FILE", OUTPUT, show_default=False),
+    ] = None,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -105,11 +129,12 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a compression makes of a text: budgets, errors and votes per layer and head, and what was kept.
+    """Show what a compression makes of a text, layer by layer: slots, predicted errors, votes, and what was kept.
 
-    The errors are predicted: they are measured on queries of the text itself that the fit has not seen.
+    The errors are measured on queries of the text itself that the fit has not seen.
 
-    [bold]keepkv inspect report.txt --html report.html[/bold]
+    $ keepkv inspect report.txt
+    $ keepkv inspect report.txt --budget 5% --html report.html
     """
     with bar(f"loading {model}") as line:
         for target in filter(None, (html, png)):
@@ -131,33 +156,33 @@ def inspect(
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)
         warn_if_long(lm, prompt.text.shape[1])
-        found = anatomy.inspect(lm, tokenizer, prompt, model, recipe, line.phase)
+        result = anatomy.inspect(lm, tokenizer, prompt, model, recipe, line.phase)
         try:
             if html:
-                html.write_text(page(found), encoding="utf-8")
+                html.write_text(page(result), encoding="utf-8")
             if png:
-                save(found, png)
+                save(result, png)
         except OSError as error:
-            raise InputError(f"{error.filename!r} cannot be written ({error.strerror})") from error
+            raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): give another file") from error
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
     else:
-        console.show_anatomy(found)
+        console.show_anatomy(result)
 
 
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(help="Show these methods' pages.", show_default=False)] = None,
-    pages: Annotated[Path | None, typer.Option(help="Write a page for every method there.", show_default=False)] = None,
+    names: Annotated[list[str] | None, argument("Show the pages of these methods.", "NAME...")] = None,
+    pages: Annotated[
+        Path | None, option("Write a page for every method into this folder.", "FOLDER", OUTPUT, show_default=False)
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods, or show what some of them do: equations, cost, memory, what they are good and bad at.
+    """List the compression methods, or explain some: equations, cost, memory, strengths and weaknesses.
 
-    [bold]keepkv methods[/bold]
-
-    [bold]keepkv methods snapkv chelsea[/bold]
-
-    [bold]keepkv methods --json | jq ".[].name"[/bold]
+    $ keepkv methods
+    $ keepkv methods snapkv chelsea
+    $ keepkv methods --json | jq ".[].name"
     """
     from keepkv.methods import METHODS, get
     from keepkv.methods.pages import facts, page, write
@@ -167,8 +192,8 @@ def methods(
         try:
             count = write(table, pages)
         except OSError as error:
-            raise InputError(f"{str(pages)!r} cannot be written ({error.strerror})") from error
-        err.print(f"{count} files in {pages}")
+            raise InputError(f"{str(pages)!r} cannot be written ({error.strerror}): give another folder") from error
+        err.print(f"wrote {count} files to {pages}", markup=False)
         return
     if as_json:
         typer.echo(json.dumps([facts(method) for method in table], ensure_ascii=False))

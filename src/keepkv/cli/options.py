@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.markup import escape
 
 from keepkv.cli.progress import err
 from keepkv.errors import BudgetError, InputError
@@ -15,6 +17,130 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT = Recipe()
+
+COMPRESSION = "Compression"
+MODEL = "Model"
+OUTPUT = "Output"
+
+
+def shown_default(default: str) -> str:
+    """A default in words, as typer shows the others."""
+    return escape(f"[default: {default}]")
+
+
+def option(help: str, metavar: str, panel: str, *names: str, **settings: Any) -> Any:
+    """An option in a panel of the help. Only defaults worth reading are shown: not those of empty values."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, **settings)
+
+
+def flag(help: str, name: str, panel: str | None = None) -> Any:
+    """An option without a value."""
+    return typer.Option(name, help=help, metavar="", rich_help_panel=panel, show_default=False)
+
+
+def argument(help: str, metavar: str) -> Any:
+    """What stands at the command line without a name."""
+    return typer.Argument(help=help, metavar=metavar, show_default=False)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def command(group: typer.Typer, name: str | None = None, panel: str | None = None) -> Callable[[F], F]:
+    """Adds a function to a group of commands; its docstring is the help text.
+
+    In a docstring, lines that begin with "$ " are examples. Other lines are wrapped to the terminal.
+    """
+
+    def add(function: F) -> F:
+        group.command(name, help=help_text(function.__doc__ or ""), rich_help_panel=panel)(function)
+        return function
+
+    return add
+
+
+def help_text(docstring: str) -> str:
+    """A docstring as typer shows it: prose without line breaks, examples in bold."""
+    paragraphs = []
+    for paragraph in inspect.cleandoc(docstring).split("\n\n"):
+        if paragraph.startswith("$ "):
+            examples = "\n".join(line.removeprefix("$ ") for line in paragraph.splitlines())
+            paragraphs.append(f"\b[bold]{escape(examples)}[/bold]")
+        else:
+            paragraphs.append(" ".join(paragraph.split()))
+    return "\n\n".join(paragraphs)
+
+
+File = Annotated[str, argument("A text file, or - for standard input.", "FILE")]
+Budget = Annotated[
+    str,
+    option(
+        'How much of the cache to keep: a share of the tokens ("10%"), slots per KV head ("512"), or bytes ("64MB").',
+        "BUDGET",
+        COMPRESSION,
+    ),
+]
+Method = Annotated[
+    str, option("Compression method: see keepkv methods, or give your own as FILE.py:NAME.", "NAME", COMPRESSION)
+]
+SlotDtype = Annotated[
+    str,
+    option('How the kept keys and values are stored: "float" is the dtype of the model.', "[float|int8|int4]", COMPRESSION),
+]
+Repeat = Annotated[
+    RepeatMode,
+    option(
+        "Whether to feed the text a second time before it is compressed: details survive better, and reading takes about "
+        'twice as long. "auto" does it if that fits into the length that the model was trained for.',
+        "[auto|always|never]",
+        COMPRESSION,
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    option(
+        "Regular expression: what it matches is kept as it is in every head. May be given several times.",
+        "REGEX",
+        COMPRESSION,
+        show_default=False,
+    ),
+]
+Chunk = Annotated[
+    int | None,
+    option(
+        "Read this many tokens at a time and compress in between, so that memory does not grow with the text. 0 reads "
+        f"everything at once. {shown_default('2048 for texts of more than 8,192 tokens, otherwise 0')}",
+        "TOKENS",
+        COMPRESSION,
+        min=0,
+        show_default=False,
+    ),
+]
+Model = Annotated[str, option('"smollm2" (embedded, no network), a model folder, or a Hugging Face id.', "MODEL", MODEL)]
+Device = Annotated[str, option('"cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU if there is one.', "DEVICE", MODEL)]
+Dtype = Annotated[
+    str,
+    option(
+        '"float32", "bfloat16" or "float16"; "auto" is float32 on a CPU, and elsewhere the dtype of the checkpoint.',
+        "DTYPE",
+        MODEL,
+    ),
+]
+Seed = Annotated[int, option("Random seed: the same seed and the same input give the same result.", "N", MODEL)]
+Repair = Annotated[
+    float,
+    option(
+        'With several .keep files: the share of tokens ("15%") that is computed again with the other documents in view. '
+        "Needs documents that were compiled with --exact.",
+        "SHARE",
+        COMPRESSION,
+        parser=lambda text: share(text),
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, option("Maximum number of tokens in an answer.", "N", OUTPUT, min=1)]
+Json = Annotated[bool, flag("Print JSON to standard output, and nothing else.", "--json", OUTPUT)]
+Debug = Annotated[bool, flag("Show the stack trace of an error.", "--debug")]
 
 
 def share(text: str | float) -> float:
@@ -32,44 +158,8 @@ def share(text: str | float) -> float:
     return budget.amount
 
 
-File = Annotated[str, typer.Argument(help="A text file, or - for standard input.", show_default=False)]
-Budget = Annotated[str, typer.Option(help='Share of the tokens ("0.1", "10%"), slots per KV head ("512") or bytes ("64MB").')]
-Method = Annotated[str, typer.Option(help="How to compress: see keepkv methods; your own as FILE.py:NAME.")]
-SlotDtype = Annotated[str, typer.Option(help="How slots are stored: float (as the model has them), int8 or int4.")]
-Model = Annotated[str, typer.Option(help="smollm2 (embedded, no network), a folder, or a Hugging Face id.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto is float32 on a CPU, else as saved.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same input: same result.")]
-Repeat = Annotated[
-    RepeatMode,
-    typer.Option(help="Repeat the text before compressing, so that details survive (slower); auto: where that fits."),
-]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option(metavar="REGEX", help="What it matches stays verbatim; may be given more than once.", show_default=False),
-]
-Chunk = Annotated[
-    int | None,
-    typer.Option(
-        min=0, show_default=False,
-        help="Read so many tokens at a time and compress on the way: memory does not grow with the text. 0: all at once. "
-        "Default: 2048 for texts of more than 8,192 tokens, otherwise 0.",
-    ),
-]  # fmt: skip
-Repair = Annotated[
-    float,
-    typer.Option(
-        parser=share, metavar="SHARE",
-        help='Of joined documents: the share of tokens ("15%") read again with the others in view; needs compile --exact.',
-    ),
-]  # fmt: skip
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
-
-
 def checked(recipe: Recipe) -> Recipe:
-    """The recipe, whose method, budget and storage are known and readable. Raises MethodError, BudgetError, InputError."""
+    """The recipe, whose method, budget and slot dtype are known and readable. Raises MethodError, BudgetError, InputError."""
     from keepkv.cache.policy import Policy
 
     Policy.of("100%" if recipe.auto_budget else recipe.budget, recipe.method, recipe.slot_dtype)
@@ -78,12 +168,12 @@ def checked(recipe: Recipe) -> Recipe:
 
 def listed(text: str, option: str, check: Callable[[str], object]) -> list[str]:
     """What stands between commas, each once, and each known. Raises InputError for nothing, and what `check` raises."""
-    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not parts:
-        raise InputError(f"{option}: nothing to do: give at least one, or several separated by commas")
-    for part in parts:
-        check(part)
-    return parts
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise InputError(f"{option} is empty: give at least one name, or several separated by commas")
+    for name in names:
+        check(name)
+    return names
 
 
 def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
@@ -91,7 +181,7 @@ def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
     from keepkv.models.families import length_warning
 
     if warning := length_warning(model, tokens):
-        err.print(f"[yellow]warning:[/yellow] {warning}")
+        err.print(f"[yellow]warning:[/yellow] {escape(warning)}")
 
 
 def was_typed(context: typer.Context, name: str) -> bool:

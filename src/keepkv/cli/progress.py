@@ -13,7 +13,7 @@ err = Console(stderr=True, highlight=False)
 
 
 class Bar:
-    """One line of progress whose title and length change from phase to phase; nothing is shown where nobody looks."""
+    """One line of progress, whose title and length change from phase to phase. It is shown only in a terminal."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -32,11 +32,11 @@ class Bar:
         self._progress.update(self._task, description=title)
 
     def hide(self) -> None:
-        """Makes room for other output, for good."""
+        """Removes the line, so that other output has room."""
         self._progress.stop()
 
-    def __call__(self, done: int, of: int) -> None:
-        self._progress.update(self._task, completed=done, total=of)
+    def __call__(self, completed: int, total: int) -> None:
+        self._progress.update(self._task, completed=completed, total=total)
 
 
 @contextmanager

@@ -25,42 +25,55 @@ class Interval(NamedTuple):
 
     @property
     def apart(self) -> bool:
-        """Of a difference: 0 lies outside."""
+        """Of a difference: whether 0 lies outside."""
         return self.low > 0 or self.high < 0
 
 
 def combined(groups: Sequence[Sequence[Cluster]], limits: tuple[float, float] = (0.0, 1.0)) -> Interval | None:
-    """Mean over groups (tasks) of Σ numerators / Σ denominators, with a percentile bootstrap.
+    """Mean over groups of Σ numerators / Σ denominators, with a 95% percentile bootstrap.
 
-    Whole clusters are drawn (the questions of one text), each within its group: of n + 1, one of which is a text that was not
-    seen and may come to anything within the limits (uniform). So few texts, also if all agree, give a wide interval, and one
-    text says next to nothing. A mean is a ratio whose denominators are 1. Groups whose denominators sum to 0 are left out;
-    None where that leaves nothing.
+    A group is a task, a cluster is one text with all its questions, and a mean is a ratio whose denominators are 1. Whole
+    clusters are drawn, each within its group, from the n texts and one more that nobody has seen: its ratio is uniform within
+    the limits. So a few texts give a wide interval even if all agree, and one text says next to nothing.
+
+    Args:
+        groups: For each task, for each text, (numerator, denominator) of each question.
+        limits: The least and the largest value that a ratio can have.
+
+    Returns:
+        The interval; None if the denominators of all groups sum to 0 (a group whose denominators do is left out).
     """
     sums = [np.array([[sum(x for x, _ in c), sum(y for _, y in c)] for c in clusters], dtype=float) for clusters in groups]
-    sums = [each for each in sums if len(each) and each[:, 1].sum() > 0]
+    sums = [texts for texts in sums if len(texts) and texts[:, 1].sum() > 0]
     if not sums:
         return None
     rng = np.random.default_rng(0)
-    value = float(np.mean([each[:, 0].sum() / each[:, 1].sum() for each in sums]))
-    drawn = np.zeros(DRAWS)
-    for each in sums:
-        n, usual = len(each), each[:, 1].mean()
-        which = rng.integers(0, n + 1, (DRAWS, n + 1))
-        unseen = (which == n).sum(1) * usual
-        total = np.concatenate([each, [[0.0, 0.0]]])[which].sum(1)
-        whole = total[:, 1] + unseen
-        mean = (total[:, 0] + unseen * rng.uniform(*limits, DRAWS)) / np.where(whole > 0, whole, 1)
-        drawn += np.where(whole > 0, mean, each[:, 0].sum() / each[:, 1].sum()) / len(sums)
-    drawn = np.clip(drawn + value - drawn.mean(), *limits)  # the unseen text widens, and does not pull to the middle
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    ratios = [texts[:, 0].sum() / texts[:, 1].sum() for texts in sums]
+    value = float(np.mean(ratios))
+    means = np.zeros(DRAWS)
+    for texts, ratio in zip(sums, ratios, strict=True):
+        n = len(texts)
+        mean_denominator = texts[:, 1].mean()
+        choices = rng.integers(0, n + 1, (DRAWS, n + 1))  # n stands for the unseen text
+        unseen = (choices == n).sum(1) * mean_denominator
+        total = np.concatenate([texts, [[0.0, 0.0]]])[choices].sum(1)
+        denominator = total[:, 1] + unseen
+        resampled = (total[:, 0] + unseen * rng.uniform(*limits, DRAWS)) / np.where(denominator > 0, denominator, 1)
+        means += np.where(denominator > 0, resampled, ratio) / len(sums)
+    means = np.clip(means + value - means.mean(), *limits)  # the unseen text widens, and does not pull to the middle
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(round(value, 6), round(float(low), 6), round(float(high), 6))
 
 
 def ranks(names: Sequence[str], difference: Mapping[tuple[str, str], Interval]) -> dict[str, int]:
-    """1 + how many others are better beyond the interval of the paired difference (first minus second)."""
+    """The rank of each name: 1 + the number of others that are significantly better.
 
-    def beaten(name: str) -> int:
+    Args:
+        names: What is ranked.
+        difference: The paired differences, first minus second. Better is who has an interval above 0.
+    """
+
+    def times_beaten(name: str) -> int:
         return sum(difference[other, name].low > 0 for other in names if other != name and (other, name) in difference)
 
-    return {name: 1 + beaten(name) for name in names}
+    return {name: 1 + times_beaten(name) for name in names}

@@ -13,6 +13,7 @@ from keepkv.budget import Budget
 from keepkv.errors import InputError, nearest
 from keepkv.methods import get
 from keepkv.recipe import Recipe, RepeatMode
+from keepkv.slots.quantized import slot_dtype_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,11 +22,22 @@ else:
 
 
 FILE = "config.toml"
+RENAMED = {"reference": "repeat"}  # what settings of older runs are called now
+RENAMED_VALUES = {"context": "never", "recall": "always"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting that a record depends on. What is in GROWING may be added to later: the records of the rest stay."""
+    """The settings of a run: everything that its records depend on.
+
+    A run can be continued only with the same settings, except for those in GROWING, which may be added to.
+
+    Example:
+        >>> Config(samples=2, tasks=("needle",)).validate()
+        >>> Config(by="luck").validate()
+        Traceback (most recent call last):
+        keepkv.errors.InputError: by = 'luck': expected one of choice, answer
+    """
 
     model: str = "smollm2"
     tasks: tuple[str, ...] = ("needle", "needles-4", "facts", "pairs", "variables", "json")
@@ -50,74 +62,96 @@ class Config:
 
     @property
     def recipe(self) -> Recipe:
-        """What all variants have in common."""
+        """The recipe of every variant, but for its method and budget."""
         return Recipe(
             slot_dtype=self.slot_dtype, repeat=self.repeat, chunk=None if self.chunk < 0 else self.chunk, seed=self.seed
         )
 
-    def check(self) -> None:
-        """Raises InputError, MethodError or BudgetError for what cannot be run."""
-        for name, kinds in (("by", ("choice", "answer")), ("repeat", Recipe.REPEAT_MODES)):
-            if getattr(self, name) not in kinds:
-                raise InputError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(kinds)}")
+    def validate(self) -> None:
+        """Checks that a run with these settings can start.
+
+        Raises:
+            InputError: for a value that is out of range, or nothing to do.
+            MethodError: for an unknown method.
+            BudgetError: for a budget that cannot be read.
+        """
+        for name, modes in (("by", ("choice", "answer")), ("repeat", Recipe.REPEAT_MODES)):
+            if getattr(self, name) not in modes:
+                raise InputError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(modes)}")
         for name in ("samples", "period", "written", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: expected at least 1")
         if not self.lengths or min(self.lengths) < 64:
-            raise InputError("lengths: expected at least 64 tokens, and at least one length")
+            raise InputError(f"lengths = {list(self.lengths)}: expected one length or several, each of at least 64 tokens")
         if not self.methods or not self.budgets or not (self.tasks or self.data):
             raise InputError("nothing to do: give at least one task (or a --data file), one method and one budget")
         for method in self.methods:
             get(method)
         for budget in self.budgets:
             Budget.parse(budget)
+        slot_dtype_of(self.slot_dtype)
 
 
 GROWING = {"tasks", "methods", "budgets", "lengths", "samples", "data", "data_digests"}
 
 
-def written(config: Config) -> str:
+def to_toml(config: Config) -> str:
     """As TOML: every value is a string, a number, a boolean, or a list of them, and JSON writes those as TOML does."""
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in asdict(config).items())
 
 
-def load(file: Path, base: Config | None = None) -> Config:
+def load_config(file: Path, base: Config | None = None) -> Config:
     """Settings from a TOML file; what it does not name is as in `base`. Raises InputError for what cannot be read."""
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{str(file)!r} cannot be read ({error.strerror}): expected a TOML file of settings") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{str(file)!r} is not TOML: {error}") from error
-    return changed(base or Config(), found, str(file))
+    return changed(base or Config(), values, str(file))
 
 
 def changed(config: Config, values: Mapping[str, Any], where: str = "") -> Config:
-    """The settings with other values. Raises InputError for a name or a kind of value that is not known."""
-    known = {field.name: getattr(Config(), field.name) for field in fields(Config)}
-    new: dict[str, Any] = {}
+    """The settings with other values. Raises InputError for an unknown name, or a value of another kind."""
+    defaults = {field.name: getattr(Config(), field.name) for field in fields(Config)}
+    changes: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in known:
-            raise InputError(f"{where}: unknown setting {name!r}: {nearest(name, known)}")
+        if name in RENAMED:
+            raise InputError(f"{where}: {_renamed(name, value)}")
+        if name not in defaults:
+            raise InputError(f"{where}: unknown setting {name!r}: {nearest(name, defaults)}")
+        default = defaults[name]
         value = tuple(value) if isinstance(value, list) else value
-        if type(value) is not type(known[name]):
-            raise InputError(f"{where}: {name} = {value!r}: expected a value like {known[name]!r}")
-        if isinstance(value, tuple) and not all(isinstance(part, int if name == "lengths" else str) for part in value):
-            raise InputError(
-                f"{where}: {name} = {value!r}: expected a list of {'whole numbers' if name == 'lengths' else 'texts'}"
-            )
-        new[name] = value
-    return replace(config, **new)
+        if type(value) is not type(default):
+            example = json.dumps(default, ensure_ascii=False)
+            raise InputError(f"{where}: {name} = {json.dumps(value, default=str)}: expected a value like {example}")
+        item_type, items = (int, "whole numbers") if name == "lengths" else (str, "strings")
+        if isinstance(value, tuple) and not all(isinstance(item, item_type) for item in value):
+            raise InputError(f"{where}: {name} = {json.dumps(value, default=str)}: expected a list of {items}")
+        changes[name] = value
+    return replace(config, **changes)
+
+
+def _renamed(name: str, value: Any) -> str:
+    """What to write instead of a line of an older run's file."""
+    new_name, new_value = RENAMED[name], RENAMED_VALUES.get(str(value), str(value))
+    return (
+        f'the setting {name!r} of older runs is called {new_name!r} now: write {new_name} = "{new_value}" instead of this line'
+    )
 
 
 def continues(before: Config, now: Config, where: str) -> None:
-    """Raises InputError if records of both cannot stand in one run."""
-    for name, value in asdict(before).items():
-        wanted = getattr(now, name)
-        if name not in GROWING and value != wanted:
+    """Checks that records of both settings can stand in one run. Raises InputError if they cannot."""
+    for name, old in asdict(before).items():
+        new = getattr(now, name)
+        if name not in GROWING and old != new:
             raise InputError(
-                f"the run in {where!r} has {name} = {value!r}, not {wanted!r}: go on with its settings, or give another folder"
+                f"the run in {where!r} has {name} = {old!r}, not {new!r}: continue it with its own settings, "
+                "or start another run in another folder"
             )
+    digests = dict(zip(now.data, now.data_digests, strict=True))
     for place, digest in zip(before.data, before.data_digests, strict=True):
-        if dict(zip(now.data, now.data_digests, strict=True)).get(place, digest) != digest:
-            raise InputError(f"{place!r} is not the file that the run in {where!r} was started with")
+        if digests.get(place, digest) != digest:
+            raise InputError(
+                f"{place!r} has changed since the run in {where!r} was started: restore the file, or give another folder"
+            )

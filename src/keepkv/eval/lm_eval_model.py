@@ -17,10 +17,10 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from keepkv import methods
 from keepkv.budget import Budget
 from keepkv.cache import KeepCache
 from keepkv.errors import BudgetError, InputError
+from keepkv.methods import get
 from keepkv.models import families, loading
 from keepkv.text.ask import generation
 
@@ -29,28 +29,48 @@ from keepkv.text.ask import generation
 class KeepKV(TemplateLM):  # type: ignore[misc]
     """One request after the other, each with a cache of its own; requests with the same context share its compression.
 
-    model, method, budget, device, dtype: as on keepkv's command line. least: contexts of fewer tokens stay whole.
-    max_gen_toks: of an answer, where the task does not say. Raises keepkv's errors for what it does not know.
+    Args:
+        model: As at keepkv's command line, and so are `method`, `budget`, `device` and `dtype`.
+        seed: Of the compression.
+        least: Contexts of fewer tokens stay whole.
+        max_gen_toks: Tokens of an answer at most, where the task does not say.
+        batch_size: 1; keepkv answers one request at a time.
+
+    Raises:
+        InputError: for an unknown argument, or another batch size.
+        KeepKVError: for a method, a budget or a model that cannot be used.
     """
 
     def __init__(
-        self, model: str = "smollm2", method: str = "keepkv", budget: str | float = "10%", device: str = "auto",
-        dtype: str = "auto", seed: int = 0, least: int = 64, max_gen_toks: int = 256, batch_size: int | str = 1,
-        max_batch_size: int | None = None, **unknown: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str = "smollm2",
+        method: str = "keepkv",
+        budget: str | float = "10%",
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int = 0,
+        least: int = 64,
+        max_gen_toks: int = 256,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
         super().__init__()
         if unknown:
-            raise InputError(
-                f"model_args: unknown {', '.join(sorted(unknown))}: expected model, method, budget, device, dtype, seed"
-            )
+            known = "model, method, budget, device, dtype, seed, least, max_gen_toks"
+            raise InputError(f"--model_args has an unknown argument {sorted(unknown)[0]!r}: expected some of {known}")
         if str(batch_size) not in ("1", "auto"):
-            raise InputError(f"batch_size={batch_size}: keepkv answers one request at a time: 1")
-        self.method, self.budget, self.least, self.seed = methods.get(method), Budget.parse(budget), int(least), int(seed)
+            raise InputError(f"batch_size={batch_size} is not supported: keepkv answers one request at a time, use 1")
+        self.method = get(method)
+        self.budget = Budget.parse(budget)
+        self.least = int(least)
+        self.seed = int(seed)
+        self.max_gen_toks = int(max_gen_toks)
         unset = device is None or (str(device).startswith("cuda") and not torch.cuda.is_available())  # its own default
         self.model, self._tokenizer = loading.load(model, "auto" if unset else str(device), dtype)
-        self.max_gen_toks, self._name = int(max_gen_toks), model
+        self._name = model
         self._last: tuple[tuple[int, ...], KeepCache, Tensor] | None = None
-        self.kept: list[float] = []  # the share of the full cache's bytes, for every context that was read
+        self.kept: list[float] = []  # for every context, the compressed cache's share of the full cache's bytes
 
     @property
     def eot_token_id(self) -> int:
@@ -63,10 +83,12 @@ class KeepKV(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(
             self._tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-        )  # fmt: skip
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids: list[int] = self._tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
@@ -77,62 +99,67 @@ class KeepKV(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Of each (context, continuation): Σ log p of the continuation, and whether greedy decoding would write it."""
-        found = []
+        answers = []
         for (context, continuation), before, after in tqdm(requests, disable=disable_tqdm, desc="keepkv"):
             cache, first = self._read(before or [self.prefix_token_id])
             target = torch.tensor([after], device=self.model.device)
             logits = first
             if len(after) > 1:
                 logits = torch.cat([first, self.model(target[:, :-1], past_key_values=cache).logits[0]])
-            chances = logits.float().log_softmax(-1)
-            answer = float(chances.gather(1, target[0, :, None]).sum()), bool((chances.argmax(-1) == target[0]).all())
-            found.append(answer)
-            self.cache_hook.add_partial("loglikelihood", (context, continuation), answer)
-        return found
+            log_probs = logits.float().log_softmax(-1)
+            total = float(log_probs.gather(1, target[0, :, None]).sum())
+            is_greedy = bool((log_probs.argmax(-1) == target[0]).all())
+            answers.append((total, is_greedy))
+            self.cache_hook.add_partial("loglikelihood", (context, continuation), answers[-1])
+        return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Σ log p of a whole text. There is no context to compress, so that a text longer than the model is refused."""
-        whole = [((("", request.args[0])), [self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
+        texts = [request.args[0] for request in requests]
+        whole_texts = [(("", text), [self.prefix_token_id], self.tok_encode(text)) for text in texts]
         limit = families.trained_length(self.model)
-        if limit and any(len(tokens) >= limit for _, _, tokens in whole):
+        if limit and any(len(tokens) >= limit for _, _, tokens in whole_texts):
             raise InputError(
-                f"a text has more than the {limit:,} tokens that the model was trained for: windows are not supported"
+                f"a text has more than the {limit:,} tokens that the model was trained for, and keepkv's harness model "
+                "does not split texts into windows: give shorter texts, or a model with a longer context"
             )
-        return [chance for chance, _ in self._loglikelihood_tokens(whole, disable_tqdm)]
+        return [total for total, _ in self._loglikelihood_tokens(whole_texts, disable_tqdm)]
 
     @torch.inference_mode()
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, cut before the first of the task's stop words."""
-        found = []
+        answers = []
         for request in tqdm(requests, disable=disable_tqdm, desc="keepkv"):
             context, settings = request.args
             stops = settings.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
             if settings.get("do_sample") or (settings.get("temperature") or 0) > 0:
-                raise InputError("the task samples its answers: keepkv's harness model writes greedily")
+                raise InputError(
+                    "the task samples its answers, and keepkv's harness model decodes greedily: "
+                    "give --gen_kwargs do_sample=false,temperature=0, or leave the task out"
+                )
             ids = self.tok_encode(context)
             cache, first = self._read(ids)
-            config = generation(self.model, self._tokenizer, 1)
-            ends = {
-                self.eot_token_id,
-                *([config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []),
-            }
-            written: list[int] = []
-            text, logits = "", first
-            while len(written) < int(settings.get("max_gen_toks") or self.max_gen_toks):
+            eos = generation(self.model, self._tokenizer, 1).eos_token_id
+            ends = {self.eot_token_id, *([eos] if isinstance(eos, int) else eos or [])}
+            limit = int(settings.get("max_gen_toks") or self.max_gen_toks)
+            words: list[int] = []
+            text = ""
+            logits = first
+            while len(words) < limit:
                 word = int(logits[-1].argmax())
                 if word in ends:
                     break
-                written.append(word)
-                text = str(self._tokenizer.decode(written, skip_special_tokens=True))
+                words.append(word)
+                text = str(self._tokenizer.decode(words, skip_special_tokens=True))
                 if any(stop and stop in text for stop in stops):
                     break
                 logits = self.model(torch.tensor([[word]], device=self.model.device), past_key_values=cache).logits[0]
             for stop in stops:
                 text = text.split(stop)[0] if stop else text
-            found.append(text)
+            answers.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
-        return found
+        return answers
 
     def _read(self, ids: list[int]) -> tuple[KeepCache, Tensor]:
         """A compressed cache that has read the context, and the logits [1, vocabulary] of what comes next."""

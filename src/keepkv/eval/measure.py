@@ -1,4 +1,4 @@
-"""Measuring one sample: it is read once for all methods and budgets, and every variant starts from that same reading."""
+"""Measuring one sample: its text is read once, and every method at every budget starts from that same reading."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keepkv import methods
 from keepkv.budget import Budget
 from keepkv.cache import KeepCache
 from keepkv.errors import InputError
 from keepkv.eval import fidelity
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
-from keepkv.methods import Method
+from keepkv.methods import Method, get
 from keepkv.recipe import CHUNK
 from keepkv.text.ask import greedy
 from keepkv.text.conversation import turn_template
@@ -29,26 +28,38 @@ from keepkv.text.reading import REPEAT, read, read_in_chunks
 CONTINUATION = 192  # true next tokens of `fidelity`
 
 
-class Host(NamedTuple):
-    """A model, its tokenizer, and how to measure."""
+class Setup(NamedTuple):
+    """What every measurement of a run shares: a loaded model, its tokenizer, and the run's settings."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: Config
 
     @property
-    def table(self) -> list[Method]:
-        return [methods.get(name) for name in self.config.methods]
+    def methods(self) -> list[Method]:
+        """The methods of the run, without the full cache unless it is named."""
+        return [get(name) for name in self.config.methods]
 
     def tokens(self, text: str) -> Tensor:
-        """Token ids [1, n] without anything before or after, on the model's device."""
-        found: Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
-        return found.to(self.model.device)
+        """Token ids [1, n] without special tokens, on the model's device."""
+        ids: Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+        return ids.to(self.model.device)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one question of one variant came to: the fields of a Record that are measured."""
+    """What was measured of one question with one variant (a method at a budget).
+
+    Args:
+        answer: What the model answered, or the likeliest of the answers it could choose from.
+        score: The task's score of that answer, from 0 to 1.
+        cache: The compressed cache that the question was asked of.
+        tokens: Tokens of the text.
+        seconds: Of "read", "repeat", "compress" and "answer".
+        loglik: Mean log-probability of a token of the expected answer, in nats.
+        chances: The same of every answer to choose from, the expected one first.
+        measures: The task's further measures by name.
+    """
 
     answer: str
     score: float
@@ -60,146 +71,164 @@ class Outcome:
     measures: dict[str, float] = field(default_factory=dict)
 
 
-Opened = Callable[[Method, str], list[Outcome]]  # (method, budget) -> an outcome for each question
+Measure = Callable[[Method, str], list[Outcome]]  # (method, budget) -> an outcome for each question
 
 
-class Ready(NamedTuple):
-    """A compressed cache, the tokens it has read, and the seconds of reading, repeating and compressing."""
+class CompressedReading(NamedTuple):
+    """A compressed cache, the ids [1, n] that it has read, and the seconds of reading, repeating and compressing."""
 
     cache: KeepCache
     ids: Tensor
     seconds: dict[str, float]
 
 
-def questions(host: Host, sample: Sample) -> Opened:
+def prepare_questions(setup: Setup, sample: Sample) -> Measure:
     """The text is read and compressed, then each question is asked; question-aware, each has a reading of its own."""
-    config = host.config
+    config = setup.config
     if not config.question_aware:
-        prompt = Prompt(host.tokenizer, sample.text)
-        once = _reading(host, prompt)
+        prompt = Prompt(setup.tokenizer, sample.text)
+        compress = _prepare_reading(setup, prompt)
 
-        def opened(method: Method, budget: str) -> list[Outcome]:
-            ready = once(method, budget)
-            return [_ask(host, ready, prompt.question(question.ask), question) for question in sample.questions]
+        def measure(method: Method, budget: str) -> list[Outcome]:
+            reading = compress(method, budget)
+            return [_answer(setup, reading, prompt.question(question.ask), question) for question in sample.questions]
 
-        return opened
-    prompts = [Prompt(host.tokenizer, f"{sample.text.strip()}\n\n{question.ask}") for question in sample.questions]
-    readings = [_reading(host, prompt) for prompt in prompts]
+        return measure
+    prompts = [Prompt(setup.tokenizer, f"{sample.text.strip()}\n\n{question.ask}") for question in sample.questions]
+    readings = [_prepare_reading(setup, prompt) for prompt in prompts]
 
-    def aware(method: Method, budget: str) -> list[Outcome]:
-        rows = zip(readings, prompts, sample.questions, strict=True)
-        return [_ask(host, reading(method, budget), prompt.question(""), question) for reading, prompt, question in rows]
+    def measure_aware(method: Method, budget: str) -> list[Outcome]:
+        triples = zip(readings, prompts, sample.questions, strict=True)
+        return [
+            _answer(setup, compress(method, budget), prompt.question(""), question) for compress, prompt, question in triples
+        ]
 
-    return aware
+    return measure_aware
 
 
-def _reading(host: Host, prompt: Prompt) -> Callable[[Method, str], Ready]:
+def _prepare_reading(setup: Setup, prompt: Prompt) -> Callable[[Method, str], CompressedReading]:
     """Reads at once, or, for long texts, in chunks: then once for every variant, which compresses on the way."""
-    model, config = host.model, host.config
-    ids, lead = prompt.text.to(model.device), prompt.question(REPEAT).to(model.device)
+    model, config = setup.model, setup.config
+    ids = prompt.text.to(model.device)
+    lead = prompt.question(REPEAT).to(model.device)
     recipe = config.recipe.settled(ids.shape[1])
     if recipe.chunk:
 
-        def chunked(method: Method, budget: str) -> Ready:
+        def in_chunks(method: Method, budget: str) -> CompressedReading:
             reading = read_in_chunks(model, ids, method, replace(recipe, budget=budget), lead)
             compress = reading.cache.report().compress_seconds
             seconds = {"read": reading.seconds, "repeat": reading.repeat_cost(method), "compress": compress}
-            return Ready(reading.cache, ids, seconds)
+            return CompressedReading(reading.cache, ids, seconds)
 
-        return chunked
-    once = read(model, ids, host.table, recipe, lead)
+        return in_chunks
+    reading = read(model, ids, setup.methods, recipe, lead)
 
-    def whole(method: Method, budget: str) -> Ready:
-        cache = once.of(method).compress(budget, method)
+    def at_once(method: Method, budget: str) -> CompressedReading:
+        cache = reading.of(method).compress(budget, method)
         compress = cache.report().compress_seconds
-        return Ready(cache, ids, {"read": once.seconds, "repeat": once.repeat_cost(method), "compress": compress})
+        seconds = {"read": reading.seconds, "repeat": reading.repeat_cost(method), "compress": compress}
+        return CompressedReading(cache, ids, seconds)
 
-    return whole
+    return at_once
 
 
-def turns(host: Host, sample: Sample) -> Opened:
-    """What was said is read turn by turn through a live cache that folds on the way; then each question is the next turn."""
-    head, between, after = turn_template(host.tokenizer)
-    said = "".join(f"{head if i == 0 else between}{user}{after}\0{answer}\1" for i, (user, answer) in enumerate(sample.turns))
-    parts = [part.replace("\0", "") for part in said.split("\1")[:-1]]
-    read_ids = [host.tokens(part) for part in parts]
+def prepare_turns(setup: Setup, sample: Sample) -> Measure:
+    """Turns are read one by one into a live cache that folds on the way; then each question is the next turn."""
+    head, between, after = turn_template(setup.tokenizer)
+    joined = "".join(f"{head if i == 0 else between}{user}{after}\0{answer}\1" for i, (user, answer) in enumerate(sample.turns))
+    turns = [turn.replace("\0", "") for turn in joined.split("\1")[:-1]]
+    turn_ids = [setup.tokens(turn) for turn in turns]
 
-    def opened(method: Method, budget: str) -> list[Outcome]:
-        start, whole = time.perf_counter(), torch.cat(read_ids, 1)
-        cache = live(host, method, budget, whole.shape[1])
-        for piece in read_ids:
-            cache.read(host.model, piece)
+    def measure(method: Method, budget: str) -> list[Outcome]:
+        start = time.perf_counter()
+        ids = torch.cat(turn_ids, 1)
+        cache = live(setup, method, budget, ids.shape[1])
+        for turn in turn_ids:
+            cache.read(setup.model, turn)
         if cache.keep_layers[0].tail:
             cache.compress()
         compress = cache.report().compress_seconds
         seconds = {"read": time.perf_counter() - start - compress, "repeat": 0.0, "compress": compress}
-        ready = Ready(cache, whole, seconds)
-        return [_ask(host, ready, host.tokens(f"{between}{question.ask}{after}"), question) for question in sample.questions]
+        reading = CompressedReading(cache, ids, seconds)
+        return [
+            _answer(setup, reading, setup.tokens(f"{between}{question.ask}{after}"), question) for question in sample.questions
+        ]
 
-    return opened
+    return measure
 
 
-def live(host: Host, method: Method, budget: str, tokens: int) -> KeepCache:
+def live(setup: Setup, method: Method, budget: str, tokens: int) -> KeepCache:
     """A cache that folds every `period` tokens; a share is that of all the tokens it will have read."""
     limit = Budget.parse(budget)
     count = str(max(1, int(limit.amount * tokens))) if limit.kind == "fraction" else budget
-    config = host.config
-    return KeepCache.of(host.model, replace(config.recipe, budget=count, method=method, chunk=CHUNK, period=config.period))
+    config = setup.config
+    return KeepCache.of(setup.model, replace(config.recipe, budget=count, method=method, chunk=CHUNK, period=config.period))
 
 
-def _ask(host: Host, ready: Ready, asked: Tensor, question: Question) -> Outcome:
+def _answer(setup: Setup, reading: CompressedReading, question_ids: Tensor, question: Question) -> Outcome:
     """By choice: the likeliest, per token, of the right and the wrong answers; by answer: what the model writes."""
-    start, asked = time.perf_counter(), asked.to(host.model.device)
-    by_choice = host.config.by == "choice"
+    start = time.perf_counter()
+    question_ids = question_ids.to(setup.model.device)
+    by_choice = setup.config.by == "choice"
     if by_choice and not question.wrong:
-        raise InputError("there are no wrong answers to choose among: --by answer")
+        raise InputError("this task has no wrong answers to choose from: measure what the model writes, with --by answer")
     options = (question.expected, *question.wrong) if by_choice else (question.expected,)
-    chances = likelihoods(host, ready.cache, asked, options)
+    chances = likelihoods(setup, reading.cache, question_ids, options)
     if by_choice:
         best = max(range(len(options)), key=lambda i: chances[i])
-        text, score, more = options[best], float(chances[0] > max(chances[1:])), {}
+        text = options[best]
+        score = float(chances[0] > max(chances[1:]))
+        measures = {}
     else:
-        told = greedy(
-            host.model, host.tokenizer, ready.cache.fork(), ready.ids, asked, question.ask, host.config.max_new_tokens
-        )
-        text, score = told.answer, question.score(told.answer)
-        more = {name: rule(text) for name, rule in question.more.items()}
-    seconds = {**ready.seconds, "answer": time.perf_counter() - start}
-    return Outcome(text, score, ready.cache, ready.ids.shape[1], seconds, chances[0], tuple(chances), more)
+        limit = setup.config.max_new_tokens
+        cache = reading.cache.fork()
+        text = greedy(setup.model, setup.tokenizer, cache, reading.ids, question_ids, question.ask, limit).answer
+        score = question.score(text)
+        measures = {name: rule(text) for name, rule in question.more.items()}
+    seconds = {**reading.seconds, "answer": time.perf_counter() - start}
+    return Outcome(text, score, reading.cache, reading.ids.shape[1], seconds, chances[0], tuple(chances), measures)
 
 
-def likelihoods(host: Host, cache: KeepCache, asked: Tensor, answers: Sequence[str]) -> list[float]:
-    """Mean log-probability per token of each answer after the question, which is read once."""
-    after, found = cache.fork(), []
-    first = host.model(asked, past_key_values=after, logits_to_keep=1).logits[0]
-    lead = "" if host.tokenizer.chat_template else " "
+def likelihoods(setup: Setup, cache: KeepCache, question_ids: Tensor, answers: Sequence[str]) -> list[float]:
+    """Mean log-probability per token, in nats, of each answer after the question, which is read once."""
+    after = cache.fork()
+    first = setup.model(question_ids, past_key_values=after, logits_to_keep=1).logits[0]
+    lead = "" if setup.tokenizer.chat_template else " "
+    means = []
     for text in answers:
-        answer = host.tokens(lead + text)
+        answer = setup.tokens(lead + text)
         logits = first
         if answer.shape[1] > 1:
-            logits = torch.cat([first, host.model(answer[:, :-1], past_key_values=after.fork()).logits[0]])
-        found.append(round(float(logits.float().log_softmax(-1).gather(1, answer[0, :, None]).mean()), 6))
-    return found
+            rest = setup.model(answer[:, :-1], past_key_values=after.fork()).logits[0]
+            logits = torch.cat([first, rest])
+        log_probs = logits.float().log_softmax(-1)
+        means.append(round(float(log_probs.gather(1, answer[0, :, None]).mean()), 6))
+    return means
 
 
-def continued(host: Host, sample: Sample) -> Opened:
-    """Language-model fidelity: the true continuation is fed; score: the share of equal most likely tokens.
+def prepare_continuation(setup: Setup, sample: Sample) -> Measure:
+    """Language-model fidelity: the true continuation is fed; the score is the share of equal most likely tokens.
 
-    measures: kl, mean KL(full || ours) in nats; nll, of a true token in nats. See `fidelity.measure`.
+    measures: kl, mean KL(full || compressed) in nats; nll, of a true token in nats. See `fidelity.measure`.
     """
-    ids = host.tokens(sample.text)
+    ids = setup.tokens(sample.text)
     context, future = ids[:, :-CONTINUATION], ids[:, -CONTINUATION:]
-    once = read(host.model, context, host.table, replace(host.config.recipe, repeat="never"))
-    full = memo(lambda: fidelity.log_probs(host.model, once.cache.fork().compress("100%"), future))
+    reading = read(setup.model, context, setup.methods, replace(setup.config.recipe, repeat="never"))
+    full = memo(lambda: fidelity.log_probs(setup.model, reading.cache.fork().compress("100%"), future))
 
-    def opened(method: Method, budget: str) -> list[Outcome]:
-        cache, start = once.of(method).compress(budget, method), time.perf_counter()
-        ours = fidelity.log_probs(host.model, cache, future)
-        found = fidelity.compare(full(), ours, future[0, 1:], cache, once)
+    def measure(method: Method, budget: str) -> list[Outcome]:
+        cache = reading.of(method).compress(budget, method)
+        start = time.perf_counter()
+        ours = fidelity.log_probs(setup.model, cache, future)
+        comparison = fidelity.compare(full(), ours, future[0, 1:], cache, reading)
         nll = -float(ours.gather(1, future[0, 1:, None]).mean())
-        seconds = {"read": once.seconds, "repeat": once.repeat_cost(method), "compress": cache.report().compress_seconds}
-        seconds["answer"] = time.perf_counter() - start
-        measures = {"kl": round(found.kl, 6), "nll": round(nll, 6)}
-        return [Outcome("", found.top1, cache, context.shape[1], seconds, -measures["nll"], measures=measures)]
+        seconds = {
+            "read": reading.seconds,
+            "repeat": reading.repeat_cost(method),
+            "compress": cache.report().compress_seconds,
+            "answer": time.perf_counter() - start,
+        }
+        measures = {"kl": round(comparison.kl, 6), "nll": round(nll, 6)}
+        return [Outcome("", comparison.top1, cache, context.shape[1], seconds, -measures["nll"], measures=measures)]
 
-    return opened
+    return measure

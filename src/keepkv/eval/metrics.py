@@ -1,4 +1,7 @@
-"""Scores of an answer in words, each in [0, 1]."""
+"""Scores of an answer in words, each from 0 to 1.
+
+Every function but `plain` and `words` takes the right answers, and returns what scores an answer.
+"""
 
 from __future__ import annotations
 
@@ -13,59 +16,79 @@ from keepkv.eval.sample import Score
 
 
 def plain(text: str) -> str:
-    """Lower case, without commas, stops and quotation marks, one space between words."""
+    """Lower case, without commas, full stops and quotation marks, one space between words."""
     return re.sub(r"\s+", " ", re.sub(r"[,.'\"“”]", "", text.lower())).strip()
 
 
 def any_of(*answers: str) -> Score:
-    """1 if one of the right answers occurs in what was written (RULER, string_match_part)."""
+    """1 if one of the right answers occurs in the answer (RULER, string_match_part).
+
+    Example:
+        >>> any_of("Oslo", "Riga")("It is riga.")
+        1.0
+    """
     return lambda answer: float(any(plain(right) in plain(answer) for right in answers))
 
 
 def all_of(*answers: str) -> Score:
-    """The share of the right answers that occur in what was written (RULER, string_match_all)."""
+    """The share of the right answers that occur in the answer (RULER, string_match_all).
+
+    Example:
+        >>> all_of("Oslo", "Riga")("It is Riga.")
+        0.5
+    """
     return lambda answer: sum(plain(right) in plain(answer) for right in answers) / len(answers)
 
 
 def words(text: str) -> list[str]:
-    """SQuAD's normal form: lower case, no punctuation, no articles, cut at white space."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+    """SQuAD's normal form: lower case, no punctuation, no articles, split at white space."""
+    without_punctuation = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
 
 
 def f1(*answers: str) -> Score:
-    """SQuAD's F1: 2pr / (p + r) over words, the best over the right answers; p and r are shares of the words in common."""
+    """SQuAD's F1: 2pr / (p + r) over words, the best over the right answers; p and r are shares of the words in common.
 
-    def one(answer: str, right: str) -> float:
-        got, want = words(answer), words(right)
-        common = sum((Counter(got) & Counter(want)).values())
-        return 2 * common / (len(got) + len(want)) if common else float(got == want)
+    Example:
+        >>> f1("the cat sat")("A cat sat down")
+        0.8
+    """
 
-    return lambda answer: max(one(answer, right) for right in answers)
+    def f1_of_one(answer: str, right: str) -> float:
+        predicted, expected = words(answer), words(right)
+        common = sum((Counter(predicted) & Counter(expected)).values())
+        return 2 * common / (len(predicted) + len(expected)) if common else float(predicted == expected)
+
+    return lambda answer: max(f1_of_one(answer, right) for right in answers)
 
 
 def exact(*answers: str) -> Score:
-    """1 if what was written is one of the right answers in SQuAD's normal form."""
+    """1 if the answer is one of the right answers in SQuAD's normal form."""
     return lambda answer: float(any(words(answer) == words(right) for right in answers))
 
 
 def rouge_l(*answers: str) -> Score:
-    """ROUGE-L's F1: 2 LCS / (m + n) over words, the best over the right answers (Lin 2004)."""
+    """ROUGE-L's F1: 2 LCS / (m + n) over words, the best over the right answers (Lin 2004).
 
-    def one(answer: str, right: str) -> float:
-        got, want = plain(answer).split(), plain(right).split()
-        row = [0] * (len(want) + 1)
-        for word in got:
-            left = 0
-            for i, other in enumerate(want, 1):
-                left, row[i] = row[i], left + 1 if word == other else max(row[i], row[i - 1])
-        return 2 * row[-1] / (len(got) + len(want)) if got and want else 0.0
+    LCS is the length of the longest common subsequence, m and n are the numbers of words.
+    """
 
-    return lambda answer: max(one(answer, right) for right in answers)
+    def rouge_of_one(answer: str, right: str) -> float:
+        predicted, expected = plain(answer).split(), plain(right).split()
+        lengths = [0] * (len(expected) + 1)  # lengths[i]: of the longest common subsequence with the first i words
+        for word in predicted:
+            diagonal = 0
+            for i, other in enumerate(expected, 1):
+                above = lengths[i]
+                lengths[i] = diagonal + 1 if word == other else max(above, lengths[i - 1])
+                diagonal = above
+        return 2 * lengths[-1] / (len(predicted) + len(expected)) if predicted and expected else 0.0
+
+    return lambda answer: max(rouge_of_one(answer, right) for right in answers)
 
 
-def alike(*answers: str) -> Score:
-    """How alike the first line that is no comment is to a line of code, by difflib's ratio (LongBench's code tasks)."""
+def code_similarity(*answers: str) -> Score:
+    """Similarity of the first line that is no comment to the right line, by difflib's ratio (LongBench's code tasks)."""
 
     def score(answer: str) -> float:
         lines = [line for line in answer.splitlines() if line.strip() and not line.lstrip().startswith(("`", "#", "//"))]
@@ -75,40 +98,50 @@ def alike(*answers: str) -> Score:
 
 
 def last_number(right: str) -> Score:
-    """1 if the last number that was written is the right one (GSM8K)."""
+    """1 if the last number of the answer is the right one (GSM8K).
+
+    Example:
+        >>> last_number("1,200")("first 3, so 1200.")
+        1.0
+    """
 
     def score(answer: str) -> float:
-        found = re.findall(r"-?\d[\d,]*\.?\d*", answer)
-        return float(bool(found) and float(found[-1].replace(",", "")) == float(right.replace(",", "")))
+        matches = re.findall(r"-?\d[\d,]*\.?\d*", answer)
+        return float(bool(matches) and float(matches[-1].replace(",", "")) == float(right.replace(",", "")))
 
     return score
 
 
 def numbers(*answers: str) -> Score:
-    """The share of the numbers written that are the right one (LongBench's counting and paragraph retrieval)."""
+    """The share of the answer's numbers that are the right one (LongBench's counting and paragraph retrieval)."""
     right = {number for answer in answers for number in re.findall(r"\d+", answer)}
 
     def score(answer: str) -> float:
-        found = re.findall(r"\d+", answer)
-        return sum(number in right for number in found) / len(found) if found else 0.0
+        matches = re.findall(r"\d+", answer)
+        return sum(number in right for number in matches) / len(matches) if matches else 0.0
 
     return score
 
 
 def fields(expected: Mapping[str, str], *keys: str) -> Score:
-    """The share of a JSON object's fields that are right (all of them, or these), of the first object written.
+    """The share of fields that are right in the first JSON object of the answer.
 
-    0 if it is no JSON, or breaks the schema: has other keys, or values that are not strings.
+    0 if that is no JSON, or breaks the schema, that is, has other keys, or values that are not strings.
+
+    Args:
+        expected: The right values.
+        keys: The fields that count; none given: all of them.
     """
+    counted = keys or tuple(expected)
 
     def score(answer: str) -> float:
-        found = re.search(r"\{.*?\}", answer, re.DOTALL)
+        match = re.search(r"\{.*?\}", answer, re.DOTALL)
         try:
-            got = json.loads(found[0]) if found else {}
+            values = json.loads(match[0]) if match else {}
         except json.JSONDecodeError:
-            got = {}
-        if not set(got) <= set(expected) or not all(isinstance(value, str) for value in got.values()):
+            values = {}
+        if not set(values) <= set(expected) or not all(isinstance(value, str) for value in values.values()):
             return 0.0
-        return sum(plain(got.get(key, "")) == plain(expected[key]) for key in keys or expected) / len(keys or expected)
+        return sum(plain(values.get(key, "")) == plain(expected[key]) for key in counted) / len(counted)
 
     return score

@@ -15,8 +15,8 @@ from keepkv.errors import InputError
 FILE = "records.jsonl"
 
 
-class Key(NamedTuple):
-    """What a record is about; two runs' records of equal keys and prompts are pairs."""
+class RecordKey(NamedTuple):
+    """What a record is about. Records of two runs with equal keys and prompts can be compared pair by pair."""
 
     model: str
     task: str
@@ -31,10 +31,35 @@ class Key(NamedTuple):
 class Record:
     """One question, asked of one method's cache at one budget.
 
-    length: what was asked for, 0 where a text is as it is; tokens: what was read. of: how many questions the sample has.
-    prompt: SHA-256 of the text, the question and the answers, 16 digits. loglik: mean log-probability of a token of the
-    expected answer. chances: of the expected and the wrong answers, in their order. measures: see the task. predicted:
-    Report.error. seconds: reading, repeating, compressing, answering. failed: why there is no answer, if so.
+    Args:
+        model: As it was named at the command line.
+        task: The task's name.
+        length: The tokens that the text should have; 0 where the task has texts of its own.
+        sample: Which sample of its task and length.
+        question: Which question of its sample.
+        method: The method's name.
+        budget: The budget in words.
+        of: How many questions the sample has.
+        seed: The run's seed.
+        prompt: SHA-256 of the text, the question and the answers, 16 hexadecimal digits.
+        ask: The question.
+        expected: The right answer in words.
+        answer: What was answered.
+        score: From 0 to 1.
+        loglik: Mean log-probability of a token of the expected answer, in nats.
+        chances: The same of the expected and the wrong answers, in their order.
+        measures: Further measures of the task, by name.
+        depth: Where in the text the answer stands, from 0 to 1, if it stands at one place.
+        tokens: Tokens that were read.
+        slots: Slots per KV head on average.
+        kv_bytes: Bytes of the cache.
+        kv_bytes_full: Bytes of the full cache.
+        predicted: The error that the method predicts (`Report.error`).
+        fallbacks: How often the method fell back to eviction.
+        seconds: Of "read", "repeat", "compress" and "answer".
+        failed: Why there is no answer, if so.
+        versions: Of Python and of the packages that a result may depend on.
+        commit: Of keepkv's sources.
     """
 
     model: str
@@ -67,41 +92,51 @@ class Record:
     commit: str = ""
 
     @property
-    def key(self) -> Key:
-        return Key(*(getattr(self, name) for name in Key._fields))
+    def key(self) -> RecordKey:
+        """What the record is about."""
+        return RecordKey(*(getattr(self, name) for name in RecordKey._fields))
 
     @property
-    def group(self) -> Key:
+    def group(self) -> RecordKey:
         """The key of all questions that were asked of the same cache."""
         return self.key._replace(question=0)
 
     def line(self) -> str:
+        """As one line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-def load(folder: Path) -> list[Record]:
-    """The whole records of a run, sorted by key; groups of which questions are missing are left out.
+def load_records(folder: Path) -> list[Record]:
+    """The complete records of a run, sorted by key.
 
-    A last line without an end is what a killed process leaves, and is left out. Raises InputError for other broken lines.
+    A killed process may leave an unfinished last line, and groups with missing questions: both are left out.
+
+    Raises:
+        InputError: if the folder has no records, or another line is broken.
     """
     file = folder / FILE
     try:
-        *lines, rest = file.read_bytes().split(b"\n")
+        content = file.read_bytes()
     except OSError as error:
-        raise InputError(f"{str(folder)!r} is not a run: {FILE} cannot be read ({error.strerror})") from error
-    del rest  # empty, or cut off
-    known = {name.name for name in fields(Record)}
-    groups: dict[Key, dict[int, Record]] = defaultdict(dict)
+        raise InputError(
+            f"{str(folder)!r} is not the folder of a run: {FILE} cannot be read ({error.strerror}). "
+            "Give a folder that keepkv eval has written"
+        ) from error
+    lines = content.split(b"\n")[:-1]  # what follows the last line's end is empty or unfinished
+    names = {field.name for field in fields(Record)}
+    groups: dict[RecordKey, dict[int, Record]] = defaultdict(dict)
     for number, line in enumerate(lines, 1):
         try:
-            found: dict[str, Any] = json.loads(line)
-            found["chances"] = tuple(found.get("chances", ()))
-            record = Record(**{name: value for name, value in found.items() if name in known})
+            values: dict[str, Any] = json.loads(line)
+            values["chances"] = tuple(values.get("chances", ()))
+            record = Record(**{name: value for name, value in values.items() if name in names})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{str(file)!r} line {number} is not a record: {error}") from None
+            raise InputError(
+                f"{str(file)!r} line {number} is not a record ({error}): delete the line, and the run measures it again"
+            ) from None
         groups[record.group][record.question] = record
-    whole = (group.values() for group in groups.values() if len(group) == next(iter(group.values())).of)
-    return sorted((record for group in whole for record in group), key=lambda record: record.key)
+    complete = (group.values() for group in groups.values() if len(group) == next(iter(group.values())).of)
+    return sorted((record for group in complete for record in group), key=lambda record: record.key)
 
 
 def append(folder: Path, records: Sequence[Record]) -> None:

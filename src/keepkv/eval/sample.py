@@ -1,4 +1,4 @@
-"""What a task gives (a text, and questions asked after it was read), and what it is made from (chance, prose, a length)."""
+"""What a task gives (a text, and questions asked after it), and what a sample is made from (chance, prose, a length)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ Score = Callable[[str], float]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, the right answer in words, the score of an answer in [0, 1], and wrong answers to choose among.
+    """A question about a text.
 
-    depth: where in the text the answer stands, from 0 to 1, if it stands at one place. more: further scores of an answer that
-    was written, by name: parts of `score`, or other people's measures.
+    Args:
+        ask: The question.
+        expected: The right answer in words.
+        score: Scores an answer, from 0 to 1.
+        wrong: Wrong answers to choose among.
+        depth: Where in the text the answer stands, from 0 to 1, if it stands at one place.
+        more: Further scores by name, of an answer that the model wrote.
     """
 
     ask: str
@@ -29,7 +34,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and its questions. turns: instead of a text, what a user said and what was answered, in order."""
+    """A text and its questions.
+
+    Args:
+        text: What is read; "" if there are turns.
+        questions: What is asked afterwards.
+        turns: Instead of a text, a conversation: what the user said and what was answered, in order.
+    """
 
     text: str
     questions: tuple[Question, ...] = ()
@@ -38,34 +49,53 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prose:
-    """A haystack: the sentences of real prose, in order, and how many tokens of the model each of them is."""
+    """A haystack.
+
+    Args:
+        sentences: Of real prose, in order.
+        count: How many tokens of the model a text has.
+    """
 
     sentences: Sequence[str]
     count: Callable[[str], int]
 
     def stretch(self, rng: random.Random, tokens: int) -> list[str]:
-        """Consecutive sentences of about so many tokens, from a random start; from the end it goes on at the beginning, once.
+        """Consecutive sentences from a random start; after the last sentence comes the first. None is used twice.
 
-        Raises InputError if the prose is shorter than that: nothing is ever repeated to fill a text.
+        Args:
+            rng: Draws the start.
+            tokens: About how many tokens.
+
+        Raises:
+            InputError: if the prose is shorter than that.
         """
-        start, have = rng.randrange(len(self.sentences)), 0
-        out: list[str] = []
-        for place in range(len(self.sentences)):
-            if have >= tokens and len(out) > 1:
+        start = rng.randrange(len(self.sentences))
+        total = 0
+        sentences: list[str] = []
+        for offset in range(len(self.sentences)):
+            if total >= tokens and len(sentences) > 1:
                 break
-            out.append(self.sentences[(start + place) % len(self.sentences)])
-            have += self.count(out[-1])
-        if have < tokens:
+            sentence = self.sentences[(start + offset) % len(self.sentences)]
+            sentences.append(sentence)
+            total += self.count(sentence)
+        if total < tokens:
             raise InputError(
-                f"the haystack has about {have:,} tokens, fewer than the {tokens:,} wanted: give a longer text, or a folder "
-                "of texts, with --haystack, or a smaller --lengths"
+                f"the haystack has about {total:,} tokens, fewer than the {tokens:,} wanted: give a longer text or a folder "
+                "of texts with --haystack, or smaller --lengths"
             )
-        return out
+        return sentences
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What one sample is drawn from. number: which sample of its task and length it is."""
+    """What one sample is drawn from.
+
+    Args:
+        rng: The chance, seeded by run, task, length and number.
+        prose: The haystack.
+        tokens: About how many tokens the text should have.
+        number: Which sample of its task and length it is.
+    """
 
     rng: random.Random
     prose: Prose
@@ -78,7 +108,11 @@ class Draw:
 
 
 def hide(rng: random.Random, lines: list[str], needles: Sequence[str]) -> tuple[str, list[float]]:
-    """The needles in order of drawing, at random places between the lines, never first or last; the text, and their depths."""
+    """Puts needles at random places between the lines, never first or last.
+
+    Returns:
+        The text, and the depth of each needle from 0 to 1, in the order of the needles.
+    """
     gaps = range(1, len(lines))
     places = rng.sample(gaps, len(needles)) if len(gaps) >= len(needles) else rng.choices(gaps or [1], k=len(needles))
     return put(lines, needles, places), [place / len(lines) for place in places]
@@ -86,7 +120,7 @@ def hide(rng: random.Random, lines: list[str], needles: Sequence[str]) -> tuple[
 
 def put(lines: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> str:
     """The text with each needle before the line whose number is its place."""
-    out = list(lines)
+    text_lines = list(lines)
     for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0], reverse=True):
-        out.insert(place, needle)
-    return " ".join(out)
+        text_lines.insert(place, needle)
+    return " ".join(text_lines)

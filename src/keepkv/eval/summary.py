@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import json
-import statistics as plain
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from keepkv.errors import InputError
 from keepkv.eval.bootstrap import DIFFERENCE, Interval, combined, ranks
-from keepkv.eval.records import Key, Record
+from keepkv.eval.records import Record, RecordKey
 
 FILE = "summary.json"
 ALL = "all tasks"
 FULL = "full"
-Pair = Callable[[Record, Record], tuple[float, float]]
-Pairs = dict[int, list[tuple[float, float]]]  # of every sample: numerator and denominator of every question
+Ratio = Callable[[Record, Record], tuple[float, float]]  # (a record, the full cache's) -> numerator and denominator
+RatiosBySample = dict[int, list[tuple[float, float]]]  # of every sample: numerator and denominator of every question
+Cells = Sequence[Sequence[Record]]  # the records of each task and length
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method at one budget on one task and length (or on all: the mean over tasks and lengths).
+class SummaryRow:
+    """One method at one budget on one task and length, or over all tasks (then means over tasks and lengths).
 
-    score: the mean; retained: Σ min(score, full's score) / Σ full's score; lead: mean of score − full's score, question by
-    question; loss: how much less likely a token of the right answer became, in nats. failed questions count as score 0.
-    kv_bytes and share (of the full cache's) are means over samples. measures: means.
+    Args:
+        model: The model.
+        task: The task's name, or ALL.
+        length: The texts' length in tokens; 0 over all tasks, and for tasks with texts of their own.
+        budget: The budget in words.
+        method: The method's name.
+        samples: Number of texts.
+        questions: Number of questions.
+        failed: Questions without an answer; they count as score 0.
+        score: Mean score.
+        full: Mean score of the full cache.
+        retained: Σ min(score, full's score) / Σ full's score, over the questions.
+        lead: Mean of score − full's score, question by question.
+        loss: How much less likely a token of the right answer became, in nats.
+        kv_bytes: Mean bytes of a cache.
+        share: Mean share of the full cache's bytes.
+        rank: 1 + the number of methods that are significantly better; 0 on a single task.
+        measures: Means of the task's further measures.
     """
 
     model: str
@@ -62,21 +78,28 @@ class Versus:
 
 @dataclass(frozen=True)
 class Summary:
-    rows: tuple[Row, ...]
+    """All numbers of a run: rows per task and over all tasks, and the differences between methods."""
+
+    rows: tuple[SummaryRow, ...]
     versus: tuple[Versus, ...]
 
     def text(self) -> str:
+        """As JSON."""
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
 
 
-def summarise(records: Iterable[Record]) -> Summary:
-    """Rows per task and over all tasks, and all differences between methods. Raises InputError without any full cache."""
-    found = sorted(records, key=lambda record: record.key)
-    full = {_asked(record): record for record in found if record.method == FULL}
+def summarize(records: Iterable[Record]) -> Summary:
+    """Summarizes the records of a run, or of several.
+
+    Raises:
+        InputError: if the full cache has no records, so that there is nothing to compare with.
+    """
+    in_order = sorted(records, key=lambda record: record.key)
+    full = {full_key(record): record for record in in_order if record.method == FULL}
     if not full:
-        raise InputError("there are no records of the full cache: nothing to compare with")
+        raise InputError("there are no records of the full cache, so that nothing can be compared: let the run finish first")
     cells: dict[tuple[str, str, int, str, str], list[Record]] = defaultdict(list)
-    for record in found:
+    for record in in_order:
         cells[record.model, record.task, record.length, record.budget, record.method].append(record)
     rows = [_row(*key, [cell], full) for key, cell in cells.items()]
     versus: list[Versus] = []
@@ -91,80 +114,104 @@ def summarise(records: Iterable[Record]) -> Summary:
     return Summary(tuple(rows), tuple(versus))
 
 
-def _asked(record: Record) -> Key:
+def full_key(record: Record) -> RecordKey:
+    """The key of the full cache's record of the same question, without its budget."""
     return record.key._replace(method=FULL, budget="")
 
 
-def _budgets(found: Iterable[str]) -> list[str]:
-    return sorted(set(found), key=lambda budget: (budget == "100%", budget))
+def _budgets(budgets: Iterable[str]) -> list[str]:
+    return sorted(set(budgets), key=lambda budget: (budget == "100%", budget))
 
 
 def _row(
-    model: str, task: str, length: int, budget: str, method: str, cells: Sequence[Sequence[Record]],
-    full: dict[Key, Record], rank: int = 0,
-) -> Row:  # fmt: skip
-    every = [record for cell in cells for record in cell]
-    whole = [record for record in every if not record.failed]
+    model: str, task: str, length: int, budget: str, method: str, cells: Cells, full: dict[RecordKey, Record], rank: int = 0
+) -> SummaryRow:
+    records = [record for cell in cells for record in cell]
+    answered = [record for record in records if not record.failed]
+    pairs = [(record, full[full_key(record)]) for record in records if full_key(record) in full]
 
-    def over(pair: Pair, limits: tuple[float, float] = (0.0, 1.0)) -> Interval | None:
-        return combined([list(_by_sample(cell, full, pair).values()) for cell in cells], limits)
+    def over(ratio: Ratio, limits: tuple[float, float] = (0.0, 1.0)) -> Interval | None:
+        return combined([list(_by_sample(cell, full, ratio).values()) for cell in cells], limits)
 
-    truths = [full[_asked(record)] for record in every if _asked(record) in full]
+    if method == FULL:
+        retained: Interval | None = Interval(1.0, 1.0, 1.0)
+    else:
+        retained = over(lambda record, truth: (min(record.score, truth.score), truth.score))
     losses = [
-        full[_asked(record)].loglik - record.loglik  # type: ignore[operator]
-        for record in whole
-        if record.loglik is not None and _asked(record) in full and full[_asked(record)].loglik is not None
+        truth.loglik - record.loglik
+        for record, truth in pairs
+        if not record.failed and record.loglik is not None and truth.loglik is not None
     ]
-    names = sorted(set.intersection(*(set(record.measures) for record in whole))) if whole else []
-    return Row(
-        model, task, length, budget, method, len({record.key._replace(question=0) for record in every}), len(every),
-        len(every) - len(whole), over(lambda r, t: (r.score, 1.0)),
-        round(plain.fmean(truth.score for truth in truths), 6) if truths else 0.0,
-        Interval(1.0, 1.0, 1.0) if method == FULL else over(lambda r, t: (min(r.score, t.score), t.score)),
-        over(lambda r, t: (r.score - t.score, 1.0), DIFFERENCE),
-        round(plain.fmean(losses), 6) if losses else None,
-        round(plain.fmean(record.kv_bytes for record in whole)) if whole else 0,
-        round(plain.fmean(record.kv_bytes / max(1, record.kv_bytes_full) for record in whole), 6) if whole else 0.0,
-        rank, {name: round(plain.fmean(record.measures[name] for record in whole), 6) for name in names},
-    )  # fmt: skip
+    shares = [record.kv_bytes / max(1, record.kv_bytes_full) for record in answered]
+    measures = sorted(set.intersection(*(set(record.measures) for record in answered))) if answered else []
+    return SummaryRow(
+        model=model,
+        task=task,
+        length=length,
+        budget=budget,
+        method=method,
+        samples=len({record.group for record in records}),
+        questions=len(records),
+        failed=len(records) - len(answered),
+        score=over(lambda record, truth: (record.score, 1.0)),
+        full=round(fmean(truth.score for _, truth in pairs), 6) if pairs else 0.0,
+        retained=retained,
+        lead=over(lambda record, truth: (record.score - truth.score, 1.0), DIFFERENCE),
+        loss=round(fmean(losses), 6) if losses else None,
+        kv_bytes=round(fmean(record.kv_bytes for record in answered)) if answered else 0,
+        share=round(fmean(shares), 6) if shares else 0.0,
+        rank=rank,
+        measures={name: round(fmean(record.measures[name] for record in answered), 6) for name in measures},
+    )
 
 
-def _by_sample(cell: Sequence[Record], full: dict[Key, Record], pair: Pair) -> Pairs:
+def _by_sample(cell: Sequence[Record], full: dict[RecordKey, Record], ratio: Ratio) -> RatiosBySample:
     """Numerators and denominators of every question that the full cache was asked too."""
-    out: Pairs = defaultdict(list)
+    ratios: RatiosBySample = defaultdict(list)
     for record in cell:
-        truth = full.get(_asked(record))
+        truth = full.get(full_key(record))
         if truth is not None and not truth.failed:
-            out[record.sample].append(pair(record, truth))
-    return out
+            ratios[record.sample].append(ratio(record, truth))
+    return ratios
 
 
 def _compared(model: str, budget: str, groups: dict[str, list[list[Record]]]) -> Iterator[Versus]:
     for first, cells in groups.items():
-        for second, others in groups.items():
+        for second, other_cells in groups.items():
             if first != second:
-                difference = paired(cells, others)
+                difference = paired(cells, other_cells)
                 if difference is not None:
                     yield Versus(model, budget, first, second, difference, difference.apart)
 
 
-def paired(cells: Sequence[Sequence[Record]], others: Sequence[Sequence[Record]]) -> Interval | None:
-    """Mean over tasks of score − the other's score, over the questions that both were asked. Raises InputError if a question
-    that should be the same is not."""
-    known = {record.key._replace(method="", budget=""): record for cell in others for record in cell}
+def paired(cells: Cells, other_cells: Cells) -> Interval | None:
+    """The paired difference in score of two methods, or of one method in two runs.
+
+    Args:
+        cells: The first's records of each task and length.
+        other_cells: The second's.
+
+    Returns:
+        The mean over tasks of score − the other's score, over the questions that both were asked, with its bootstrap
+        interval; None if there is no such question.
+
+    Raises:
+        InputError: if a question that should be the same is not.
+    """
+    others = {record.key._replace(method="", budget=""): record for cell in other_cells for record in cell}
     groups = []
     for cell in cells:
-        clusters: Pairs = defaultdict(list)
+        ratios: RatiosBySample = defaultdict(list)
         for record in cell:
-            other = known.get(record.key._replace(method="", budget=""))
+            other = others.get(record.key._replace(method="", budget=""))
             if other is not None and not (record.failed and other.failed):
                 if other.prompt != record.prompt and other.prompt and record.prompt:
                     raise InputError(
-                        f"sample {record.sample} of {record.task} is not the same in both runs: they are not pairs (another "
-                        "haystack, seed or version of the tasks)"
+                        f"sample {record.sample} of {record.task} is not the same in both runs, so that they are not pairs: "
+                        "compare runs with the same haystack, seed and version of keepkv"
                     )
-                clusters[record.sample].append((record.score - other.score, 1.0))
-        groups.append(list(clusters.values()))
+                ratios[record.sample].append((record.score - other.score, 1.0))
+        groups.append(list(ratios.values()))
     return combined(groups, DIFFERENCE)
 
 
@@ -176,6 +223,6 @@ def by_method(records: Iterable[Record]) -> dict[tuple[str, str, str], list[list
     return {key: list(groups.values()) for key, groups in cells.items()}
 
 
-def write(folder: Path, summary: Summary) -> None:
+def write_summary(folder: Path, summary: Summary) -> None:
     """summary.json in the run's folder."""
     (folder / FILE).write_text(summary.text(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the figures show, drawn by nobody yet: chart.py draws them as SVG for the page, picture.py as PNG."""
+"""What the figures show: svg.py draws them for the HTML page, png.py as files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from keepkv.eval.summary import ALL, FULL, Summary
 
 
 class Point(NamedTuple):
+    """A point with the ends of its interval in y, and what it is called."""
+
     x: float
     y: float
     low: float
@@ -62,12 +64,16 @@ BANDS = (0.2, 0.4, 0.6, 0.8, 1.01)  # upper ends of the depths that a row of a h
 
 def all_of(records: Sequence[Record], summary: Summary) -> list[Figure]:
     """Quality against bytes, bars per budget, needles by depth, time against length; for every model that was run."""
-    drawn: list[Figure] = []
-    for model in sorted({record.model for record in records}):
-        name = f" · {model}" if len({record.model for record in records}) > 1 else ""
-        ours = [record for record in records if record.model == model]
-        drawn += [_pareto(summary, model, name), *_bars(summary, model, name), *_heat(ours, name), *_time(ours, name)]
-    return drawn
+    figures: list[Figure] = []
+    models = sorted({record.model for record in records})
+    for model in models:
+        name = f" · {model}" if len(models) > 1 else ""
+        of_model = [record for record in records if record.model == model]
+        figures.append(_pareto(summary, model, name))
+        figures += _bars(summary, model, name)
+        figures += _heat(of_model, name)
+        figures += _time(of_model, name)
+    return figures
 
 
 def _pareto(summary: Summary, model: str, name: str) -> Figure:
@@ -75,16 +81,14 @@ def _pareto(summary: Summary, model: str, name: str) -> Figure:
     for row in summary.rows:
         if row.model == model and row.task == ALL and row.retained and row.share:
             series[row.method].append(Point(row.share, *row.retained, f"{row.method} at {row.budget}"))
-    note = "What is left of the full cache's scores, against the bytes really stored. Higher and further left is better."
-    sorted_series = {method: sorted(points) for method, points in series.items()}
     return Curves(
-        f"pareto{_slug(name)}",
-        f"Quality against bytes{name}",
-        note,
-        "share of the full cache's bytes",
-        "retained",
-        sorted_series,
-        True,
+        key=f"pareto{_slug(name)}",
+        title=f"Quality against bytes{name}",
+        note="The retained share of the full cache's scores against the bytes stored. Higher and further left is better.",
+        x="share of the full cache's bytes",
+        y="retained",
+        series={method: sorted(points) for method, points in series.items()},
+        percent=True,
     )
 
 
@@ -94,49 +98,50 @@ def _bars(summary: Summary, model: str, name: str) -> list[Figure]:
         groups: dict[str, dict[str, Interval]] = defaultdict(dict)
         for row in summary.rows:
             if row.model == model and row.budget == budget and row.retained:
-                groups[f"{row.task}{f', {row.length:,} tokens' if row.length else ''}"][row.method] = row.retained
-        note = "Retained, with bootstrap intervals over texts; where intervals overlap, nothing is said about who is better."
+                label = f"{row.task}, {row.length:,} tokens" if row.length else row.task
+                groups[label][row.method] = row.retained
+        note = "Retained share, with bootstrap intervals over texts. Where intervals overlap, see the paired differences."
         figures.append(Bars(f"tasks-{_slug(budget)}{_slug(name)}", f"Tasks at {budget}{name}", note, dict(groups)))
     return figures
 
 
 def _heat(records: Sequence[Record], name: str) -> list[Figure]:
-    asked = [record for record in records if record.depth is not None and record.length and record.task != "turns"]
-    lengths = sorted({record.length for record in asked})
+    placed = [record for record in records if record.depth is not None and record.length and record.task != "turns"]
+    lengths = sorted({record.length for record in placed})
+    variants = sorted({(record.method, record.budget) for record in placed}, key=lambda pair: (pair[0] != FULL, pair))
     figures: list[Figure] = []
-    for method, budget in sorted(
-        {(record.method, record.budget) for record in asked}, key=lambda pair: (pair[0] != FULL, pair)
-    ):
-        found: dict[tuple[int, int], list[float]] = defaultdict(list)
-        for record in asked:
+    for method, budget in variants:
+        scores: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for record in placed:
             if (record.method, record.budget) == (method, budget) and record.depth is not None:
                 band = next(i for i, end in enumerate(BANDS) if record.depth < end)
-                found[band, record.length].append(record.score)
-        cells = [[fmean(found[i, n]) if (i, n) in found else None for n in lengths] for i in range(len(BANDS))]
+                scores[band, record.length].append(record.score)
+        cells = [[fmean(scores[i, n]) if (i, n) in scores else None for n in lengths] for i in range(len(BANDS))]
         rows = [f"{20 * i}–{20 * i + 20}%" for i in range(len(BANDS))]
-        note = "Score by how deep in the text the answer stands, and by its tokens: all tasks whose answer stands at one place."
+        note = (
+            "Mean score by the depth of the answer in the text, and by the length of the text in tokens, of all tasks whose "
+            "answer stands at one place."
+        )
         key = f"depth-{_slug(method)}-{_slug(budget)}{_slug(name)}"
         figures.append(Heat(key, f"By depth: {method}, {budget}{name}", note, [f"{n:,}" for n in lengths], rows, cells))
     return figures
 
 
 def _time(records: Sequence[Record], name: str) -> list[Figure]:
-    spent: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    seconds: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.question == 0 and not record.failed and record.seconds.get("read"):
             label = record.method if record.method == FULL else f"{record.method}, {record.budget}"
             length = record.length or 100 * round(record.tokens / 100)
-            spent[label][length].append(sum(record.seconds.get(part, 0.0) for part in ("read", "repeat", "compress")))
+            seconds[label][length].append(sum(record.seconds.get(part, 0.0) for part in ("read", "repeat", "compress")))
     series = {
-        label: [Point(float(n), fmean(t), min(t), max(t), f"{label}, {n:,} tokens") for n, t in sorted(at.items())]
-        for label, at in spent.items()
+        label: [Point(float(n), fmean(t), min(t), max(t), f"{label}, {n:,} tokens") for n, t in sorted(by_length.items())]
+        for label, by_length in seconds.items()
     }
-    note = "Reading, repeating and compressing: mean, smallest and largest over texts. It depends on the machine and its load."
-    return (
-        [Curves(f"time{_slug(name)}", f"Time against length{name}", note, "tokens of the text", "seconds", series)]
-        if series
-        else []
-    )
+    if not series:
+        return []
+    note = "Seconds of reading, repeating and compressing: mean, least and most over texts. They depend on the machine's load."
+    return [Curves(f"time{_slug(name)}", f"Time against length{name}", note, "tokens of the text", "seconds", series)]
 
 
 def _slug(text: str) -> str:

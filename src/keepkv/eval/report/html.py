@@ -9,9 +9,9 @@ from html import escape
 from keepkv.eval.records import Record
 from keepkv.eval.report import svg
 from keepkv.eval.report.figures import Figure, Heat
-from keepkv.eval.report.markdown import HEAD, informing, table_rows, versus_lines
+from keepkv.eval.report.markdown import HEAD, informative_columns, table_rows, versus_lines
 from keepkv.eval.report.worst import SHOWN, Texts, worst
-from keepkv.eval.summary import ALL, Row, Summary
+from keepkv.eval.summary import ALL, Summary, SummaryRow
 
 LONGEST = 20_000  # letters of a text that are shown
 _STYLE = """
@@ -42,60 +42,66 @@ max-height:24rem;overflow-y:auto}mark{background:var(--mark);color:inherit}pre{o
 """
 
 
-def page(
+def html_report(
     records: Sequence[Record],
     summary: Summary,
     figures: Sequence[Figure],
     settings: Mapping[str, str],
     texts: Texts | None = None,
 ) -> str:
-    """The whole page. texts gives a sample's text, for the worst ones."""
+    """A whole report as one page.
+
+    Args:
+        records: Of one run or of several.
+        summary: Of the same records.
+        figures: What to draw (see `figures.all_of`).
+        settings: The settings of every run, as TOML, by its name.
+        texts: Gives a sample's text, to show it with the worst answers.
+    """
     models = ", ".join(sorted({record.model for record in records}))
     samples = len({(record.model, record.task, record.length, record.sample) for record in records})
     failed = sum(bool(record.failed) for record in records)
     heat = [figure for figure in figures if isinstance(figure, Heat)]
     others = [figure for figure in figures if not isinstance(figure, Heat)]
-    every = [row for row in summary.rows if row.task != ALL]
+    per_task = [row for row in summary.rows if row.task != ALL]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>keepkv: {escape(models)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>What is left of {escape(models)}’s answers</h1>"
+        f"<h1>Evaluation of {escape(models)}</h1>"
         f"<p class=soft>{samples:,} texts, {len(records):,} answers, {failed:,} failed (and count as wrong). "
-        "<em>Retained</em>: what is left of the full cache’s scores, Σ min(score, full’s) / Σ full’s. "
-        "<em>Of full</em>: bytes really stored, as a share of the full cache’s. In brackets: bootstrap intervals "
+        "<em>Retained</em>: the share of the full cache’s scores that the method keeps, Σ min(score, full’s) / Σ full’s. "
+        "<em>Of full</em>: bytes stored, as a share of the full cache’s. In brackets: bootstrap intervals "
         "over texts, nominally 95% (with few texts they cover about 90%).</p>"
         f"<h2>Over all tasks</h2>{_table([row for row in summary.rows if row.task == ALL])}"
         f"{''.join(f'<p class=soft>{escape(line)}</p>' for line in versus_lines(summary))}"
         f"<h2>Figures</h2><div class=figures>{''.join(map(_figure, others))}</div>"
         f"{_depths(heat)}<h2>Worst answers</h2><p class=soft>{escape(SHOWN)}</p>{_worst(records, texts)}"
-        f"<h2>All numbers</h2><details><summary>One row per task, budget and method</summary>{_table(every)}</details>"
+        f"<h2>All numbers</h2><details><summary>One row per task, budget and method</summary>{_table(per_task)}</details>"
         f"<h2>Settings</h2>{''.join(map(_settings, settings, settings.values()))}"
-        f"<p class=soft>{escape(_made(records))}</p></main></body></html>\n"
-    )  # fmt: skip
+        f"<p class=soft>{escape(_provenance(records))}</p></main></body></html>\n"
+    )
 
 
 def _depths(heat: Sequence[Heat]) -> str:
     if not heat:
         return ""
-    drawn = "".join(
+    panels = "".join(
         f'<figure id="{escape(figure.key)}"><h3>{escape(figure.title)}</h3>{svg.draw(figure)}</figure>' for figure in heat
     )
-    return f"<h2>By depth</h2><p class=soft>{escape(heat[0].note)}</p><div class=figures>{drawn}</div>"
+    return f"<h2>By depth</h2><p class=soft>{escape(heat[0].note)}</p><div class=figures>{panels}</div>"
 
 
 def _settings(name: str, text: str) -> str:
     return f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _made(records: Sequence[Record]) -> str:
-    with_versions = next((record for record in records if record.versions), None)
-    if with_versions is None:
+def _provenance(records: Sequence[Record]) -> str:
+    record = next((record for record in records if record.versions), None)
+    if record is None:
         return ""
-    return (
-        ", ".join(f"{name} {number}" for name, number in with_versions.versions.items())
-        + f"; commit {with_versions.commit or 'unknown'}"
-    )
+    versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
+    return f"{versions}, commit {record.commit or 'unknown'}"
 
 
 def _figure(figure: Figure) -> str:
@@ -103,36 +109,33 @@ def _figure(figure: Figure) -> str:
     return f'<figure id="{escape(figure.key)}"><h3>{escape(figure.title)}</h3>{svg.draw(figure)}{caption}</figure>'
 
 
-def _table(rows: Sequence[Row]) -> str:
-    head, words = informing(HEAD, table_rows(rows))
+def _table(rows: Sequence[SummaryRow]) -> str:
+    head, lines = informative_columns(HEAD, table_rows(rows))
     cells = ["".join(f"<th>{escape(name)}</th>" for name in head)]
-    cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in words]
-    return f"<div class=scroll tabindex=0><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table></div>"
+    cells += ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines]
+    return f"<div class=scroll tabindex=0><table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table></div>"
 
 
 def _worst(records: Sequence[Record], texts: Texts | None) -> str:
-    out = []
+    answers = []
     for record, full in worst(records):
         text = texts(record) if texts else None
-        shown = (
-            ""
-            if text is None
-            else f"<dt>the text</dt><dd><div class=text tabindex=0>{_marked(text, record.expected)}</div></dd>"
-        )
-        name = (
-            f"{record.task} {record.sample}, {record.method} at {record.budget}: {record.score:.2f} instead of {full.score:.2f}"
-        )
-        out.append(
-            f"<details><summary>{escape(name)}</summary><dl><dt>asked</dt><dd>{escape(record.ask)}</dd><dt>expected</dt>"
+        excerpt = ""
+        if text is not None:
+            excerpt = f"<dt>the text</dt><dd><div class=text tabindex=0>{_marked(text, record.expected)}</div></dd>"
+        scores = f"{record.score:.2f} instead of {full.score:.2f}"
+        name = f"{record.task} {record.sample}, {record.method} at {record.budget}: {scores}"
+        answers.append(
+            f"<details><summary>{escape(name)}</summary><dl><dt>question</dt><dd>{escape(record.ask)}</dd><dt>expected</dt>"
             f"<dd>{escape(record.expected)}</dd><dt>{escape(record.method)}</dt>"
             f"<dd>{escape(record.failed or record.answer)}</dd>"
-            f"<dt>full cache</dt><dd>{escape(full.answer)}</dd>{shown}</dl></details>"
+            f"<dt>full cache</dt><dd>{escape(full.answer)}</dd>{excerpt}</dl></details>"
         )
-    return "".join(out) or "<p>None: no answer is worse than the full cache’s.</p>"
+    return "".join(answers) or "<p>None: no answer is worse than the full cache’s.</p>"
 
 
 def _marked(text: str, expected: str) -> str:
     """The text, with the end of the expected answer marked where it stands in it."""
-    wanted = expected.split(" is ")[-1].strip(' ."')
-    shown = escape(text[:LONGEST]) + (" … (cut here)" if len(text) > LONGEST else "")
-    return re.sub(f"({re.escape(escape(wanted))})", r"<mark>\1</mark>", shown) if wanted else shown
+    ending = expected.split(" is ")[-1].strip(' ."')
+    excerpt = escape(text[:LONGEST]) + (" … (cut here)" if len(text) > LONGEST else "")
+    return re.sub(f"({re.escape(escape(ending))})", r"<mark>\1</mark>", excerpt) if ending else excerpt

@@ -5,30 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from keepkv.eval.records import Key, Record
-from keepkv.eval.summary import FULL
+from keepkv.eval.records import Record
+from keepkv.eval.summary import FULL, full_key
 
 Texts = Callable[[Record], "str | None"]
 MOST = 12
 SHOWN = (
-    f"The {MOST} answers that lost most against the full cache, at most three of a task, the largest loss of likelihood first."
+    f"The {MOST} answers that lost most against the full cache, at most three of a task. The largest loss of score comes first."
 )
 
 
 def worst(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     """Answers of compressed caches that score less than the full cache's, with the full cache's."""
-    full = {_asked(record): record for record in records if record.method == FULL}
-    lost = [(r, full[_asked(r)]) for r in records if r.method != FULL and _asked(r) in full and r.score < full[_asked(r)].score]
-    lost.sort(key=lambda pair: (pair[0].score - pair[1].score, _gain(*pair), pair[0].key))
-    out: list[tuple[Record, Record]] = []
-    for record, truth in lost:
-        if len(out) < MOST and sum(other.task == record.task for other, _ in out) < 3:
-            out.append((record, truth))
-    return out
-
-
-def _asked(record: Record) -> Key:
-    return record.key._replace(method=FULL, budget="")
+    full = {full_key(record): record for record in records if record.method == FULL}
+    pairs = [(record, full[full_key(record)]) for record in records if record.method != FULL and full_key(record) in full]
+    losses = [(record, truth) for record, truth in pairs if record.score < truth.score]
+    losses.sort(key=lambda pair: (pair[0].score - pair[1].score, _gain(*pair), pair[0].key))
+    selection: list[tuple[Record, Record]] = []
+    for record, truth in losses:
+        if len(selection) < MOST and sum(other.task == record.task for other, _ in selection) < 3:
+            selection.append((record, truth))
+    return selection
 
 
 def _gain(record: Record, full: Record) -> float:
@@ -41,7 +38,7 @@ def file_of(record: Record) -> str:
 
 
 def texts_of(folders: Sequence[Path]) -> Texts:
-    """Looks a sample's text up in the runs' folders."""
+    """A function that finds a sample's text in the runs' folders."""
 
     def find(record: Record) -> str | None:
         for folder in folders:

@@ -21,7 +21,7 @@ TASKS = (
         "the next-token distributions over a text's true continuation",
         "",
         partial(prose, more=measure.CONTINUATION),
-        measure.continued,
+        measure.prepare_continuation,
     ),
-    Task("drift", "what 2,000 written tokens do to a live cache: KL and repetition", "", prose, drift.drifted),
+    Task("drift", "what 2,000 written tokens do to a live cache: KL and repetition", "", prose, drift.prepare_drift),
 )

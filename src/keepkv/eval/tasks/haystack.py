@@ -14,15 +14,19 @@ from keepkv.text.file import read_text
 
 DOCUMENTED = ("numpy", "torch", "transformers")  # keepkv needs them, so that they are there
 ENOUGH = 250_000  # letters taken of each
-_OTHERS = {"tests", "test", "testing"}
+_TEST_FOLDERS = {"tests", "test", "testing"}
 _SUFFIXES = {".txt", ".md", ".rst", ".text"}
 
 
 @cache
 def sentences(path: str = "") -> tuple[str, ...]:
-    """The sentences of a text file, of all texts of a folder (in order of their names), or of installed documentation ("").
+    """The sentences of a haystack.
 
-    Raises InputError for what is not there, or holds no prose.
+    Args:
+        path: A text file, a folder (all its texts, in order of their names), or "": the documentation of installed packages.
+
+    Raises:
+        InputError: for what cannot be read, or holds fewer than 8 sentences.
     """
     if not path:
         text = "\n\n".join(documentation())
@@ -34,33 +38,34 @@ def sentences(path: str = "") -> tuple[str, ...]:
     else:
         text = read_text(path)
     flat = re.sub(r"\s+", " ", text)
-    found = tuple(part for part in re.split(r"(?<=[.!?]) ", flat) if 20 < len(part) < 600)
-    if len(found) < 8:
-        raise InputError(f"{path!r} holds {len(found)} sentences: expected prose, with at least 8")
-    return found
+    prose = tuple(part for part in re.split(r"(?<=[.!?]) ", flat) if 20 < len(part) < 600)
+    if len(prose) < 8:
+        raise InputError(f"{path!r} holds {len(prose)} sentences of prose: a haystack needs at least 8, better some thousand")
+    return prose
 
 
 def digest(path: str = "") -> str:
-    """What the haystack is, in 16 hexadecimal digits."""
+    """SHA-256 of the haystack's sentences, the first 16 hexadecimal digits."""
     return hashlib.sha256("\n".join(sentences(path)).encode()).hexdigest()[:16]
 
 
 def documentation() -> Iterator[str]:
-    """Paragraphs of prose in the documentation strings of installed packages, each once. Nothing is imported for it."""
-    seen: set[str] = set()
+    """Paragraphs of prose in the docstrings of installed packages, each once. Nothing is imported for it."""
+    yielded: set[str] = set()
     for package in DOCUMENTED:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             continue
-        taken, root = 0, Path(spec.origin).parent
+        letters = 0
+        root = Path(spec.origin).parent
         for file in sorted(root.rglob("*.py")):
             parts = file.relative_to(root).parts
-            if taken > ENOUGH or _OTHERS & set(parts) or any(re.match("_[^_]", part) for part in parts):
+            if letters > ENOUGH or _TEST_FOLDERS & set(parts) or any(re.match("_[^_]", part) for part in parts):
                 continue
             for paragraph in _paragraphs(file):
-                if paragraph not in seen:
-                    seen.add(paragraph)
-                    taken += len(paragraph)
+                if paragraph not in yielded:
+                    yielded.add(paragraph)
+                    letters += len(paragraph)
                     yield paragraph
 
 
@@ -73,8 +78,8 @@ def _paragraphs(file: Path) -> Iterator[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """It begins with a capital, ends with a stop, is made of words, most of them in small letters, and shows no code."""
+    """Whether a paragraph begins with a capital, ends with a full stop, is mostly lower case, and shows no code."""
     if len(text) < 120 or not text[0].isupper() or text[-1] != "." or re.search(r">>>|::|\\|[{}\[\]=<>]|_", text):
         return False
-    small = sum(letter.islower() or letter in " ,.\n" for letter in text)
-    return small > 0.9 * len(text) and not re.search(r"^\s*[-*.:]", text, re.MULTILINE)
+    lower_case = sum(letter.islower() or letter in " ,.\n" for letter in text)
+    return lower_case > 0.9 * len(text) and not re.search(r"^\s*[-*.:]", text, re.MULTILINE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
 
@@ -27,9 +28,9 @@ def value(rng: random.Random, kind: str) -> str:
     """A value of 7 digits, of two words, or a UUID."""
     if kind == "numbers":
         return str(rng.randrange(10**6, 10**7))
-    return (
-        f"{rng.choice(MANNERS)}-{rng.choice(WORDS)}" if kind == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    )
+    if kind == "words":
+        return f"{rng.choice(MANNERS)}-{rng.choice(WORDS)}"
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def values(rng: random.Random, kind: str, count: int) -> list[str]:
@@ -37,54 +38,57 @@ def values(rng: random.Random, kind: str, count: int) -> list[str]:
     return list(islice(dict.fromkeys(value(rng, kind) for _ in range(50 * count)), count))
 
 
-def _says(kind: str, key: str, value: str) -> str:
+def _sentence(kind: str, key: str, value: str) -> str:
     return f"One of the special magic {kind} for {key} is: {value}."
 
 
 def needles(draw: Draw, keys: int = 1, kind: str = "numbers") -> Sample:
     """niah_single (one key, at a depth of the grid), niah_multikey (at random depths; four of the keys asked, one by one)."""
     cities = draw.rng.sample(CITIES, keys)
-    found = values(draw.rng, kind, keys + 3)
-    said = [_says(kind, city, value) for city, value in zip(cities, found, strict=False)]
-    lines = draw.lines(*said)
+    pool = values(draw.rng, kind, keys + 3)  # the last three are only wrong answers
+    needle_sentences = [_sentence(kind, city, value) for city, value in zip(cities, pool, strict=False)]
+    lines = draw.lines(*needle_sentences)
     if keys == 1:
         depths = [DEPTHS[draw.number % len(DEPTHS)]]
-        text = put(lines, said, [round(depths[0] * len(lines))])
+        text = put(lines, needle_sentences, [round(depths[0] * len(lines))])
     else:
-        text, depths = hide(draw.rng, lines, said)
+        text, depths = hide(draw.rng, lines, needle_sentences)
     questions = []
     for i in sorted(draw.rng.sample(range(keys), min(keys, 4))):
         lead = f"The special magic {kind[:-1]} for {cities[i]} is"
-        wrong = draw.rng.sample([other for other in found if other != found[i]], 3)
+        right = pool[i]
+        wrong = tuple(f"{lead} {other}" for other in draw.rng.sample([other for other in pool if other != right], 3))
         ask = f"What is the special magic {kind[:-1]} for {cities[i]} mentioned in the text above? Answer with it alone."
-        questions.append(Question(ask, f"{lead} {found[i]}", any_of(found[i]), tuple(f"{lead} {x}" for x in wrong), depths[i]))
+        questions.append(Question(ask, f"{lead} {right}", any_of(right), wrong, depths[i]))
     return Sample(text, tuple(questions))
 
 
 def multivalue(draw: Draw, count: int = 4) -> Sample:
     """niah_multivalue: one key has four values, and all are asked for."""
-    city, found = draw.rng.choice(CITIES), values(draw.rng, "numbers", count + 4)
-    right, strange = found[:count], found[count:]
-    said = [_says("numbers", city, value) for value in right]
-    text, _ = hide(draw.rng, draw.lines(*said), said)
+    city = draw.rng.choice(CITIES)
+    pool = values(draw.rng, "numbers", count + 4)
+    right, wrong = pool[:count], pool[count:]
+    needle_sentences = [_sentence("numbers", city, value) for value in right]
+    text, _ = hide(draw.rng, draw.lines(*needle_sentences), needle_sentences)
     ask = f"What are all the special magic numbers for {city} mentioned in the text above? There are {count}."
-    return Sample(text, (Question(ask, ", ".join(right), all_of(*right), _swapped(right, strange)),))
+    return Sample(text, (Question(ask, ", ".join(right), all_of(*right), _swapped(right, wrong)),))
 
 
 def multiquery(draw: Draw, count: int = 4) -> Sample:
     """niah_multiquery: four keys with a value each, all asked for in one question."""
-    cities, found = draw.rng.sample(CITIES, count), values(draw.rng, "numbers", count + 4)
-    right, strange = found[:count], found[count:]
-    said = [_says("numbers", city, value) for city, value in zip(cities, right, strict=True)]
-    text, _ = hide(draw.rng, draw.lines(*said), said)
-    asked = ", ".join(cities[:-1]) + f" and {cities[-1]}"
-    ask = f"What are the special magic numbers for {asked} mentioned in the text above? Answer in this order."
-    return Sample(text, (Question(ask, ", ".join(right), all_of(*right), _swapped(right, strange)),))
+    cities = draw.rng.sample(CITIES, count)
+    pool = values(draw.rng, "numbers", count + 4)
+    right, wrong = pool[:count], pool[count:]
+    needle_sentences = [_sentence("numbers", city, value) for city, value in zip(cities, right, strict=True)]
+    text, _ = hide(draw.rng, draw.lines(*needle_sentences), needle_sentences)
+    enumeration = ", ".join(cities[:-1]) + f" and {cities[-1]}"
+    ask = f"What are the special magic numbers for {enumeration} mentioned in the text above? Answer in this order."
+    return Sample(text, (Question(ask, ", ".join(right), all_of(*right), _swapped(right, wrong)),))
 
 
-def _swapped(right: list[str], strange: list[str]) -> tuple[str, ...]:
-    """The right answer with one, two and all of its parts exchanged for strange ones."""
-    return tuple(", ".join([*right[: len(right) - n], *strange[:n]]) for n in (1, 2, len(right)))
+def _swapped(right: list[str], wrong: list[str]) -> tuple[str, ...]:
+    """The right answer with one, two and all of its parts exchanged for wrong ones."""
+    return tuple(", ".join([*right[: len(right) - n], *wrong[:n]]) for n in (1, 2, len(right)))
 
 
 KINDS: tuple[tuple[str, str, list[str]], ...] = (  # sentence, what is asked, what may stand for it
@@ -104,26 +108,25 @@ KINDS: tuple[tuple[str, str, list[str]], ...] = (  # sentence, what is asked, wh
 
 def drawn_facts(rng: random.Random) -> list[tuple[str, Question]]:
     """Eight unlike facts in a random order: the sentence that says each, and its question."""
-    out = []
-    for sentence, what, pool in rng.sample(KINDS, len(KINDS)):
-        said, *others = rng.sample(pool, 4) if pool else values(rng, "numbers", 4)
-        wrong = tuple(sentence.format(other) for other in others)
-        ask = f"What is {what}, according to the text above?"
-        out.append((sentence.format(said), Question(ask, sentence.format(said), any_of(said), wrong)))
-    return out
+    facts = []
+    for template, topic, pool in rng.sample(KINDS, len(KINDS)):
+        right, *others = rng.sample(pool, 4) if pool else values(rng, "numbers", 4)
+        sentence = template.format(right)
+        wrong = tuple(template.format(other) for other in others)
+        ask = f"What is {topic}, according to the text above?"
+        facts.append((sentence, Question(ask, sentence, any_of(right), wrong)))
+    return facts
 
 
-def facts(draw: Draw) -> Sample:
+def eight_facts(draw: Draw) -> Sample:
     """Eight unlike facts, one in each eighth of the text, each asked on its own: eight single needles at eight depths."""
-    said = drawn_facts(draw.rng)
-    lines = draw.lines(*(sentence for sentence, _ in said))
-    edges = [max(1, len(lines) * part // len(said)) for part in range(len(said) + 1)]
+    sentences, questions = zip(*drawn_facts(draw.rng), strict=True)
+    lines = draw.lines(*sentences)
+    edges = [max(1, len(lines) * part // len(sentences)) for part in range(len(sentences) + 1)]
     places = [draw.rng.randrange(lo, max(lo + 1, hi)) for lo, hi in pairwise(edges)]
-    text = put(lines, [sentence for sentence, _ in said], places)
-    questions = (
-        Question(q.ask, q.expected, q.score, q.wrong, place / len(lines)) for (_, q), place in zip(said, places, strict=True)
-    )
-    return Sample(text, tuple(questions))
+    text = put(lines, sentences, places)
+    placed = (replace(question, depth=place / len(lines)) for question, place in zip(questions, places, strict=True))
+    return Sample(text, tuple(placed))
 
 
 TASKS = (
@@ -135,5 +138,5 @@ TASKS = (
     Task("needles-8-uuids", "the same with UUIDs", RULER, partial(needles, keys=8, kind="uuids")),
     Task("multi-value", "four numbers of one key, in one question", RULER, multivalue),
     Task("multi-query", "four keys in one question", RULER, multiquery),
-    Task("facts", "eight unlike facts, one in each eighth of the text", "", facts),
+    Task("facts", "eight unlike facts, one in each eighth of the text", "", eight_facts),
 )

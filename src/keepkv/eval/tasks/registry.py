@@ -1,9 +1,10 @@
-"""The table of tasks: every file of this folder that has some, in the order in which they are listed; and files as tasks."""
+"""The table of tasks: those of every file of this folder that has some, in the order of the list; and files as tasks."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +23,7 @@ TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in import_
 
 
 def get(name: str) -> Task:
-    """The row of that name. Raises InputError."""
+    """The task of that name. Raises InputError."""
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}: {nearest(name, TASKS)} `keepkv eval --list` explains each")
     return TASKS[name]
@@ -30,23 +31,26 @@ def get(name: str) -> Task:
 
 def from_file(place: str) -> Task:
     """A file of another benchmark as a task, named after the file. Raises InputError."""
-    found = datasets.rows(place)
-    kind = datasets.understood(place, found)
-    order = random.Random(0).sample(range(len(found)), len(found))
+    rows = datasets.rows(place)
+    kind = datasets.format_of(place, rows)
+    order = random.Random(0).sample(range(len(rows)), len(rows))
 
     def make(draw: Draw) -> Sample:
         number = draw.number if kind.sized else order[draw.number]
-        return kind.make(Draw(draw.rng, draw.prose, draw.tokens, number % len(found)), found)
+        return kind.make(replace(draw, number=number % len(rows)), rows)
 
     name = Path(place.removeprefix("hf:")).name.split(".")[0].replace(":", "-")
-    count = None if kind.sized else len(found)
-    return Task(name, f"{len(found)} rows of {place}", kind.source, make, sized=kind.sized, count=count)
+    count = None if kind.sized else len(rows)
+    return Task(name, f"{len(rows)} rows of {place}", kind.source, make, sized=kind.sized, count=count)
 
 
 def chosen(names: Sequence[str], data: Sequence[str]) -> list[Task]:
     """The tasks that are named, and those of the files. Raises InputError."""
     tasks = [get(name) for name in names] + [from_file(place) for place in data]
-    twice = {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}
-    if twice:
-        raise InputError(f"two tasks are called {sorted(twice)[0]!r}: give the file another name")
+    names_in_use = [task.name for task in tasks]
+    duplicates = sorted(name for name in names_in_use if names_in_use.count(name) > 1)
+    if duplicates:
+        raise InputError(
+            f"two tasks are called {duplicates[0]!r}: name each task once, and rename a file that has a task's name"
+        )
     return tasks

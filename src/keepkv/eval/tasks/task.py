@@ -1,11 +1,11 @@
-"""Task: how the samples of one kind are drawn and answered."""
+"""Task: how the samples of one kind are drawn and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from keepkv.eval.measure import Host, Opened, questions
+from keepkv.eval.measure import Measure, Setup, prepare_questions
 from keepkv.eval.sample import Draw, Sample
 
 RULER = "RULER, arXiv 2404.06654"  # where several tasks come from
@@ -13,16 +13,23 @@ RULER = "RULER, arXiv 2404.06654"  # where several tasks come from
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table. make: the number-th sample; open: reads it, and measures one variant after the other from there;
-    by default it asks the sample's questions.
+    """One task of the evaluation.
 
-    sized: its texts have the length that is asked for; count: how many samples there are, if there is an end to them.
+    Args:
+        name: What it is called at the command line.
+        summary: One line about it.
+        source: The paper that it comes from, or "".
+        make: Draws a sample; `Draw.number` says which one.
+        prepare: Reads a sample, and returns what measures one method at one budget from there. By default it asks the
+            sample's questions.
+        sized: Whether its texts have the length that is asked for.
+        count: How many samples there are; None where they never end.
     """
 
     name: str
     summary: str
     source: str
     make: Callable[[Draw], Sample]
-    open: Callable[[Host, Sample], Opened] = questions
+    prepare: Callable[[Setup, Sample], Measure] = prepare_questions
     sized: bool = True
     count: int | None = None

@@ -1,4 +1,4 @@
-"""vLLM's attention over pages with votes, on any device: asked for by --attention-backend CUSTOM. On a CPU see cpu.py."""
+"""vLLM's attention over pages with votes, on any device, chosen by --attention-backend CUSTOM. On a CPU see cpu.py."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from keepkv.errors import InputError
 from keepkv.methods import Method
 from keepkv.models import families
 from keepkv.observe.watch import Watch
-from keepkv.serving.paged import Lot, Pages, step, watcher
+from keepkv.serving.paged import PagedConfig, Pages, new_watch, step
 from keepkv.serving.settings import Settings
 from keepkv.serving.vllm.kv_cache_spec import KeptSpec
 
 logger = init_logger(__name__)
 
 
-class _Asked(NamedTuple):
-    """Of the engine whose model was built last in this process: its settings, and its tokens in unsettled steps at most.
+class _CurrentEngine(NamedTuple):
+    """keepkv's settings for the engine whose model was built last in this process, and its most tokens in flight.
 
     vLLM asks the backend's class for a page format without saying for which engine.
     """
@@ -35,33 +35,40 @@ class _Asked(NamedTuple):
     in_flight: int = 0
 
 
-_asked = [_Asked()]
+_current = [_CurrentEngine()]
 
 
-def asked() -> bool:
-    """Whether the engine whose model is being built asks for keepkv; notes its settings. Raises InputError."""
+def uses_keepkv() -> bool:
+    """Whether the engine whose model is being built has settings for keepkv, which are noted. Raises InputError."""
     config = get_current_vllm_config_or_none()
     settings = Settings.read(config.additional_config) if config is not None else None
     if config is None or settings is None:
-        _asked[0] = _Asked()
+        _current[0] = _CurrentEngine()
         return False
     parallel = config.parallel_config
-    for trouble, name in (
+    for unsupported, name in (
         (config.speculative_config is not None, "speculative decoding"),
         (config.kv_transfer_config is not None, "a KV connector"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"), "a quantized KV cache"),
     ):
-        if trouble:
-            raise InputError(f"keepkv does not work with {name} yet: leave one of the two out")
-    most = getattr(config, "max_in_flight_tokens", None) or 2 * config.scheduler_config.max_num_batched_tokens
-    _asked[0] = _Asked(settings, most)
+        if unsupported:
+            raise InputError(f"{name} is not supported together with keepkv: disable it, or remove the keepkv settings")
+    in_flight = getattr(config, "max_in_flight_tokens", None) or 2 * config.scheduler_config.max_num_batched_tokens
+    _current[0] = _CurrentEngine(settings, in_flight)
     return True
 
 
-class Part(NamedTuple):
-    """One request's share of a step: its tokens first to last of the batch, those computed before, its pages."""
+class RequestInBatch(NamedTuple):
+    """One request's share of a step.
+
+    Args:
+        first: Its first token in the batch.
+        last: The token after its last one.
+        before: Tokens of the request that were computed earlier.
+        table: Its pages.
+    """
 
     first: int
     last: int
@@ -72,41 +79,44 @@ class Part(NamedTuple):
 class Batch(NamedTuple):
     """A step's requests, and what all layers have in common."""
 
-    parts: list[Part]
+    requests: list[RequestInBatch]
     settings: Settings
-    row: Method
+    method: Method
     inv_freq: Tensor
 
     @classmethod
-    def of(cls, told: Any, settings: Settings, inv_freq: Tensor) -> Batch:
+    def of(cls, metadata: Any, settings: Settings, inv_freq: Tensor) -> Batch:
         """From vLLM's CommonAttentionMetadata."""
-        bounds, seen = told.query_start_loc_cpu.tolist(), told.seq_lens.tolist()
-        parts = [
-            Part(first, last, length - (last - first), table)
-            for first, last, length, table in zip(bounds, bounds[1:], seen, told.block_table_tensor, strict=False)
+        bounds = metadata.query_start_loc_cpu.tolist()
+        lengths = metadata.seq_lens.tolist()
+        requests = [
+            RequestInBatch(first, last, length - (last - first), table)
+            for first, last, length, table in zip(bounds, bounds[1:], lengths, metadata.block_table_tensor, strict=False)
             if last > first
         ]
-        return cls(parts, settings, settings.row, inv_freq)
+        return cls(requests, settings, settings.uniform_method(), inv_freq)
 
 
-class Pagewise:
-    """Of a backend: keepkv's pages for layers of full attention, if they were asked for; others keep what they have."""
+class KeepPages:
+    """Part of a backend: keepkv's pages for layers of full attention, if there are settings. Other layers keep vLLM's."""
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return _asked[0].settings is None
+        return _current[0].settings is None
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        settings, in_flight = _asked[0]
+        settings, in_flight = _current[0]
         if settings is None or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
             return spec
         return KeptSpec.of(spec, settings, in_flight)
 
 
-class Keeping:
-    """Of a layer's attention: what it does over keepkv's pages. What it has observed of a request is kept here, under the
-    request's first page, which is the request's own as long as it runs."""
+class KeepAttention:
+    """Part of a layer's attention: what it does over keepkv's pages.
+
+    What it has observed of a request is stored under the request's first page, which belongs to the request as long as it runs.
+    """
 
     head_size: int
     scale: float
@@ -124,15 +134,16 @@ class Keeping:
 
     def attend(self, name: str, query: Tensor, kv_cache: Tensor, batch: Batch, output: Tensor) -> Tensor:
         """A step of every request: query [n, H_q, d] of all of them together, the output written into `output`."""
-        lot = Lot(batch.settings, batch.row, self.scale, batch.inv_freq)
-        pages, index = self._pages(kv_cache), extract_layer_index(name)
-        for first, last, before, table in batch.parts:
+        config = PagedConfig(batch.settings, batch.method, self.scale, batch.inv_freq)
+        pages = self._pages(kv_cache)
+        layer = extract_layer_index(name)
+        for first, last, before, table in batch.requests:
             request = int(table[0])
-            seen, watch = self.watches.pop(request, (0, None)) if before else (0, None)
-            if watch is None or seen != before:
-                watch = watcher(lot, index)
-            made, watch = step(pages, table, query[first:last], before, lot, watch)
-            output[first:last] = made.reshape(output[first:last].shape)
+            watched, watch = self.watches.pop(request, (0, None)) if before else (0, None)
+            if watch is None or watched != before:
+                watch = new_watch(config, layer)
+            result, watch = step(pages, table, query[first:last], before, config, watch)
+            output[first:last] = result.reshape(output[first:last].shape)
             self.watches[request] = before + last - first, watch
         while len(self.watches) > self.most_watched:
             self.watches.popitem(last=False)
@@ -142,14 +153,14 @@ class Keeping:
         return Pages.of(kv_cache, self.head_size, self.head_size)
 
 
-def refuse_odd(**features: object) -> None:
-    """Raises InputError for a layer of full attention with something that a vote does not go with."""
-    odd = [name.replace("_", " ") for name, has in features.items() if has]
-    if odd:
-        raise InputError(f"keepkv does not serve models with {odd[0]}")
+def refuse(**features: object) -> None:
+    """Raises InputError for a layer of full attention with a feature that votes do not work with."""
+    used = [name.replace("_", " ") for name, value in features.items() if value]
+    if used:
+        raise InputError(f"keepkv cannot serve models with {used[0]}: remove the keepkv settings for this model")
 
 
-def frequencies(vllm_config: Any, device: torch.device) -> Tensor:
+def rotary_frequencies(vllm_config: Any, device: torch.device) -> Tensor:
     """Rotary frequencies float32 [r/2] of the model, from its configuration. Raises ModelError for families not supported."""
     config = vllm_config.model_config.hf_text_config
     with torch.device("meta"):
@@ -158,15 +169,20 @@ def frequencies(vllm_config: Any, device: torch.device) -> Tensor:
     return families.inv_freq(type(families.rotary(model))(config)).to(device)
 
 
-def tell(settings: Settings) -> None:
+def log_settings(settings: Settings) -> None:
+    """Logs what is kept of every request."""
     logger.info_once(
-        "keepkv: %s keeps %d slots of every head and the newest %d to %d tokens; prefix caching does not apply to them",
-        settings.method, settings.budget, settings.window, settings.window + settings.step,
-    )  # fmt: skip
+        "keepkv: %s keeps %d slots of every KV head and the newest %d to %d tokens of every request. These pages are not used "
+        "for prefix caching.",
+        settings.method,
+        settings.budget,
+        settings.window,
+        settings.window + settings.step,
+    )
 
 
-class KeepBackend(Pagewise, AttentionBackend):
-    """For models whose layers all have full attention. The compact part is read by attention.py's kernel for the device."""
+class KeepBackend(KeepPages, AttentionBackend):
+    """For models whose layers all have full attention. Slots are read by keepkv.attend's backend for the device."""
 
     forward_includes_kv_cache_update = False
 
@@ -184,8 +200,11 @@ class KeepBackend(Pagewise, AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[KeepImpl]:
-        if not asked():
-            raise InputError("the attention backend is keepkv's, but additional_config has no settings for it")
+        if not uses_keepkv():
+            raise InputError(
+                "the attention backend CUSTOM is keepkv's, but there are no settings for it: add "
+                """--additional-config '{"keepkv": {"budget": 1024}}', or choose another backend"""
+            )
         return KeepImpl
 
     @staticmethod
@@ -198,37 +217,61 @@ class KeepBuilder(AttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: KeptSpec, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.settings, self.inv_freq = kv_cache_spec.settings, frequencies(vllm_config, device)
-        tell(self.settings)
+        self.settings = kv_cache_spec.settings
+        self.inv_freq = rotary_frequencies(vllm_config, device)
+        log_settings(self.settings)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
         return Batch.of(common_attn_metadata, self.settings, self.inv_freq)
 
 
-class KeepImpl(Keeping, AttentionImpl):
+class KeepImpl(KeepAttention, AttentionImpl):
     """One layer's attention."""
 
     def __init__(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None, alibi_slopes: Any = None,
-        sliding_window: int | None = None, kv_cache_dtype: str = "auto", logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER, kv_sharing_target_layer_name: str | None = None, sinks: Any = None,
-    ) -> None:  # fmt: skip
-        refuse_odd(
-            sliding_windows=sliding_window is not None, ALiBi=alibi_slopes is not None, capped_logits=logits_soft_cap,
-            attention_sinks=sinks is not None, shared_layers=kv_sharing_target_layer_name is not None,
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: Any = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Any = None,
+    ) -> None:
+        refuse(
+            sliding_windows=sliding_window is not None,
+            ALiBi=alibi_slopes is not None,
+            capped_logits=logits_soft_cap,
+            learned_attention_sinks=sinks is not None,
+            layers_that_share_a_cache=kv_sharing_target_layer_name is not None,
             other_than_causal_attention=attn_type != AttentionType.DECODER,
-        )  # fmt: skip
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
         self.start()
 
     def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         self.keep(key, value, kv_cache, slot_mapping)
 
     def forward(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Batch | None,
-        output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Batch | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
         if attn_metadata is None:  # vLLM measures memory
             return output.fill_(0)
         return self.attend(layer.layer_name, query, kv_cache, attn_metadata, output)

@@ -1,4 +1,4 @@
-"""vLLM's CPU attention with keepkv's pages: it stands in for CPU_ATTN, and is that for everything that is not asked for."""
+"""vLLM's CPU attention with keepkv's pages. It replaces CPU_ATTN, and without settings for keepkv does the same."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
-from keepkv.serving.vllm.backend import Batch, Keeping, Pagewise, asked, frequencies, refuse_odd, tell
+from keepkv.serving.vllm.backend import (
+    Batch,
+    KeepAttention,
+    KeepPages,
+    log_settings,
+    refuse,
+    rotary_frequencies,
+    uses_keepkv,
+)
 from keepkv.serving.vllm.kv_cache_spec import KeptSpec
 
 
-class CpuBackend(Pagewise, CPUAttentionBackend):
-    """CPU attention, with keepkv's pages for layers of full attention where `additional_config` asks for them."""
+class CpuBackend(KeepPages, CPUAttentionBackend):
+    """CPU attention, with keepkv's pages for layers of full attention if `additional_config` has settings for keepkv."""
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        """Called where a model is built, in its engine's configuration. Raises InputError for what cannot be served yet."""
-        return CpuImpl if asked() else CPUAttentionBackendImpl
+        """Called where a model is built, in its engine's configuration. Raises InputError for what cannot be served."""
+        return CpuImpl if uses_keepkv() else CPUAttentionBackendImpl
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
@@ -35,8 +43,8 @@ class CpuBuilder(CPUAttentionMetadataBuilder):
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             return
         AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
-        self.inv_freq = frequencies(vllm_config, device)
-        tell(self.kept.settings)
+        self.inv_freq = rotary_frequencies(vllm_config, device)
+        log_settings(self.kept.settings)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         if self.kept is None:
@@ -44,15 +52,17 @@ class CpuBuilder(CPUAttentionMetadataBuilder):
         return Batch.of(common_attn_metadata, self.kept.settings, self.inv_freq)
 
 
-class CpuImpl(Keeping, CPUAttentionBackendImpl):
+class CpuImpl(KeepAttention, CPUAttentionBackendImpl):
     """One layer's attention: keepkv's for full attention, vLLM's own for sliding windows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kept = self.sliding_window == -1 and self.attn_type == AttentionType.DECODER
         if self.kept:
-            refuse_odd(
-                ALiBi=self.alibi_slopes is not None, capped_logits=self.logits_soft_cap, attention_sinks=self.sinks is not None
+            refuse(
+                ALiBi=self.alibi_slopes is not None,
+                capped_logits=self.logits_soft_cap,
+                learned_attention_sinks=self.sinks is not None,
             )
         self.start()
 
@@ -63,9 +73,17 @@ class CpuImpl(Keeping, CPUAttentionBackendImpl):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def forward(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
-        output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
         if isinstance(attn_metadata, Batch):
             return self.attend(layer.layer_name, query, kv_cache, attn_metadata, output)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)

@@ -15,18 +15,23 @@ from keepkv.serving.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class KeptSpec(FullAttentionSpec):
-    """Full attention in pages whose cells end with a vote and a position; in_flight: tokens of unsettled steps at most."""
+    """Full attention in pages whose cells end with a vote and a position.
+
+    Args:
+        settings: What is kept of every request.
+        in_flight: The most tokens of steps that have been scheduled and have not ended.
+    """
 
     settings: Settings
     in_flight: int
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, settings: Settings, in_flight: int) -> KeptSpec:
-        """Raises InputError if the settings are not whole blocks."""
-        settings.check(spec.block_size)
-        told = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        told["state_content_bytes"] = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize + CELL
-        return cls(**told, settings=settings, in_flight=in_flight)
+        """vLLM's own format, with room for votes and positions. Raises InputError if the settings are not whole blocks."""
+        settings.check_blocks(spec.block_size)
+        values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        values["state_content_bytes"] = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize + CELL
+        return cls(**values, settings=settings, in_flight=in_flight)
 
     @property
     def prefix_cacheable(self) -> bool:
@@ -45,12 +50,15 @@ class KeptSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[KeptSpec]) -> KeptSpec:
         if any(spec != specs[0] for spec in specs):
-            raise ValueError("keepkv keeps the same slots in every layer: these layers differ in heads or sizes")
+            raise ValueError(
+                "keepkv needs layers of full attention with equal heads and sizes, and those of this model differ: "
+                "remove keepkv's settings for it"
+            )
         return specs[0]
 
 
 class KeptManager(FullAttentionManager):
-    """Frees the pages between slots and tail when the step that made them useless has been settled."""
+    """Frees the pages between slots and tail, once the step has ended that made them useless."""
 
     def __init__(self, kv_cache_spec: KeptSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -66,6 +74,6 @@ class KeptManager(FullAttentionManager):
 
 
 def register() -> None:
-    """Tells vLLM of both, in this process. May be called again."""
-    KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # vLLM's own first: it looks whether the list is empty
+    """Registers the format and the manager with vLLM, in this process. May be called again."""
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # registers vLLM's own first, which it does only while it is empty
     KVCacheSpecRegistry.register(KeptSpec, KeptManager, uniform_type_base_spec=FullAttentionSpec)

@@ -1,4 +1,4 @@
-"""What vLLM loads in every process: entry point `keepkv` of `vllm.general_plugins`. Changes nothing unless it is asked for.
+"""What vLLM loads in every process (entry point `keepkv` of `vllm.general_plugins`). It changes nothing without settings:
 
 vllm serve MODEL --additional-config '{"keepkv": {"budget": 1024}}'
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Puts keepkv's attention and page manager where vLLM looks for them.
+    """Registers keepkv's attention and page manager with vLLM.
 
-    On its CPU platform that is the place of CPU_ATTN, the only backend there; elsewhere CUSTOM, which has to be asked for.
+    On the CPU platform they take the place of CPU_ATTN, the only backend there. Elsewhere they are CUSTOM, which has to be
+    asked for with --attention-backend CUSTOM.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
