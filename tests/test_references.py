@@ -27,6 +27,7 @@ FOLDERS = {str(parent) for name in FILES for parent in Path(name).parents}
 MARKDOWN = [name for name in FILES if name.endswith(".md")]
 WRITTEN = [name for name in MARKDOWN if not name.startswith("benchmarks/results/")]  # not those that `keepkv report` has made
 PYTHON = [name for name in FILES if name.endswith(".py")]
+NOW = [name for name in (*MARKDOWN, *PYTHON) if name != "CHANGELOG.md"]  # which names what has changed
 FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(
     r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(<?([^()\s>]+)>?(?:\s+\"[^\"]*\")?\)"  # [text](target)
@@ -84,10 +85,11 @@ def broken_links(name: str) -> Iterator[str]:
 
 
 @cache
-def gone() -> set[str]:
-    """Paths that the notes say are no longer in the repository."""
+def elsewhere() -> set[str]:
+    """Paths that the notes say are no longer in the repository, and of the examples that CONTRIBUTING.md tells to write."""
     section = read("docs/notes/README.md").partition("## What is no longer in the repository")[2]
-    return {path for path in PATH.findall(section) if path not in FILES}
+    examples = re.findall(r"(?:The file|Its test), `([^`]+)`", read("CONTRIBUTING.md"))
+    return {path for path in (*PATH.findall(section), *examples) if path not in FILES}
 
 
 def broken_paths(text: str) -> Iterator[str]:
@@ -95,7 +97,7 @@ def broken_paths(text: str) -> Iterator[str]:
         path = path.rstrip("/")
         if "*" in path or "…" in path or "..." in path:
             continue
-        if path not in FILES and path not in FOLDERS and path not in gone():
+        if path not in FILES and path not in FOLDERS and path not in elsewhere():
             yield path
 
 
@@ -143,13 +145,13 @@ def test_links_and_anchors_of_markdown_resolve(name: str) -> None:
     assert list(broken_links(name)) == []
 
 
-@pytest.mark.parametrize("name", [*MARKDOWN, *PYTHON])
+@pytest.mark.parametrize("name", NOW)
 def test_paths_of_this_repository_exist(name: str) -> None:
     text = prose(name) if name.endswith(".py") else "\n".join(re.findall(r"`+[^`]+`+", prose(name)))
     assert sorted(set(broken_paths(text))) == []
 
 
-@pytest.mark.parametrize("name", [*MARKDOWN, *PYTHON])
+@pytest.mark.parametrize("name", NOW)
 def test_names_of_keepkv_exist(name: str) -> None:
     text = "\n".join(re.findall(r"`+[^`]+`+", prose(name)))
     assert sorted({dotted for dotted in MODULE.findall(text) if not resolves(dotted)}) == []
