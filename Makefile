@@ -89,7 +89,7 @@ test-vllm: .venv-vllm-$(VLLM)/ready
 
 wheel: .venv/ready .venv-min/ready
 	@rm -rf dist
-	@.venv/bin/python -m build > /dev/null
+	@.venv/bin/python -m build --quiet
 	@KEEPKV_WHEEL=$$(echo $(CURDIR)/dist/*.whl) .venv/bin/python -m pytest tests/test_packaging.py
 
 nightly: .venv/ready
