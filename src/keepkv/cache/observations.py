@@ -58,7 +58,7 @@ class Observations(Sequence[Observation]):
             start = layer.watch.starts[self._row]
             keys, values = (x[:, start:] for x in layer.backing.row(self._row, layer.keys, layer.values))
             seen = replace(
-                seen, keys=keys, values=values, repeat_peak=layer.exact_repeat_peak(), bias=None, places=None, read=None
+                seen, keys=keys, values=values, repeat_peak=layer.exact_repeat_peak(), bias=None, key_positions=None, read=None
             )
         weight = self._projections[index]
         if weight is not None:

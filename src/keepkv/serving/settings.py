@@ -56,12 +56,11 @@ class Settings:
         for trouble, reason in (
             (row.repeat is not None and row.repeat.needed, "must see the text repeated, and a server reads it once"),
             (row.layer_pairs is not None, "stores layers together, and an engine's pages are one layer's"),
-            (row.name == "criticalkv", "needs the output projections, which an engine's attention does not see"),
+            (row.needs_projection, "needs the output projections, which an engine's attention does not see"),
         ):
             if trouble:
                 raise InputError(f"{row.name} {reason}: choose another method")
-        alike = allot.alike if row.name != "tova" else row.allot
-        return replace(row, allot=alike, trial=0)
+        return replace(row, allot=allot.alike, trial=0)
 
     def check(self, block: int) -> None:
         """Raises InputError unless budget and step are whole blocks of `block` tokens."""
