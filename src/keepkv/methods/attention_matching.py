@@ -34,7 +34,7 @@ def match(
 
     The ridge is 1e-6 of the mean diagonal for votes, and 1e-3 (`strength`) of it for values. Unlike the default's `fit`, this
     does not pull towards the old values, weighs all rows alike, and is not checked on rows that are held out. Slots that must
-    stay verbatim keep vote and value; only the values of the others are fitted around them.
+    stay verbatim keep vote and value, and the others are fitted around them.
 
     Args:
         values: As in `merge.fit.fit`, like the other arguments.
@@ -48,8 +48,12 @@ def match(
     own = slots.pick(values)
     share = rows.on(slots)
 
-    gram, target = share.mT @ share, share.sum(1)[..., None]
-    w = least_squares.ridge(gram, target, 1e-6, slots.real).clamp(min=1e-12)
+    # Votes. What is not free has a vote of 1, and its mass is there already.
+    free_share = share * free[:, None]
+    fixed_mass = (share - free_share).sum(2, keepdim=True)
+    gram = free_share.mT @ free_share
+    target = free_share.sum(1)[..., None] - free_share.mT @ fixed_mass
+    w = least_squares.ridge(gram, target, 1e-6, free).clamp(min=1e-12)
     direction = torch.ones_like(w)
     for _ in range(3):  # power iterations: ||A||² is the largest eigenvalue of AᵀA
         direction = gram @ direction

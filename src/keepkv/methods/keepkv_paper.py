@@ -83,12 +83,12 @@ def zip_merge(
         verbatim: bool [T], entries that nothing may be merged into; or None.
     """
     sets = Scored(keys, values, kept, log_score, threshold, bias, verbatim)
-    scale = sets.log_mean / sets.pi_level
-    spread = sets.pi_level - sets.log_mean  # KL(π||m) >= 0
-    unsafe = (sets.pi_level.abs() < (2 * spread).clamp(min=1e-3)) | (scale < 0.5) | (scale > 2) | scale.isnan()
+    divergence = sets.pi_level - sets.log_mean  # KL(π||m) >= 0
+    safe = sets.pi_level.abs() >= (2 * divergence).clamp(min=1e-3)  # false for NaN, too
+    scale = sets.log_mean / sets.pi_level  # λ
     exact = sets.groups.mean(keys, sets.exact_weights())
-    merged = torch.where(unsafe[:, None], exact, scale[:, None] * sets.groups.mean(keys, sets.pi))
-    return sets.result(merged, int((unsafe & (sets.groups.size > 1)).sum()))
+    merged = torch.where(safe[:, None], scale[:, None] * sets.groups.mean(keys, sets.pi), exact)
+    return sets.result(merged, int((~safe & (sets.groups.size > 1)).sum()))
 
 
 def convex_exact_merge(
