@@ -1,4 +1,4 @@
-"""Budgets: read once at the door, whole numbers of slots afterwards."""
+"""Budgets: what a user allows, read once, and turned into a whole number of slots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ _EXPECTED = 'expected a fraction ("0.1", "10%"), a number of slots per KV head (
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows: a fraction of the tokens, a count of slots per KV head on average, or bytes."""
+    """What the user allows: a fraction of the tokens, a count of slots per KV head on average, or bytes.
+
+    Args:
+        kind: Which of the three.
+        amount: The fraction (above 0, at most 1), the slots per KV head, or the bytes.
+        text: As it was written, for reports and errors.
+    """
 
     kind: Literal["fraction", "count", "bytes"]
     amount: float
@@ -28,14 +34,23 @@ class Budget:
 
     @staticmethod
     def parse(value: str | float | Budget) -> Budget:
-        """Reads 0.1, "0.1", "10%", 512, "512", "64MB" or "64MiB"; raises BudgetError for anything else."""
+        """Reads 0.1, "0.1", "10%", 512, "512", "64MB" or "64MiB"; a Budget passes through.
+
+        Raises:
+            BudgetError: for anything else.
+
+        Example:
+            >>> Budget.parse("10%")
+            Budget(kind='fraction', amount=0.1, text='10%')
+        """
         if isinstance(value, Budget):
             return value
         text = str(value).strip()
         match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(%|[kmg]?i?b)?", text, re.IGNORECASE)
         if match is None:
             raise BudgetError(f"budget {text!r} cannot be read: {_EXPECTED}")
-        number, unit = float(match[1] + (match[2] or "")), (match[3] or "").upper()
+        number = float(match[1] + (match[2] or ""))
+        unit = (match[3] or "").upper()
         if unit.endswith("B"):
             return Budget("bytes", number * _BYTES[unit[:-1]], text)
         if unit == "%" or "." in match[1] or match[2]:
@@ -47,7 +62,7 @@ class Budget:
 
     @staticmethod
     def parse_all(values: BudgetLike | Sequence[BudgetLike]) -> tuple[Budget, ...]:
-        """One budget for all rows of a batch, or one for each."""
+        """One budget for all rows of a batch, or one for each. Raises BudgetError as `parse` does, and for no budget at all."""
         if isinstance(values, BudgetLike | int):
             return (Budget.parse(values),)
         if not values:
@@ -55,9 +70,19 @@ class Budget:
         return tuple(map(Budget.parse, values))
 
     def total_slots(self, tokens: int, heads: int, slot_bytes: float) -> int:
-        """Slots over all `heads` (layers x KV heads) for one sequence of `tokens` tokens; slot_bytes is a slot's size.
+        """The slots that one sequence gets over all layers and KV heads, at most one for each token and head.
 
-        At most tokens * heads. Raises BudgetError below MIN_SLOTS per head on average, when there is more to keep.
+        Args:
+            tokens: The sequence's length.
+            heads: Layers × KV heads.
+            slot_bytes: Bytes of one slot.
+
+        Raises:
+            BudgetError: if that is less than MIN_SLOTS per head on average, and the sequence has more tokens.
+
+        Example:
+            >>> Budget.parse("10%").total_slots(tokens=1000, heads=12, slot_bytes=520)
+            1200
         """
         total = {
             "fraction": self.amount * tokens * heads,

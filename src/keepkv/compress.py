@@ -1,11 +1,18 @@
-"""The way of the data: observe -> score -> allot -> choose -> merge -> slots, for one sequence, all layers at once."""
+"""Compress: the way of the data. Start reading here.
+
+    observe -> score -> allot -> choose -> merge -> slots
+
+While a model reads, every layer observes (`observe/`). A compression scores what each layer holds (`score.py`), allots slots to
+layers and heads (`allot.py`), chooses the entries that keep a slot (`choose.py`), merges the others into these or drops them
+(`merge/`), and stores the result (`slots/`), which attention reads from then on (`attend/`). A method (`methods/`) names one
+function for each of these steps. Here is one sequence, all layers at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -19,14 +26,20 @@ from keepkv.methods import Method
 from keepkv.slots.layer_pairs import LayerPairs
 from keepkv.slots.quantized import FLOAT, SlotDtype
 from keepkv.slots.slots import BESIDE, Slots
-from keepkv.types import Observation, Plan
+from keepkv.types import Observation, Plan, References
 
 Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """One sequence, compressed: the plan, one Slots per layer, and per layer and head what the merge reported."""
+    """One sequence, compressed.
+
+    Args:
+        plan: Which entries kept a slot.
+        slots: One Slots for each layer.
+        merged: merged[layer][head], what the merge reported.
+    """
 
     plan: Plan
     slots: tuple[Slots, ...]
@@ -34,144 +47,200 @@ class Compressed:
 
 
 def compress(
-    observations: Sequence[Observation], method: Method, total: int, progress: Progress = lambda done, of: None,
+    observations: Sequence[Observation],
+    method: Method,
+    total: int,
+    progress: Progress = lambda done, of: None,
     slot_dtype: SlotDtype = FLOAT,
-) -> Compressed:  # fmt: skip
-    """Compresses the observed layers of one sequence to `total` slots over all layers and heads, or to their bytes.
+) -> Compressed:
+    """Compresses one sequence by a method.
 
-    slot_dtype: how the slots are stored; votes and values are fitted to keys as they will be read.
-    Raises BudgetError if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
+    Args:
+        observations: What each layer showed. It may be a sequence that makes an Observation whenever it is looked at.
+        method: One function for each step.
+        total: Slots over all layers and heads. Of a method that stores layers in pairs: as many slots as fit into their bytes.
+        progress: Called with (steps done, steps in all).
+        slot_dtype: How the slots are stored. Votes and values are fitted to the keys as they will be read.
+
+    Raises:
+        BudgetError: if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
     if total == 0:  # a row of padding
-        return _as_they_are(observations, [seen.present & False for seen in observations], slot_dtype)
-    if total >= sum(sum(seen.counts) for seen in observations) and not method.layer_pairs:
-        return _as_they_are(observations, [seen.present for seen in observations], slot_dtype)
-    pinned = tokens = 0
-    steps = iter(range(1, len(observations) * (3 if method.trial else 2) + 1))
+        return _unmerged(observations, [observation.present & False for observation in observations], slot_dtype)
+    entries = sum(sum(observation.counts) for observation in observations)
+    if total >= entries and not method.layer_pairs:
+        return _unmerged(observations, [observation.present for observation in observations], slot_dtype)
+    step = _stepper(progress, len(observations) * (3 if method.trial else 2))
 
-    def step() -> None:
-        progress(next(steps), len(observations) * (3 if method.trial else 2))
-
-    references, scores, places = [], [], []
-    for seen in observations:
-        references.append(method.references(seen) if method.references else None)
-        score = method.score(replace(seen, references=references[-1])).masked_fill(~seen.present, -torch.inf)
-        if seen.keep is not None:
-            score = score.masked_fill(seen.keep & seen.present, torch.inf)
-            pinned = max(pinned, int((seen.keep & seen.present).sum(1).max()))
-        scores.append(score)
-        places.append(seen.positions)
-        tokens = seen.tokens
-        step()
-    layered = Layered(_level(scores, -torch.inf), _level(places, -1), tokens)
+    scored = _score(observations, method, step)
     if method.layer_pairs:
-        layered = layered._replace(scores=method.layer_pairs.tie(layered.scores))
-        total = min(
-            sum(sum(seen.counts) for seen in observations), int(total / _price(method.layer_pairs, observations[0], layered))
-        )
-
-    heads = layered.scores.shape[0] * layered.scores.shape[1]
-    _check_room(pinned, total // heads)
-    guarded, counts = _allotted(layered, method, total, pinned)
-    _check_room(pinned, min(map(min, counts)))
+        total = min(entries, int(total / _price(method.layer_pairs, observations[0], len(observations))))
+    scores, counts = _allot(scored, method, total)
     if method.trial:
-        small = min(total, (method.trial + pinned) * heads)
-        tried_scores, tried = _allotted(layered, method, small, pinned)
-        errors = []
-        for layer, (seen, score, slots) in enumerate(zip(observations, tried_scores, tried, strict=True)):
-            watched = replace(seen, references=references[layer])
-            tried_merge = method.merge(watched, method.choose(watched, _own(score, seen), slots))
-            errors.append([head.error for head in tried_merge])
-            step()
-        counts = allot.by_need(counts, tried, errors, allot.room(guarded), _most_fixed(guarded))
+        counts = _corrected(observations, scored, method, total, scores, counts, step)
 
     kept: list[tuple[Tensor, ...]] = []
     merged: list[tuple[Merged, ...]] = []
-    parts: list[Slots] = []
-    for layer, seen in enumerate(observations):
-        watched = replace(seen, references=references[layer])
-        references[layer] = None  # it is not needed any more
-        choices = method.choose(watched, _own(guarded[layer], seen), counts[layer])
+    slots: list[Slots] = []
+    for layer, observation in enumerate(observations):
+        with_references = replace(observation, references=scored.references[layer])
+        scored.references[layer] = None  # they are large, and not needed any more
+        choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
+        if slot_dtype.bits and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
+            with_references = replace(with_references, keys=slot_dtype.round(observation.keys))
         kept.append(tuple(choice.kept for choice in choices))
-        if slot_dtype.bits and method.references:
-            watched = replace(watched, keys=slot_dtype.round(seen.keys))
-        merged.append(tuple(method.merge(watched, choices)))
-        parts.append(_flat(seen, kept[-1], merged[-1], slot_dtype))
+        merged.append(tuple(method.merge(with_references, choices)))
+        slots.append(_stored(observation, kept[-1], merged[-1], slot_dtype))
         step()
-    return Compressed(Plan(tuple(kept)), tuple(method.layer_pairs.pack(parts) if method.layer_pairs else parts), tuple(merged))
+    return Compressed(Plan(tuple(kept)), tuple(method.layer_pairs.pack(slots) if method.layer_pairs else slots), tuple(merged))
 
 
-def _price(layer_pairs: LayerPairs, seen: Observation, layered: Layered) -> float:
-    """What a slot takes, of one that shares nothing."""
-    vectors = sum(x.shape[2] * x.element_size() for x in (seen.keys, seen.values))
-    return layer_pairs.cost(len(layered.scores), vectors, BESIDE)
+@dataclass(frozen=True)
+class _Scored:
+    """References of every layer, and scores and positions of all layers [L, H, T].
 
-
-def _as_they_are(observations: Sequence[Observation], stay: Sequence[Tensor], slot_dtype: SlotDtype) -> Compressed:
-    """The entries for which stay[layer], bool [H, T], is true, and nothing merged."""
-    kept = tuple(tuple(head.nonzero()[:, 0] for head in layer) for layer in stay)
-    merged = tuple(
-        tuple(evict(seen.keys[h], seen.values[h], k, seen.head_bias(h)) for h, k in enumerate(heads))
-        for seen, heads in zip(observations, kept, strict=True)
-    )
-    slots = [_flat(seen, k, m, slot_dtype) for seen, k, m in zip(observations, kept, merged, strict=True)]
-    return Compressed(Plan(kept), tuple(slots), merged)
-
-
-class Layered(NamedTuple):
-    """Scores and places of all layers [L, H, T], and how many tokens were read.
-
-    Layers with fewer entries than others are filled up in front: score -inf, place -1.
+    Layers with fewer entries than others are filled up in front, with a score of -inf and a position of -1. tokens: how many
+    were read. pinned: entries of a head that must stay; they have a score of +inf.
     """
 
+    references: list[References | None]
     scores: Tensor
-    places: Tensor
+    positions: Tensor
     tokens: int
+    pinned: int
+
+    @property
+    def heads(self) -> int:
+        """All heads of all layers."""
+        return self.scores.shape[0] * self.scores.shape[1]
 
 
-def _level(layers: Sequence[Tensor], fill: float) -> Tensor:
-    most = max(layer.shape[1] for layer in layers)
-    return torch.stack([pad(layer, (most - layer.shape[1], 0), value=fill) for layer in layers])
+def _score(observations: Sequence[Observation], method: Method, step: Callable[[], None]) -> _Scored:
+    """How much each entry of each layer matters."""
+    references: list[References | None] = []
+    scores, positions = [], []
+    tokens = pinned = 0
+    for observation in observations:
+        references.append(method.references(observation) if method.references else None)
+        score = method.score(replace(observation, references=references[-1]))
+        score = score.masked_fill(~observation.present, -torch.inf)
+        if observation.keep is not None:
+            must_stay = observation.keep & observation.present
+            score = score.masked_fill(must_stay, torch.inf)
+            pinned = max(pinned, int(must_stay.sum(1).max()))
+        scores.append(score)
+        positions.append(observation.positions)
+        tokens = observation.tokens
+        step()
+    together = _levelled(scores, -torch.inf)
+    if method.layer_pairs:
+        together = method.layer_pairs.tie(together)
+    return _Scored(references, together, _levelled(positions, -1), tokens, pinned)
 
 
-def _own(scores: Tensor, seen: Observation) -> Tensor:
-    """A layer's own scores [H, its entries]."""
-    return scores[:, scores.shape[1] - seen.entries :]
+def _allot(scored: _Scored, method: Method, total: int) -> tuple[Tensor, list[list[int]]]:
+    """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head [L][H].
 
-
-def _allotted(layered: Layered, method: Method, total: int, pinned: int) -> tuple[Tensor, list[list[int]]]:
-    """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head.
-
-    Sinks and recents yield where they and the entries that must stay do not fit together.
+    The first and the newest tokens yield where they and the entries that must stay do not fit together.
     """
-    scores, places, tokens = layered
-    guarded = protect(scores, places, tokens, total / (scores.shape[0] * scores.shape[1]), method.sinks, method.recent)
-    counts = method.allot(guarded, total)
-    if pinned and _most_fixed(guarded) > min(map(min, counts)):
-        return scores, method.allot(scores, total)
-    return guarded, counts
+    _check_room(scored.pinned, total // scored.heads)
+    scores, counts = _allotted(scored, method, total)
+    _check_room(scored.pinned, min(map(min, counts)))
+    return scores, counts
 
 
-def _check_room(pinned: int, slots: int) -> None:
-    if pinned > slots:
-        raise BudgetError(f"{pinned} tokens must stay in every head, but there are only {slots} slots: give a larger budget")
+def _allotted(scored: _Scored, method: Method, total: int) -> tuple[Tensor, list[list[int]]]:
+    """As `_allot`, but nothing is checked."""
+    rule = allot.together(method.allot) if method.same_tokens_in_all_heads else method.allot
+    slots = total / scored.heads
+    scores = protect(scored.scores, scored.positions, scored.tokens, slots, method.sinks, method.recent)
+    counts = rule(scores, total)
+    if scored.pinned and _most_fixed(scores) > min(map(min, counts)):
+        return scored.scores, rule(scored.scores, total)
+    return scores, counts
 
 
-def _most_fixed(scores: Tensor) -> int:
-    """Tokens of a head that keep their slots whatever happens."""
-    return int(scores.isposinf().sum(-1).max())
+def _corrected(
+    observations: Sequence[Observation],
+    scored: _Scored,
+    method: Method,
+    total: int,
+    scores: Tensor,
+    counts: list[list[int]],
+    step: Callable[[], None],
+) -> list[list[int]]:
+    """Counts corrected by what a trial compression to a few slots per head still loses. `docs/theory.md 5.3`."""
+    trial_total = min(total, (method.trial + scored.pinned) * scored.heads)
+    trial_scores, trial_counts = _allotted(scored, method, trial_total)
+    errors = []
+    for layer, observation in enumerate(observations):
+        with_references = replace(observation, references=scored.references[layer])
+        choices = method.choose(with_references, _own(trial_scores[layer], observation), trial_counts[layer])
+        errors.append([head.error for head in method.merge(with_references, choices)])
+        step()
+    return allot.by_need(counts, trial_counts, errors, allot.room(scores), _most_fixed(scores))
 
 
-def _flat(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], slot_dtype: SlotDtype) -> Slots:
+def _stored(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], slot_dtype: SlotDtype) -> Slots:
+    """A layer's slots, flat, its heads one after the other."""
     return Slots(
         keys=slot_dtype.store(torch.cat([head.keys for head in merged]).to(observation.keys.dtype)),
         values=slot_dtype.store(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
         bias=torch.cat([head.bias for head in merged]).float(),
-        positions=torch.cat([observation.positions[h, k] for h, k in enumerate(kept)]).int(),
+        positions=torch.cat([observation.positions[head, entries] for head, entries in enumerate(kept)]).int(),
         offsets=(0, *accumulate(len(head) for head in kept)),
     )
 
 
+def _unmerged(observations: Sequence[Observation], stay: Sequence[Tensor], slot_dtype: SlotDtype) -> Compressed:
+    """Only the entries for which stay[layer], bool [H, T], is true, and nothing merged."""
+    kept, merged, slots = [], [], []
+    for observation, layer_stay in zip(observations, stay, strict=True):
+        kept.append(tuple(head.nonzero()[:, 0] for head in layer_stay))
+        merged.append(
+            tuple(
+                evict(observation.keys[head], observation.values[head], entries, observation.head_bias(head))
+                for head, entries in enumerate(kept[-1])
+            )
+        )
+        slots.append(_stored(observation, kept[-1], merged[-1], slot_dtype))
+    return Compressed(Plan(tuple(kept)), tuple(slots), tuple(merged))
+
+
+def _price(layer_pairs: LayerPairs, observation: Observation, layers: int) -> float:
+    """The bytes of a slot as a share of those of a slot that shares nothing."""
+    vectors = sum(x.shape[2] * x.element_size() for x in (observation.keys, observation.values))
+    return layer_pairs.cost(layers, vectors, BESIDE)
+
+
+def _levelled(layers: Sequence[Tensor], fill: float) -> Tensor:
+    """Layers [H, T_l] as one tensor [L, H, T], the shorter ones filled up in front."""
+    most = max(layer.shape[1] for layer in layers)
+    return torch.stack([pad(layer, (most - layer.shape[1], 0), value=fill) for layer in layers])
+
+
+def _own(scores: Tensor, observation: Observation) -> Tensor:
+    """A layer's own scores [H, its entries], without what fills up in front."""
+    return scores[:, scores.shape[1] - observation.entries :]
+
+
+def _most_fixed(scores: Tensor) -> int:
+    """The most entries that a head must keep."""
+    return int(scores.isposinf().sum(-1).max())
+
+
+def _check_room(pinned: int, slots: int) -> None:
+    """Raises BudgetError unless what must stay fits into a head's slots."""
+    if pinned > slots:
+        raise BudgetError(f"{pinned} tokens must stay in every head, but there are only {slots} slots: give a larger budget")
+
+
+def _stepper(progress: Progress, of: int) -> Callable[[], None]:
+    """What reports that one more of `of` steps is done."""
+    numbers = count(1)
+    return lambda: progress(next(numbers), of)
+
+
 def in_row(progress: Progress, row: int, rows: int, done: int, of: int) -> None:
-    """Progress in one of several rows, told as that of all of them."""
+    """Progress in one of several rows of a batch, reported as that of all of them."""
     progress(row * of + done, rows * of)

@@ -1,6 +1,7 @@
-"""Score: how much each token matters. Every function maps an Observation to float32 [H, T], larger is better.
+"""Score: how much each entry matters. Every function maps an Observation to float32 [H, T]; larger is better.
 
-T entries, of which those that only fill up (bias -inf) may get anything: whoever chooses passes over them.
+Entries that only fill up a shorter head (bias -inf) may get anything: `compress` passes over them. A score that only one method
+uses is in that method's file.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ def accumulated(observation: Observation) -> Tensor:
 
 
 def pooled_window(observation: Observation, window: int = 32, kernel: int = 5) -> Tensor:
-    """Mean softmax share over the last 32 queries, then a moving mean over 5 neighbours; the window itself is kept.
+    """Mean softmax share over the last 32 queries, then a moving mean over 5 neighbors; the window itself is kept.
 
-    SnapKV, arXiv 2404.14469, section 4. The group is averaged after the softmax (GQA); beyond the ends the mean counts zeros,
-    as in the authors' code.
+    The query heads of a group are averaged after the softmax. Beyond the ends the moving mean counts zeros, as in the authors'
+    code. SnapKV, arXiv 2404.14469, section 4.
+
+    Args:
+        observation: What the layer showed.
+        window: Queries that are looked at.
+        kernel: Entries of the moving mean.
+
+    Returns:
+        [H, T], +inf for the tokens of the window.
     """
     share = window_logits(observation, window).softmax(-1).mean((1, 2))
     newest = observation.positions >= observation.tokens - min(window, observation.queries.shape[2])
@@ -43,28 +52,31 @@ def pooled_window(observation: Observation, window: int = 32, kernel: int = 5) -
 
 
 def rising_window(observation: Observation, window: int) -> Tensor:
-    """Sum over the last w queries of their shares, weights rising from 1 to 1.2, [H, G, T]; 64 queries at a time."""
-    (heads, group, count, _), entries = observation.queries.shape, observation.entries
+    """Sum over the last `window` queries of their shares, with weights rising from 1 to 1.2; per query head, [H, G, T].
+
+    PyramidInfer, arXiv 2405.12532; computed for 64 queries at a time.
+    """
+    heads, group, count, _ = observation.queries.shape
     window = min(window, count)
     weight = torch.linspace(1, 1.2, window, device=observation.keys.device)
-    total = observation.keys.new_zeros(heads, group, entries, dtype=torch.float32)
+    total = observation.keys.new_zeros(heads, group, observation.entries, dtype=torch.float32)
     for lo in range(count - window, count, 64):
-        part = replace(
+        piece = replace(
             observation,
             queries=observation.queries[:, :, lo : lo + 64],
             query_positions=observation.query_positions[lo : lo + 64],
         )
-        share = window_logits(part, 64).softmax(-1).nan_to_num_()
+        share = window_logits(piece, 64).softmax(-1).nan_to_num_()
         first = lo - count + window
         total += torch.einsum("hgwt,w->hgt", share, weight[first : first + share.shape[2]])
     return total
 
 
 def output_change(observation: Observation) -> Tensor:
-    """rms share × ||v_i - mean v||: how much of the output hangs on token i. DESIGN section 5.
+    """sqrt(rms_share² + repeat_share²) × ||v_i - mean v||: how much the output would change without entry i.
 
-    To the rms share of the reference rows that of the repetition's queries is added in squares: who may be asked for either way
-    counts for both.
+    An entry matters if the reference rows need it or the repetition does. The mean over values counts votes.
+    `docs/theory.md 5.1`; the rms share is Attention Matching's, arXiv 2602.16284, section 3.
     """
     references = observation.references
     assert references is not None, "the method table names references"

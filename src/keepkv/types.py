@@ -1,7 +1,7 @@
-"""The three frozen values that travel: Observation -> Plan -> Slots.
+"""The frozen values that travel: an Observation becomes Choices and a Plan, and these become Slots.
 
-Shapes use: L layers, H KV heads, G query heads per KV head, T tokens, N observed queries, d and d_v head sizes.
-Every value describes one sequence (no batch, no padding) except `Slots`, which holds a batch flat.
+Shapes use: L layers, H KV heads, G query heads per KV head, T entries, N observed queries, d and d_v head sizes. Every value
+describes one sequence (no batch, no padding) except `Slots`, which holds a batch flat.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from keepkv.ops.ragged import Ragged
 
 @dataclass(frozen=True)
 class References:
-    """Reference queries of one layer and the exact attention they get over all T entries; everything float32.
+    """Reference queries of one layer, and the exact attention they get over all T entries. `docs/theory.md 4.1`.
 
-    queries [H, R, d], R rows, scaled, so that logits are queries @ keys.T; visible [R] int64: each row sees the entries of
-    smaller positions; log_z [H, R], the log of the softmax denominator; outputs [H, R, d_v]; rms_share [H, T], the
-    root mean square of each entry's softmax share, over these rows and more; repeat_share [H, T], the same for queries
-    that ask for one token each, word for word, and are not among the rows: 0 where the text was not repeated.
+    Args:
+        queries: [H, R, d] float32, already scaled: logits are queries @ keys.T. A reference query is called a row.
+        visible: [R] int64; each row sees the entries of smaller positions.
+        log_z: [H, R] float32, the logarithm of the softmax denominator.
+        outputs: [H, R, d_v] float32, the exact outputs.
+        rms_share: [H, T] float32, the root mean square of each entry's softmax share over these rows, and possibly more.
+        repeat_share: [H, T] float32, the same for the queries of a repetition of the text, which are modeled and not among
+            the rows: each asks for one token alone. 0 where the text was not repeated. `docs/theory.md 4.4`.
     """
 
     queries: Tensor
@@ -34,9 +38,17 @@ class References:
 
 
 class ReferenceRows(NamedTuple):
-    """Reference rows of one head, or of several, [h, ...]: queries [R, d], log_z [R], outputs [R, d_v], visible [R], the same
-    for all; and the entries they are asked of: keys [T, d] float32, bias [T] or None, positions [T], repeat_share [T], as in
-    `Observation` and `References`.
+    """The reference rows of one head, or of h heads, with the entries they are asked of. All tensors may begin with [h].
+
+    Attributes:
+        queries: [R, d], as in `References`.
+        visible: [R] int64, the same for all heads.
+        log_z: [R].
+        outputs: [R, d_v].
+        keys: [T, d] float32, of the entries.
+        bias: [T] or None, as in `Observation`.
+        positions: [T] int64, as in `Observation`.
+        repeat_share: [T], as in `References`.
     """
 
     queries: Tensor
@@ -49,14 +61,25 @@ class ReferenceRows(NamedTuple):
     repeat_share: Tensor
 
     def take(self, which: Tensor) -> ReferenceRows:
-        """The rows int64 [m] of R."""
+        """Only the rows `which`, int64 [m]."""
         return self._replace(
-            queries=self.queries.index_select(-2, which), visible=self.visible[which],
-            log_z=self.log_z.index_select(-1, which), outputs=self.outputs.index_select(-2, which),
-        )  # fmt: skip
+            queries=self.queries.index_select(-2, which),
+            visible=self.visible[which],
+            log_z=self.log_z.index_select(-1, which),
+            outputs=self.outputs.index_select(-2, which),
+        )
 
     def share(self, entries: Tensor) -> Tensor:
-        """The exact softmax share that every row gives to the entries [n], of several heads [h, n], votes counted: [R, n]."""
+        """The exact softmax share A_qj = exp(q·k_j + b_j - ln Z_q) that every row gives to some entries.
+
+        It is 0 where the row does not see the entry. `docs/theory.md 6.1`.
+
+        Args:
+            entries: Indices, int64 [n], or [h, n] for several heads.
+
+        Returns:
+            [R, n], or [h, R, n].
+        """
         logits = self.queries @ self.keys.take_along_dim(entries[..., None], -2).mT
         if self.bias is not None:
             logits += self.bias.gather(-1, entries)[..., None, :]
@@ -64,27 +87,34 @@ class ReferenceRows(NamedTuple):
         return share.masked_fill_(self.positions.gather(-1, entries)[..., None, :] >= self.visible[:, None], 0)
 
     def on(self, slots: Ragged) -> Tensor:
-        """`share` of several heads' entries, [h, R, n]; 0 where there is none."""
+        """`share` of several heads' entries, [h, R, n]; 0 where a head has fewer."""
         share = self.share(slots.entries)
         return share if len(share) == 1 else share.masked_fill_(~slots.real[:, None], 0)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one layer showed while it read one sequence: T entries, each a token, or a slot of an earlier compression.
+    """What one layer showed while it read one sequence. Each of the T entries is a token, or a slot of an earlier compression.
 
-    keys [H, T, d] as stored (after RoPE); values [H, T, d_v]; queries [H, G, N, d] as they were asked (after RoPE),
-    the newest last; query_positions [N] int64, ascending, the token index that asked; inv_freq [r/2] float32, the
-    rotary frequencies (r <= d rotated dimensions, rotate-half layout); scale, the factor on q·k;
-    column_mass [H, T] float32 or None, the attention each entry received from all queries (mean over the group);
-    repeat_peak [H, T] float32 or None, the largest share each entry got while the text was repeated over its own cache;
-    repeated [H, G, M, d] or None, queries of that repetition as they were asked, after all T entries;
-    projection [H, G, d_v, D] or None, the part of the layer's output projection that each query head's output goes through;
-    keep [H, T] bool or None, entries that must stay verbatim whatever the method; references, the queries that a compression
-    must serve, for methods that fit; seed and layer make chance repeatable.
-    Where entries are slots: bias [H, T] float32, the log of their votes, -inf for the first ones of a head that has fewer
-    entries than another; places [H, T] int64, ascending, the token each key comes from; read, how many tokens were read.
-    All three are None where every entry is one token.
+    Args:
+        keys: [H, T, d], as stored (after RoPE).
+        values: [H, T, d_v].
+        queries: [H, G, N, d], as they were asked (after RoPE), the newest last.
+        query_positions: [N] int64, ascending, the token that asked each query.
+        inv_freq: [r/2] float32, the rotary frequencies; the first r <= d dimensions rotate, in the rotate-half layout.
+        scale: The factor on q·k.
+        layer: The layer's index; with `seed` it makes chance repeatable.
+        seed: Of all that is drawn by chance.
+        column_mass: [H, T] float32, the attention each entry received from all queries, mean over the group; or None.
+        repeat_peak: [H, T] float32, the largest share each entry got while the text was repeated over its own cache; or None.
+        repeated: [H, G, M, d], queries of that repetition as they were asked, after all T entries; or None.
+        projection: [H, G, d_v, D], the part of the output projection that each query head's output goes through; or None.
+        keep: [H, T] bool, entries that must stay verbatim whatever the method; or None.
+        references: The queries that a compression must serve, for methods that name some.
+        bias: [H, T] float32, the logarithm of each slot's vote. A head with fewer entries than another is filled up in front,
+            with a bias of -inf. None where every entry is one token, as are the next two.
+        key_positions: [H, T] int64, ascending, the token each key comes from. Use `positions`, which is never None.
+        read: How many tokens were read. Use `tokens`, which is never None.
     """
 
     keys: Tensor
@@ -102,24 +132,29 @@ class Observation:
     keep: Tensor | None = None
     references: References | None = None
     bias: Tensor | None = None
-    places: Tensor | None = None
+    key_positions: Tensor | None = None
     read: int | None = None
 
     @property
+    def heads(self) -> int:
+        """H."""
+        return self.keys.shape[0]
+
+    @property
     def entries(self) -> int:
-        """T, with those that only fill up."""
+        """T, those that only fill up a shorter head included."""
         return self.keys.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Tokens read: the next one's position."""
+        """How many tokens were read, which is the position of the next one."""
         return self.entries if self.read is None else self.read
 
     @property
     def positions(self) -> Tensor:
-        """The token each entry's key comes from, int64 [H, T]."""
-        if self.places is not None:
-            return self.places
+        """The token each entry's key comes from, int64 [H, T]: `key_positions`, or 0 to T - 1 where entries are tokens."""
+        if self.key_positions is not None:
+            return self.key_positions
         return torch.arange(self.entries, device=self.keys.device).expand(self.heads, -1)
 
     @property
@@ -129,44 +164,53 @@ class Observation:
 
     @property
     def present(self) -> Tensor:
-        """Which entries are real, bool [H, T]."""
+        """Which entries are real and do not only fill up, bool [H, T]."""
         if self.bias is None:
             return torch.ones(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device)
         return self.bias > -torch.inf
 
-    def head_bias(self, head: int | slice) -> Tensor | None:
-        return None if self.bias is None else self.bias[head]
-
-    def head_keep(self, head: int | slice) -> Tensor | None:
-        return None if self.keep is None else self.keep[head]
-
-    def rows(self, head: int | slice) -> ReferenceRows:
-        """The reference rows of a head, or of several. The method must name references."""
-        ref = self.references
-        assert ref is not None, "the method table names references"
-        return ReferenceRows(
-            ref.queries[head], ref.visible, ref.log_z[head], ref.outputs[head],
-            self.keys[head].float(), self.head_bias(head), self.positions[head], ref.repeat_share[head],
-        )  # fmt: skip
-
     @property
     def reference_rows(self) -> int:
-        """R."""
+        """R, how many reference rows there are."""
         return 0 if self.references is None else len(self.references.visible)
-
-    @property
-    def heads(self) -> int:
-        return self.keys.shape[0]
 
     @property
     def generator(self) -> torch.Generator:
         """A fresh CPU generator for this layer: the same numbers whenever and however often it is asked for."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer)
 
+    def head_bias(self, head: int | slice) -> Tensor | None:
+        """`bias` of a head, or of several."""
+        return None if self.bias is None else self.bias[head]
+
+    def head_keep(self, head: int | slice) -> Tensor | None:
+        """`keep` of a head, or of several."""
+        return None if self.keep is None else self.keep[head]
+
+    def rows(self, head: int | slice) -> ReferenceRows:
+        """The reference rows of a head, or of several. The method must name references."""
+        references = self.references
+        assert references is not None, "the method table names references"
+        return ReferenceRows(
+            queries=references.queries[head],
+            visible=references.visible,
+            log_z=references.log_z[head],
+            outputs=references.outputs[head],
+            keys=self.keys[head].float(),
+            bias=self.head_bias(head),
+            positions=self.positions[head],
+            repeat_share=references.repeat_share[head],
+        )
+
 
 class Choice(NamedTuple):
-    """What becomes of one head's entries: kept int64 [n], ascending, keep a slot; target int64 [T], the slot (an index into
-    kept) that each entry is merged into, -1 for what is dropped; None where the merge decides that."""
+    """What becomes of one head's entries.
+
+    Attributes:
+        kept: int64 [n], ascending, the entries that keep a slot.
+        target: int64 [T], the slot (an index into `kept`) that each entry is merged into, -1 for what is dropped. None where
+            the merge decides that.
+    """
 
     kept: Tensor
     target: Tensor | None = None

@@ -1,1 +1,1 @@
-"""Attend: attention over slots with votes and a dense tail, by one of several backends; `dispatch` picks one."""
+"""Attend: attention over slots with votes and over a tail of exact tokens, by one of several backends. `dispatch` picks."""

@@ -2,14 +2,14 @@
 
 | backend | where | how |
 |---|---|---|
-| reference | everywhere, float64 too | plain softmax, float32 or better: `parts.block`, head by head |
+| eager | everywhere, float64 too | plain softmax in float32 or better, head by head: `states.block` |
 | sdpa | CPU, below float64, d = d_v | PyTorch's flash attention kernel, votes as its mask; matrix products for few rows |
-| triton | CUDA, below float64, sizes to 256 | `kernels`: split over the keys, a group's query heads together; slots only |
-| spare | CPU, CUDA in 16 bits | stock flash attention over slots that `spare.widen` made, votes in their keys; slots only |
+| triton | CUDA, below float64, sizes to 256 | `triton_kernels`: split over the keys, a group's heads together; slots only |
+| bias_in_keys | CPU, CUDA in 16 bits | stock flash attention over slots with their votes in their keys (`widen`); slots only |
 
-"auto" takes `bias_in_keys` for such slots, and otherwise what `backend_for` names, whose kernel has been tried once against
-`parts.exact` where it runs. If that one refuses, "auto" is the reference, and a warning says why; a backend that is asked
-for by name and cannot run raises BackendError.
+"auto" takes `bias_in_keys` for slots that `bias_in_keys.widen` made, and otherwise what `backend_for` names. A fast kernel has
+been tried once against `states.exact` where it runs. If it refuses, "auto" is `eager`, and a warning says why. A backend that
+is asked for by name and cannot run raises BackendError.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ class BackendModule(Protocol):
 
 
 class Backend(NamedTuple):
-    """The backend that "auto" takes, and why not the fast one of the device; "" where it is that one."""
+    """The backend that "auto" takes.
+
+    Attributes:
+        name: Its name.
+        refusal: Why it is not the fast one of the device; "" where it is.
+    """
 
     name: str
     refusal: str = ""
@@ -61,10 +66,13 @@ class Backend(NamedTuple):
 
 @cache
 def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size: int | None = None) -> Backend:
-    """The backend that "auto" takes for queries and keys of `size` and values of `value_size` (as large, if not given).
+    """The backend that "auto" takes. Where the device's fast backend refuses, a warning says so once, but not for float64.
 
-    Where the device's fast backend refuses, that is said once, as a warning; in silence only for float64, where speed is not
-    what one is after.
+    Args:
+        device: Where queries and slots are.
+        dtype: Of the queries.
+        size: d, of queries and keys.
+        value_size: d_v. None: as large.
     """
     fast = "triton" if device.type == "cuda" else "sdpa"
     reason = _module(fast).reason_against(device, dtype, size, size if value_size is None else value_size)
@@ -81,9 +89,24 @@ def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size:
 def attend(
     query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
 ) -> Tensor:
-    """o = softmax(scale q·k + b) v over slots and tail together, [B, H, R, d_v] float32 or better; see the functions below.
+    """o = softmax(scale q·k + b) v over slots and tail together. `docs/theory.md 1.1`.
 
-    Kernels have no gradient of the log-sum-exp: where gradients are asked for, "auto" is the reference.
+    Kernels have no gradient of the log-sum-exp: where gradients are asked for, "auto" is `eager`.
+
+    Args:
+        query: [B, H, R, d], the R = G × new rows of the query heads that share a KV head.
+        slots: One layer's, as they are stored.
+        keys: [B, H, n, d], of the tail.
+        values: [B, H, n, d_v].
+        visible: What of the tail each row sees, see `attend_tail`.
+        scale: The factor on q·k.
+        backend: A name from the table above, or "auto".
+
+    Returns:
+        [B, H, R, d_v], float32 or better.
+
+    Raises:
+        BackendError: for a backend that is unknown or cannot run.
     """
     if backend == "auto" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values)):
         backend = "eager"
@@ -97,11 +120,19 @@ def attend(
 
 
 def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto") -> AttentionState:
-    """Attention over the compact part: o = softmax(scale q·k + b) v and its log-sum-exp, every row sees all slots of its head.
+    """Attention over the slots alone: o = softmax(scale q·k + b) v and its log-sum-exp. Every row sees all slots of its head.
 
-    query [B, H, R, d], the R = G * new rows of the query heads that share a KV head; slots, one layer's, as they are stored:
-    ragged, nothing is padded. Output [B, H, R, d_v] and log-sum-exp [B, H, R], float32 or better; 0 and -inf for a head
-    without slots. Raises BackendError.
+    Args:
+        query: [B, H, R, d], the R = G × new rows of the query heads that share a KV head.
+        slots: One layer's, as they are stored. They are ragged, and nothing is padded.
+        scale: The factor on q·k.
+        backend: A name from the table above, or "auto".
+
+    Returns:
+        Output [B, H, R, d_v] and log-sum-exp [B, H, R], float32 or better; 0 and -inf for a head without slots.
+
+    Raises:
+        BackendError: for a backend that is unknown or cannot run.
     """
     return _module(_backend(backend, query, slots.values.shape[1])).attend_slots(query, slots, scale)
 
@@ -109,11 +140,23 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
 def attend_tail(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
 ) -> AttentionState:
-    """Attention over the dense tail: o = softmax(scale q·k + mask) v and its log-sum-exp, as `attend_slots` gives them.
+    """Attention over the tail alone: o = softmax(scale q·k + mask) v and its log-sum-exp.
 
-    query [B, H, G * new, d], keys [B, H, n, d], values [B, H, n, d_v]; visible [B or 1, 1, new, n], bool or additive, the same
-    for the G query heads of a group, or None where all is seen. ReferenceRows that see nothing give 0 and -inf. `triton`, and
-    `bias_in_keys` on CUDA, run the plain code here. Raises BackendError.
+    `triton`, and `bias_in_keys` on CUDA, run the plain code here.
+
+    Args:
+        query: [B, H, G × new, d].
+        keys: [B, H, n, d].
+        values: [B, H, n, d_v].
+        visible: [B or 1, 1, new, n], bool or additive, the same for the G query heads of a group; None where all is seen.
+        scale: The factor on q·k.
+        backend: A name from the table above, or "auto".
+
+    Returns:
+        Output [B, H, G × new, d_v] and log-sum-exp [B, H, G × new]; 0 and -inf for a row that sees nothing.
+
+    Raises:
+        BackendError: for a backend that is unknown or cannot run.
     """
     backend = _backend(backend, query, values.shape[-1])
     if backend == "sdpa" or (backend == "bias_in_keys" and query.device.type == "cpu"):
@@ -121,33 +164,42 @@ def attend_tail(
     batch, heads, rows, size = query.shape
     apart = query.reshape(batch, heads, -1, rows if visible is None else visible.shape[2], size)  # [B, H, G, new, d]
     step = max(1, _TILE // max(1, apart.shape[:3].numel() * keys.shape[2]))
-    parts = []
+    states = []
     for lo in range(0, apart.shape[3], step):
         bias = None if visible is None else sdpa.additive(visible[:, :, None, lo : lo + step], wide(query.dtype))
-        parts.append(block(apart[:, :, :, lo : lo + step], keys[:, :, None], values[:, :, None], bias, scale))
-    output, log_mass = (torch.cat(tensors, 3).flatten(2, 3) for tensors in zip(*parts, strict=True))
+        states.append(block(apart[:, :, :, lo : lo + step], keys[:, :, None], values[:, :, None], bias, scale))
+    output, log_mass = (torch.cat(tensors, 3).flatten(2, 3) for tensors in zip(*states, strict=True))
     return output, log_mass
 
 
 def attend_watched(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, answered: int
 ) -> tuple[AttentionState, Tensor]:
-    """Attention of the first `answered` of query [H, R, d], scaled, over keys [H, T, d], all visible, in float32 or better.
+    """Attention of reference rows, and the share that they pay each entry. Everything in the queries' dtype.
 
-    bias [H, T] or None is added to the logits. And what all R rows together pay each entry: the root mean square over rows
-    of its softmax share, [H, T].
+    Args:
+        query: [H, R, d], scaled.
+        keys: [H, T, d], all visible.
+        values: [H, T, d_v].
+        bias: [H, T], added to the logits; or None.
+        answered: Only the first `answered` rows get an output.
+
+    Returns:
+        The state of these rows, and the root mean square over all R rows of each entry's softmax share, [H, T].
     """
-    (heads, rows, _), tokens = query.shape, keys.shape[1]
-    output, log_mass = query.new_empty(heads, answered, values.shape[2]), query.new_empty(heads, rows)
-    paid = query.new_zeros(heads, tokens)
-    for some in groups(heads, query.device, tokens):
+    heads, rows, _ = query.shape
+    entries = keys.shape[1]
+    output = query.new_empty(heads, answered, values.shape[2])
+    log_mass = query.new_empty(heads, rows)
+    squares = query.new_zeros(heads, entries)
+    for some in groups(heads, query.device, entries):
         own, own_keys, own_values = query[some], keys[some].mT, values[some]
-        step = min(rows, max(1, _tile(query.device) // (len(own) * tokens)))
-        tile = query.new_empty(len(own) * step * tokens)
+        step = min(rows, max(1, _tile(query.device) // (len(own) * entries)))
+        tile = query.new_empty(len(own) * step * entries)  # the shares of one step, in place
         for lo in range(0, rows, step):
-            part = own[:, lo : lo + step]
-            share = tile[: part.shape[:2].numel() * tokens].view(*part.shape[:2], tokens)
-            torch.bmm(part, own_keys, out=share)
+            queries = own[:, lo : lo + step]
+            share = tile[: queries.shape[:2].numel() * entries].view(*queries.shape[:2], entries)
+            torch.bmm(queries, own_keys, out=share)
             if bias is not None:
                 share.add_(bias[some, None])
             top = share.amax(-1)
@@ -156,8 +208,8 @@ def attend_watched(
             log_mass[some, lo : lo + step] = top + total.log()
             if lo < answered:
                 output[some, lo : lo + step] = torch.bmm(share[:, : answered - lo], own_values)
-            paid[some] += share.square_().sum(1)
-    return (output, log_mass[:, :answered]), (paid / rows).sqrt_()
+            squares[some] += share.square_().sum(1)
+    return (output, log_mass[:, :answered]), (squares / rows).sqrt_()
 
 
 def _tile(device: torch.device) -> int:
@@ -167,6 +219,7 @@ def _tile(device: torch.device) -> int:
 
 @cache
 def _module(name: str) -> BackendModule:
+    """The module of a backend."""
     return cast(BackendModule, import_module(f"keepkv.attend.{name}"))
 
 

@@ -11,13 +11,13 @@ from keepkv.slots.slots import Slots
 
 
 def reason_against(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
-    """Nothing: this backend can always run."""
+    """Nothing speaks against it: this backend always runs."""
     return ""
 
 
 def attend_slots(query: Tensor, slots: Slots, scale: float) -> AttentionState:
     """See `dispatch.attend_slots`."""
     of_heads = zip(rotated(query, slots).flatten(0, 1), slots.unrotated().per_head, strict=True)
-    parts = [block(own, keys, values, bias, scale) for own, (keys, values, bias) in of_heads]
-    output, log_mass = stacked(parts, len(query))
+    states = [block(own, keys, values, bias, scale) for own, (keys, values, bias) in of_heads]
+    output, log_mass = stacked(states, len(query))
     return unrotated(output, slots), log_mass

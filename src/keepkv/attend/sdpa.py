@@ -1,9 +1,9 @@
 """The `sdpa` backend: attention on a CPU in float32, by PyTorch's flash attention kernel or by a few matrix products.
 
-The kernel is a private operator of PyTorch that returns the log-sum-exp with the output. `available` tries it once, against
-`exact`; where it is missing or means something else, `attention.backend_for` picks the portable path instead, and says so.
-Query heads that share a KV head are rows of one query: keys and values are never repeated. bfloat16 and float16 are widened
-first, a head or a tail at a time: as fast as the kernel's own low precision, and more exact.
+The kernel is a private operator of PyTorch that returns the log-sum-exp with the output. `available` tries it once against
+`states.exact`; where it is missing or means something else, `dispatch.backend_for` picks `eager` instead, and says so. Query
+heads that share a KV head are rows of one query, so keys and values are never repeated. bfloat16 and float16 are widened first,
+a head or a tail at a time, which is as fast as the kernel's own low precision, and more exact.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TILE = 1 << 22  # elements of a float mask made at once
 
 
 def reason_against(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
-    """Why this backend cannot run queries of `size` over values of `value_size`; nothing if it can."""
+    """Why this backend cannot run queries of `size` over values of `value_size`; "" if it can."""
     if device.type != "cpu":
         return f"runs on a CPU, not on {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -39,10 +39,10 @@ def available() -> bool:
     """Whether this PyTorch has the kernel, with a float mask and a natural log-sum-exp."""
     query, keys, values, mask = (torch.arange(n).reshape(shape).float().cos() for n, shape in _TRIAL)
     try:
-        got = _kernel(query, keys, values, mask, False, 0.5)
+        state = _kernel(query, keys, values, mask, False, 0.5)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    pairs = zip(got, exact(query, keys, values, mask, 0.5), strict=True)
+    pairs = zip(state, exact(query, keys, values, mask, 0.5), strict=True)
     return all(ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in pairs)
 
 
@@ -50,23 +50,26 @@ _TRIAL = ((24, (1, 2, 3, 4)), (40, (1, 2, 5, 4)), (40, (1, 2, 5, 4)), (30, (1, 2
 
 
 def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Output of one softmax over slots and tail, for few rows; arguments as in `attention.attend`.
+    """Output of one softmax over slots and tail, for few rows. Arguments as in `dispatch.attend`.
 
-    A head's logits over the tail and over its slots are written side by side, so that nothing is padded or joined; products
+    A head's logits over the tail and over its slots are written side by side, so that nothing is padded or merged. Products
     write where they belong, which autograd cannot follow.
     """
-    (batch, heads, rows, size), tail, dtype = query.shape, keys.shape[2], wide(query.dtype)
+    batch, heads, rows, size = query.shape
+    tail = keys.shape[2]
+    dtype = wide(query.dtype)
     flat = (query.to(dtype) * scale).flatten(0, 1)
     newer = torch.bmm(flat, keys.to(dtype).flatten(0, 1).transpose(1, 2))  # [B*H, R, n]
     if visible is not None:
         newer.view(batch, heads, rows // visible.shape[2], visible.shape[2], tail).add_(additive(visible, dtype)[:, :, None])
-    (key_rotation, value_rotation), slots = slots.rotations, slots.unrotated()
+    key_rotation, value_rotation = slots.rotations
+    slots = slots.unrotated()
     if slots.keys.dtype != dtype:
         slots = replace(slots, keys=slots.keys[:].to(dtype), values=slots.values[:].to(dtype))
     rotated = flat if key_rotation is None else flat @ key_rotation.T
     output = flat.new_empty(batch * heads, rows, slots.values.shape[1])
-    of_heads = zip(rotated.unbind(), newer.unbind(), values.to(dtype).flatten(0, 1).unbind(), slots.per_head, output.unbind(),
-                   strict=True)  # fmt: skip
+    tail_values = values.to(dtype).flatten(0, 1)
+    of_heads = zip(rotated.unbind(), newer.unbind(), tail_values.unbind(), slots.per_head, output.unbind(), strict=True)
     for own, new, new_values, (old_keys, old_values, bias), to_output in of_heads:
         logits = own.new_empty(rows, tail + len(bias))
         logits[:, :tail] = new
@@ -85,17 +88,17 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
 
 
 def attend_slots(query: Tensor, slots: Slots, scale: float) -> AttentionState:
-    """See `attention.attend_slots`: head by head, as they are stored."""
-    parts = []
+    """See `dispatch.attend_slots`: head by head, as they are stored."""
+    states = []
     for own, (keys, values, bias) in zip(rotated(query, slots).flatten(0, 1), slots.unrotated().per_head, strict=True):
         output, log_mass = flash(own[None, None], keys[None, None], values[None, None], bias.expand(1, 1, len(own), -1), scale)
-        parts.append((output[0, 0], log_mass[0, 0]))
-    output, log_mass = stacked(parts, len(query))
+        states.append((output[0, 0], log_mass[0, 0]))
+    output, log_mass = stacked(states, len(query))
     return unrotated(output, slots), log_mass
 
 
 def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> AttentionState:
-    """See `attention.attend_tail`. Plain causality is left to the kernel, which skips what it hides; other masks are tiled."""
+    """See `dispatch.attend_tail`. Plain causality is left to the kernel, which skips what it hides; other masks are tiled."""
     if visible is None:
         return flash(query, keys, values, None, scale)
     if len(visible) > 1:  # rows of a batch with their own padding
@@ -104,7 +107,8 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
             for i in range(len(visible))
         ]
         return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
-    (batch, heads, count, size), new, tail = query.shape, visible.shape[2], keys.shape[2]
+    batch, heads, count, size = query.shape
+    new, tail = visible.shape[2], keys.shape[2]
     apart = query.reshape(batch * heads, -1, new, size)
     keys_apart, values_apart = (x.flatten(0, 1)[:, None].expand(-1, count // new, -1, -1) for x in (keys, values))
     if is_causal(visible, tail):
@@ -120,9 +124,10 @@ def attend_tail(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | N
     return _together((torch.cat([tile[0] for tile in tiles], 2), torch.cat([tile[1] for tile in tiles], 2)), batch, heads)
 
 
-def _together(part: AttentionState, batch: int, heads: int) -> AttentionState:
-    """A part of [B*H, G, new] rows as one of [B, H, G*new]."""
-    return part[0].reshape(batch, heads, -1, part[0].shape[-1]), part[1].reshape(batch, heads, -1)
+def _together(state: AttentionState, batch: int, heads: int) -> AttentionState:
+    """The state of [B*H, G, new] rows as one of [B, H, G*new]."""
+    output, log_mass = state
+    return output.reshape(batch, heads, -1, output.shape[-1]), log_mass.reshape(batch, heads, -1)
 
 
 def is_causal(visible: Tensor, tail: int) -> bool:
@@ -135,7 +140,7 @@ def is_causal(visible: Tensor, tail: int) -> bool:
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as it is added to the logits."""
+    """A mask, bool or additive, as it is added to the logits."""
     if visible.dtype != torch.bool:
         return visible.to(dtype)
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
@@ -144,10 +149,18 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def flash(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool = False
 ) -> AttentionState:
-    """The kernel on query [B, H, R, d], keys [B, H, n, d], values [B, H, n, d], mask broadcasting to [B, H, R, n], or None.
+    """PyTorch's kernel, kept from what it gets wrong.
 
-    causal: R = n, and row i sees keys 0..i. What the kernel gets wrong is kept from it: no rows or no keys (it divides by
-    zero), a last dimension that is strided (read as if it were not), and rows that see nothing (log-sum-exp 0, not -inf).
+    That is: no rows or no keys (it divides by zero), a last dimension that is strided (it is read as if it were not), and rows
+    that see nothing (it gives a log-sum-exp of 0, not -inf).
+
+    Args:
+        query: [B, H, R, d].
+        keys: [B, H, n, d].
+        values: [B, H, n, d].
+        mask: Broadcasting to [B, H, R, n], additive; or None.
+        scale: The factor on q·k.
+        causal: R = n, and row i sees keys 0 to i.
     """
     if not query.numel() or not keys.shape[2]:
         return nothing(query, values.shape[-1])
@@ -166,4 +179,5 @@ def _kernel(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, ca
 
 
 def _dense(x: Tensor) -> Tensor:
+    """x, with a last dimension that is not strided."""
     return x if x.stride(-1) == 1 else x.contiguous()

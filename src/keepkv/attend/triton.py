@@ -14,7 +14,7 @@ from keepkv.slots.slots import Slots
 
 
 def reason_against(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
-    """Why this backend cannot run queries of `size` over values of `value_size`; nothing if it can."""
+    """Why this backend cannot run queries of `size` over values of `value_size`; "" if it can."""
     if find_spec("triton") is None:
         return "needs Triton: pip install 'keepkv[gpu]'"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

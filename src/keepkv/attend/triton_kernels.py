@@ -1,10 +1,10 @@
-"""The `triton` backend: attention over ragged slots with votes on CUDA, split over the keys. Imported when it is asked for.
+"""The kernels of the `triton` backend: attention over ragged slots with votes on CUDA, split over the keys.
 
-Two passes, as in flash-decoding: every program attends a block of rows to one stretch of a head's slots and writes output and
-log-sum-exp; the second pass joins the stretches in order, so that results are the same each time. The R rows of the query heads
-that share a KV head are one block, so that a key is loaded once for all of them. Sums are float32. Quantized keys and values
-are loaded as they are stored, and become numbers of the query's dtype in registers; where they are rotated, query and output
-are those in rotated space.
+Two passes, as in flash-decoding. In the first, every program attends a block of rows to one stretch of a head's slots and
+writes output and log-sum-exp. The second merges the stretches in order, so that results are the same each time. The R rows of
+the query heads that share a KV head are one block, so that a key is loaded once for all of them. Sums are float32. Quantized
+keys and values are loaded as they are stored, and become numbers of the query's dtype in registers. Where they are stored in a
+rotated basis, query and output are in that basis too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from keepkv.slots.vectors import Stack
 
 
 class Schedule(NamedTuple):
-    """How the work is cut: rows and keys of one step, stretches of the longest head, warps of a program."""
+    """How the work is cut.
+
+    Attributes:
+        block_rows: Rows of one program.
+        block_keys: Keys of one step.
+        splits: Stretches that a head's slots are cut into.
+        warps: Of a program.
+    """
 
     block_rows: int
     block_keys: int
@@ -34,10 +41,17 @@ class Schedule(NamedTuple):
 
 
 def schedule(heads: int, rows: int, longest: int, size: int, processors: int) -> Schedule:
-    """For `heads` (rows of the batch times KV heads) of R rows over at most `longest` slots, on so many multiprocessors.
+    """The schedule for a layer.
 
-    At least 16 rows, what a matrix unit takes; fewer keys at once where heads are large. As many stretches as give every
-    multiprocessor two programs, but none under four steps of keys, and 64 at most.
+    A program has at least 16 rows, which is what a matrix unit takes, and fewer keys at once where heads are large. There are
+    as many stretches as give every multiprocessor two programs, but none of under four steps of keys, and 64 at most.
+
+    Args:
+        heads: Rows of the batch × KV heads.
+        rows: R.
+        longest: The most slots that a head has.
+        size: The larger one of d and d_v.
+        processors: Multiprocessors of the device.
     """
     block_rows = min(64 if size <= 128 else 32, max(16, triton.next_power_of_2(rows)))
     block_keys = 64 if size <= 128 else 32
@@ -48,9 +62,11 @@ def schedule(heads: int, rows: int, longest: int, size: int, processors: int) ->
 
 
 def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | None = None) -> AttentionState:
-    """See `attention.attend_slots`. query [B, H, R, d], float32, bfloat16 or float16, any strides; d and d_v up to 256."""
-    (batch, heads, rows, size), value_size = query.shape, slots.values.shape[1]
-    longest, device = max(slots.counts, default=0), query.device
+    """See `dispatch.attend_slots`. query [B, H, R, d], float32, bfloat16 or float16, any strides; d and d_v up to 256."""
+    batch, heads, rows, size = query.shape
+    value_size = slots.values.shape[1]
+    longest = max(slots.counts, default=0)
+    device = query.device
     if plan is None:
         on_cuda = device.type == "cuda"
         processors = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 1
@@ -61,7 +77,8 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
     log_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
     if not output.numel():
         return output, log_mass
-    (keys, key_steps, key_bits), (values, value_steps, value_bits) = _held(slots.keys), _held(slots.values)
+    keys, key_steps, key_bits = _stored(slots.keys)
+    values, value_steps, value_bits = _stored(slots.values)
     tiles = triton.cdiv(rows, plan.block_rows)
     wide_values = max(16, triton.next_power_of_2(value_size))
     _attend[(batch * heads, tiles, plan.splits)](
@@ -77,8 +94,8 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
     return output, log_mass
 
 
-def _held(stack: Stack) -> tuple[Tensor, Tensor, int]:
-    """What the kernel reads of a stack: vectors, or integers and their steps, and how many bits these have (0: vectors)."""
+def _stored(stack: Stack) -> tuple[Tensor, Tensor, int]:
+    """What the kernel reads of a stack: vectors, or integers and their steps; and the bits of an integer (0: vectors)."""
     if isinstance(stack, Quantized):
         return stack.codes, stack.steps, stack.slot_dtype.bits
     plain = stack[:]
@@ -87,7 +104,7 @@ def _held(stack: Stack) -> tuple[Tensor, Tensor, int]:
 
 @cache
 def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> str:
-    """What is wrong with the kernel on a device for such queries and slots, tried once in every format; "" if nothing."""
+    """What is wrong with the kernel on a device for such queries and slots, tried once for every slot dtype; "" if nothing."""
     generator, counts = torch.Generator().manual_seed(0), (0, 3, 70, 200)
     query, keys, values = (
         torch.randn(*shape, generator=generator).to(device, dtype)
@@ -102,11 +119,11 @@ def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) 
             output, log_mass = attend_slots(query, slots, size**-0.5)
         except Exception as error:  # a compiler has many
             return f"does not work {case} ({type(error).__name__}: {error})"
-        for head, plain in enumerate(slots.unrotated().per_head):
-            of_keys, of_values, votes = (x.double() for x in plain)
-            theirs = exact(query[0, head].double(), of_keys, of_values, votes, size**-0.5)
-            alike = torch.allclose(output[0, head].double(), theirs[0].nan_to_num(), atol=0.02, rtol=0.02)
-            if not alike or not torch.allclose(log_mass[0, head].double(), theirs[1], atol=0.02, rtol=0.02):
+        for head, tensors in enumerate(slots.unrotated().per_head):
+            plain_keys, plain_values, plain_bias = (x.double() for x in tensors)
+            wanted, wanted_mass = exact(query[0, head].double(), plain_keys, plain_values, plain_bias, size**-0.5)
+            same_output = torch.allclose(output[0, head].double(), wanted.nan_to_num(), atol=0.02, rtol=0.02)
+            if not same_output or not torch.allclose(log_mass[0, head].double(), wanted_mass, atol=0.02, rtol=0.02):
                 return f"computes something else {case}"
     return ""
 
@@ -173,7 +190,7 @@ def _attend(  # type: ignore[no-untyped-def]
 def _tile(  # type: ignore[no-untyped-def]
     stack, steps, slot, column, real_slot, real_column, stride_n, stride_d, size, BITS: tl.constexpr
 ):
-    """Vectors of some slots, as a tile that slot and column broadcast to; quantized ones read as `Quantized.unrotated`."""
+    """Vectors of some slots, as a tile that slot and column broadcast to. Quantized ones: see `Quantized.unrotated`."""
     if BITS == 0:
         tile = tl.load(stack + slot * stride_n + column * stride_d, mask=real_slot & real_column, other=0.0)
     else:

@@ -82,7 +82,7 @@ class Observations(Sequence[Observation]):
                 values=values[:, start:],
                 repeat_peak=layer.exact_repeat_peak(),
                 bias=None,
-                places=None,
+                key_positions=None,
                 read=None,
             )
         weight = self._projections[index]

@@ -1,4 +1,4 @@
-"""Methods: one file a paper, and the table of all of them. Copy `snapkv.py` for a new one, and name it in `registry.py`."""
+"""Methods: one file for each paper, and the table of all. Copy `snapkv.py` for a new one, and name it in `registry.py`."""
 
 from keepkv.methods.base import Method as Method
 from keepkv.methods.registry import METHODS as METHODS

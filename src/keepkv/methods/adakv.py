@@ -1,4 +1,4 @@
-"""AdaKV: a layer's budget shared among its heads by score. arXiv 2407.11550."""
+"""AdaKV: SnapKV's tokens, the slots of a layer shared among its heads by score. arXiv 2407.11550."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from keepkv.methods.base import Method
 
 METHODS = (
     Method(
-        "adakv",
-        "SnapKV's tokens, a layer's slots shared among its heads by score",
-        "AdaKV, arXiv 2407.11550",
-        score.pooled_window,
-        allot.within_layers,
+        name="adakv",
+        summary="SnapKV's tokens, the slots of a layer shared among its heads by score",
+        paper="AdaKV, arXiv 2407.11550",
+        score=score.pooled_window,
+        allot=allot.within_layers,
         sinks=0,
         cost="32 queries' attention",
-        good="heads that differ: the ragged slots are stored as such",
+        good="models whose heads differ: a head may keep many more tokens than another",
         bad="questions that come after the compression",
     ),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keepkv import allot
-from keepkv.merge.fit import _slots
+from keepkv.merge.fit import slots_to_fit
 from keepkv.merge.merged import Merged
 from keepkv.merge.per_head import fitted
 from keepkv.methods.base import Method
@@ -22,39 +22,64 @@ from keepkv.types import Observation, ReferenceRows, References
 def match(
     values: Tensor, kept: Sequence[Tensor], rows: ReferenceRows, verbatim: Tensor | None = None, strength: float = 1e-3
 ) -> list[Merged]:
-    """Attention Matching's fast fit, keys in place, arguments as of `fit`. arXiv 2602.16284; SYSTEMS 6.6, steps 3 and 4.
+    """Attention Matching's fast fit, keys in place. arXiv 2602.16284, section 3.
 
-    A_qj = exp(q·k_j + b_j - ln Z_q) on the kept keys. w = least squares of A w = 1, clamped at 1e-12, then two projected
-    gradient steps of length 1/||A||²; β = ln w within [-3, 3]. Values: ridge least squares of X C = Y, X the rows of A e^β
-    normalised, Y the exact outputs, λ = strength × mean diagonal. Unlike `fit` it does not pull towards the old values, weighs
-    all rows alike, and is not checked on held-out rows. Slots of verbatim entries, bool [h, T], are not touched.
+    `docs/theory.md 7.1`, and `docs/theory.md 7.2` for what differs from the paper.
+
+    With the shares A_qj = exp(q·k_j + b_j - ln Z_q) on the kept keys:
+
+        votes    w = least squares of A w = 1, clamped at 1e-12, then two projected gradient steps of length 1/||A||²;
+                 β = ln w within [-3, 3], and the new bias is b + β
+        values   C = least squares of X C = Y, X the rows of A e^β normalized, Y the exact outputs
+
+    The ridge is 1e-6 of the mean diagonal for votes, and 1e-3 (`strength`) of it for values. Unlike the default's `fit`, this
+    does not pull towards the old values, weighs all rows alike, and is not checked on rows that are held out. Slots that must
+    stay verbatim keep vote and value, and the others are fitted around them.
+
+    Args:
+        values: As in `merge.fit.fit`, like the other arguments.
+        kept: See there.
+        rows: See there.
+        verbatim: See there.
+        strength: See above.
     """
-    slots, free, before = _slots(kept, rows, verbatim)
-    keys, own = slots.pick(rows.keys), slots.pick(values)
+    slots, free, before = slots_to_fit(kept, rows, verbatim)
+    keys = slots.pick(rows.keys)
+    own = slots.pick(values)
     share = rows.on(slots)
-    gram, target = share.mT @ share, share.sum(1)[..., None]
-    w = least_squares.ridge(gram, target, 1e-6, slots.real).clamp(min=1e-12)
+
+    # Votes. What is not free has a vote of 1, and its mass is there already.
+    free_share = share * free[:, None]
+    fixed_mass = (share - free_share).sum(2, keepdim=True)
+    gram = free_share.mT @ free_share
+    target = free_share.sum(1)[..., None] - free_share.mT @ fixed_mass
+    w = least_squares.ridge(gram, target, 1e-6, free).clamp(min=1e-12)
     direction = torch.ones_like(w)
-    for _ in range(3):
+    for _ in range(3):  # power iterations: ||A||² is the largest eigenvalue of AᵀA
         direction = gram @ direction
         direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-30)
     step = 1 / (gram @ direction).norm(dim=1, keepdim=True).clamp(min=1e-30)
     for _ in range(2):
         w = (w - step * (gram @ w - target)).clamp(min=1e-12)
     beta = w[..., 0].log().clamp(-3, 3).masked_fill(~free, 0)
+
+    # Values, with these votes: what the others leave over of the exact outputs.
     share = share * beta.exp()[:, None]
     share = share / share.sum(2, keepdim=True).clamp(min=1e-30)
-    part, some = share * free[:, None], free[..., None]
-    rest = rows.outputs - share @ own.masked_fill(some, 0)
-    fitted = torch.where(some, least_squares.ridge(part.mT @ part, part.mT @ rest, strength, free), own)
-    return [Merged(k[:n], v[:n], b[:n]) for k, v, b, n in zip(keys, fitted, before + beta, map(len, kept), strict=True)]
+    free_share = share * free[:, None]
+    rest = rows.outputs - share @ own.masked_fill(free[..., None], 0)
+    solution = least_squares.ridge(free_share.mT @ free_share, free_share.mT @ rest, strength, free)
+    new_values = torch.where(free[..., None], solution, own)
+    per_head = zip(keys, new_values, before + beta, map(len, kept), strict=True)
+    return [Merged(k[:n], v[:n], b[:n]) for k, v, b, n in per_head]
 
 
 def repeated(observation: Observation) -> References:
     """The queries of a repetition of the text, as they were asked after it. Attention Matching, arXiv 2602.16284."""
     assert observation.repeated is not None, "the method table has the text repeated, and its queries kept"
     queries = observation.repeated.float().flatten(1, 2) * observation.scale
-    return attend_all(queries, observation.keys.float(), observation.values.float(), None, observation.bias, observation.tokens)
+    keys, values = observation.keys.float(), observation.values.float()
+    return attend_all(queries, keys, values, None, observation.bias, observation.tokens)
 
 
 def answered_most(observation: Observation) -> Tensor:
@@ -65,11 +90,11 @@ def answered_most(observation: Observation) -> Tensor:
 
 METHODS = (
     Method(
-        "attention-matching",
-        "highest attention keys, votes and values fitted to a repetition's queries",
-        "Attention Matching, arXiv 2602.16284 (fast variant)",
-        answered_most,
-        partial(allot.everywhere, floor=0.3),
+        name="attention-matching",
+        summary="highest attention keys, votes and values fitted to a repetition's queries",
+        paper="Attention Matching, arXiv 2602.16284 (fast variant)",
+        score=answered_most,
+        allot=partial(allot.everywhere, floor=0.3),
         recent=0,
         merge=fitted(match),
         references=repeated,

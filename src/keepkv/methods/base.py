@@ -1,4 +1,4 @@
-"""Method: one row of the table: a function per axis, what it must observe, its paper, and what a user should know of it."""
+"""Method: one function for each step of a compression, what it must observe, and what a user should know of it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,71 @@ from keepkv.types import Choice, Observation, References
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: observe (references, column_mass, repeat), score, allot, choose (sinks, recent, choose), merge.
+    """A compression method: one function for each step of `compress.py`, and what a user should know of it.
 
-    cost, good and bad are for its page: what it costs, what it is good for, what it is bad at.
+    Only a name, a summary, a paper and a score are needed. With the defaults for everything else, all heads get the same number
+    of slots, each keeps the tokens of the best scores, among them the first 4 and the newest 32, and the others are dropped.
+    Copy `snapkv.py` for a method of your own.
+
+    In the shapes, L are layers, H KV heads, and T entries, which are tokens or slots of an earlier compression.
+
+    Args:
+        name: What users call it: small letters, words joined by "-".
+        summary: What is kept, in a few words.
+        paper: The paper's name for it, and its arXiv number.
+        score: Observation -> float32 [H, T], how much each entry matters. +inf: it must stay. See `keepkv.score`.
+        allot: (scores [L, H, T], slots in all) -> slots of every layer and head, [L][H]. See `keepkv.allot`.
+        sinks: So many of the first tokens are always kept.
+        recent: And so many of the newest ones. Below 1 it is a share of the slots.
+        choose: (Observation, scores [H, T], slots [H]) -> a Choice for each head. See `keepkv.choose`.
+        merge: (Observation, choices) -> a Merged for each head: what becomes of the other entries. `keepkv.merge.per_head`
+            makes it out of a rule for one head.
+        midway: The merge in the middle of a prompt that is repeated while it is read in chunks. None: the same.
+        references: Observation -> References, the queries that the compact cache must answer, for methods that score by them or
+            fit to them. See `keepkv.observe.references`.
+        column_mass: Whether the attention of all queries must be summed while a text is read (`Observation.column_mass`).
+        repeat: How the text is repeated before it is compressed, for methods that look at what this asks for.
+        needs_projection: Whether the output projections of the layers are needed (`Observation.projection`).
+        same_tokens_in_all_heads: Whether the heads of a layer keep the same tokens. The score then is the same for all of them,
+            and `allot` sees one head of each layer.
+        judged: Whether the merge measures its error on queries that are held out (`Merged.error`).
+        trial: Slots per head of a first compression whose errors, if `judged`, correct the allotment. 0: there is none.
+        keeps_all: Whether every token is kept, whatever the budget.
+        layer_pairs: How neighboring layers store their slots together. None: each for itself.
+        cost: What it costs, for its page, as the next two.
+        good: What it is good for.
+        bad: What it is bad at.
+
+    Example:
+        >>> newest = Method("newest", "the newest tokens", "nobody's", score=lambda observation: observation.positions.float())
+        >>> newest.sinks, newest.recent
+        (4, 32)
     """
 
     name: str
     summary: str
     paper: str
     score: Callable[[Observation], Tensor]
-    allot: Callable[[Tensor, int], list[list[int]]] = allot.uniform
-    sinks: int = 4  # first tokens that are always kept
-    recent: int | float = 32  # newest tokens that are always kept; below 1, a share of the slots
+    allot: allot.Allot = allot.uniform
+    sinks: int = 4
+    recent: int | float = 32
     choose: Callable[[Observation, Tensor, Sequence[int]], list[Choice]] = choose.top
     merge: Merge = evict
-    midway: Merge | None = None  # how, in the middle of a prompt that is repeated, if otherwise
+    midway: Merge | None = None
     references: Callable[[Observation], References] | None = None
-    column_mass: bool = False  # all queries' attention must be summed while reading
-    repeat: Repeat | None = None  # how the text is repeated, for methods that use what that asks for
-    judged: bool = False  # measures its own error on held-out queries
-    trial: int = 0  # slots per head of a first compression whose errors, if judged, correct the budgets
-    keeps_all: bool = False  # whatever the budget
-    layer_pairs: LayerPairs | None = None  # neighbouring layers store their slots together
+    column_mass: bool = False
+    repeat: Repeat | None = None
+    needs_projection: bool = False
+    same_tokens_in_all_heads: bool = False
+    judged: bool = False
+    trial: int = 0
+    keeps_all: bool = False
+    layer_pairs: LayerPairs | None = None
     cost: str = ""
     good: str = ""
     bad: str = ""
 
     @property
     def in_the_middle(self) -> Method:
-        """The row for the middle of a prompt that is repeated while it is read."""
+        """The method for the middle of a prompt that is repeated while it is read: with `midway` for `merge`."""
         return replace(self, merge=self.midway) if self.midway else self

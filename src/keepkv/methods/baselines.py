@@ -1,4 +1,4 @@
-"""The two ends of the scale: every token kept, and tokens drawn at random."""
+"""The two ends of the scale: every token is kept, or tokens are drawn at random."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keepkv.types import Observation
 
 
 def chance(observation: Observation) -> Tensor:
-    """A pseudo-random number per position, head, layer and seed: the control that every method must beat.
+    """A pseudo-random number for every position, head, layer and seed: the control that every method must beat.
 
     A token's number never changes, so that compressing in steps keeps the same sample as compressing once.
     """
@@ -22,22 +22,22 @@ def chance(observation: Observation) -> Tensor:
 
 METHODS = (
     Method(
-        "full",
-        "every token, whatever the budget: the yardstick",
-        "",
-        score.recency,
+        name="full",
+        summary="every token, whatever the budget: the yardstick",
+        paper="",
+        score=score.recency,
         keeps_all=True,
         cost="nothing",
-        good="what every other method is compared with",
-        bad="saves nothing",
+        good="comparing every other method with it",
+        bad="saving memory: it saves none",
     ),
     Method(
-        "random",
-        "random tokens, the first 4 and the last 32: the control",
-        "",
-        chance,
+        name="random",
+        summary="random tokens, the first 4 and the last 32: the control",
+        paper="",
+        score=chance,
         cost="nothing",
-        good="what every method must beat",
+        good="a control that every method must beat",
         bad="everything else",
     ),
 )

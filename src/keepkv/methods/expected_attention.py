@@ -13,19 +13,20 @@ from keepkv.types import Observation
 
 
 def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
-    """mean over the group of softmax_i(k_i·R̄μ/sqrt d + k_i R̄ΣR̄ᵀ k_i/(2d)) · ||v_i||. Expected Attention, 2510.00636.
+    """mean over the group of softmax_i(k_i·R̄μ/sqrt d + k_i R̄ΣR̄ᵀ k_i/(2d)) · ||v_i||. Expected Attention, arXiv 2510.00636.
 
-    μ and Σ are the mean and covariance of the context's unrotated queries; R̄ is the mean rotation over the next 512
-    positions; the exponent is the log of the mean of exp(q·k) for a Gaussian q. The first 4 tokens, which are always kept, are
-    left out of statistics and softmax, as in the authors' code.
+    μ and Σ are the mean and covariance of the text's queries without their rotation, and R̄ is the mean rotation over the next
+    512 positions. The exponent is the logarithm of the mean of exp(q·k) for a Gaussian q. The first 4 tokens, which are always
+    kept, are left out of statistics and softmax, as in the authors' code.
     """
-    positions, inv_freq, tokens = observation.query_positions, observation.inv_freq, observation.tokens
+    positions, inv_freq = observation.query_positions, observation.inv_freq
     plain = rotate(observation.queries.float(), -positions, inv_freq)[:, :, positions >= sinks] * observation.scale
     mean = plain.mean(2)  # [H, G, d]
-    centred = plain - mean[:, :, None]
-    covariance = centred.transpose(-1, -2) @ centred / max(1, plain.shape[2])  # [H, G, d, d]
-    ahead = torch.arange(tokens, tokens + FUTURE, device=inv_freq.device, dtype=torch.float64)
-    angle = ahead[:, None] * inv_freq.double()
+    centered = plain - mean[:, :, None]
+    covariance = centered.transpose(-1, -2) @ centered / max(1, plain.shape[2])  # [H, G, d, d]
+    tokens = observation.tokens
+    future = torch.arange(tokens, tokens + FUTURE, device=inv_freq.device, dtype=torch.float64)
+    angle = future[:, None] * inv_freq.double()
     cos, sin = angle.cos().mean(0).float(), angle.sin().mean(0).float()
     mean = apply_rotary(mean, cos, sin)
     covariance = apply_rotary(apply_rotary(covariance, cos, sin).transpose(-1, -2), cos, sin)
@@ -34,18 +35,18 @@ def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
     if observation.bias is not None:
         logits += observation.bias[:, None]
     logits = logits.masked_fill((observation.positions < sinks)[:, None], -torch.inf)
-    loudness: Tensor = vector_norm(observation.values.float(), dim=-1)
-    return logits.softmax(-1).nan_to_num_().mean(1) * loudness
+    value_norm: Tensor = vector_norm(observation.values.float(), dim=-1)
+    return logits.softmax(-1).nan_to_num_().mean(1) * value_norm
 
 
 METHODS = (
     Method(
-        "expected",
-        "expected attention of Gaussian future queries × value norm",
-        "Expected Attention, arXiv 2510.00636",
-        expected_attention,
+        name="expected",
+        summary="expected attention of Gaussian future queries × value norm",
+        paper="Expected Attention, arXiv 2510.00636",
+        score=expected_attention,
         recent=0,
-        cost="a d × d form per token and query head",
+        cost="a d × d form for every token and query head",
         good="questions that come after the compression, at moderate budgets",
         bad="heads whose queries are not Gaussian",
     ),

@@ -7,15 +7,15 @@ from keepkv.methods.base import Method
 
 METHODS = (
     Method(
-        "h2o",
-        "half newest tokens, half those with most accumulated attention",
-        "H2O, arXiv 2306.14048",
-        score.accumulated,
+        name="h2o",
+        summary="half newest tokens, half those with most accumulated attention",
+        paper="H2O, arXiv 2306.14048",
+        score=score.accumulated,
         sinks=0,
         recent=0.5,
         column_mass=True,
         cost="all attention summed once more while reading",
         good="what was said often",
-        bad="sums favour early tokens, which more queries have seen",
+        bad="late tokens: sums favor early ones, which more queries have seen",
     ),
 )

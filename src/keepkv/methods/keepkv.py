@@ -13,11 +13,11 @@ from keepkv.observe.repetition import Repeat
 
 METHODS = (
     Method(
-        "keepkv",
-        "keys in place, votes and values fitted on future queries, global budgets (default)",
-        "KeepKV, arXiv 2504.09936; Attention Matching, arXiv 2602.16284",
-        score.output_change,
-        allot.everywhere,
+        name="keepkv",
+        summary="keys in place, votes and values fitted on future queries, global budgets (default)",
+        paper="KeepKV, arXiv 2504.09936; Attention Matching, arXiv 2602.16284",
+        score=score.output_change,
+        allot=allot.everywhere,
         recent=0,
         choose=choose.eliminate,
         merge=fitted(fit.fit),

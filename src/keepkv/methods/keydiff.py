@@ -10,9 +10,9 @@ from keepkv.types import Observation
 
 
 def distinct_keys(observation: Observation) -> Tensor:
-    """-cos(k_i, mean of all k_j / ||k_j||), for each KV head: keys unlike the others. KeyDiff, arXiv 2504.15364, eq. 3.
+    """-cos(k_i, mean of all k_j / ||k_j||) in every KV head: keys unlike the others. KeyDiff, arXiv 2504.15364, equation 3.
 
-    Needs no query. Keys are taken after RoPE.
+    It needs no query. Keys are taken after RoPE.
     """
     unit = normalize(observation.keys.float(), dim=-1).masked_fill(~observation.present[..., None], 0)
     return -(unit @ normalize(unit.sum(1), dim=-1)[..., None])[..., 0]
@@ -20,10 +20,10 @@ def distinct_keys(observation: Observation) -> Tensor:
 
 METHODS = (
     Method(
-        "keydiff",
-        "the keys most unlike the mean key",
-        "KeyDiff, arXiv 2504.15364",
-        distinct_keys,
+        name="keydiff",
+        summary="the keys most unlike the mean key",
+        paper="KeyDiff, arXiv 2504.15364",
+        score=distinct_keys,
         sinks=0,
         recent=0,
         cost="one pass over the keys",

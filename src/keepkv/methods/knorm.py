@@ -17,14 +17,14 @@ def small_keys(observation: Observation) -> Tensor:
 
 METHODS = (
     Method(
-        "knorm",
-        "the keys of smallest norm",
-        "L2 norm, arXiv 2406.11430",
-        small_keys,
+        name="knorm",
+        summary="the keys of smallest norm",
+        paper="L2 norm, arXiv 2406.11430",
+        score=small_keys,
         sinks=0,
         recent=0,
         cost="one pass over the keys",
-        good="the cheapest score there is, at half the cache",
-        bad="small budgets; models with norms on the keys",
+        good="half the cache, with the cheapest score there is",
+        bad="small budgets; models that normalize their keys",
     ),
 )

@@ -11,10 +11,10 @@ from keepkv.types import Observation
 
 
 def newest_fifth(observation: Observation) -> Tensor:
-    """Mean over all heads of the shares of the newest fifth of queries, weights from 1 to 1.2. PyramidInfer, 2405.12532.
+    """Mean over all heads of the shares of the newest fifth of the queries, with weights from 1 to 1.2.
 
-    One score for all heads: they keep the same tokens. In the paper tokens are dropped while the prompt is read, so that
-    later layers never see them; here only the cache shrinks.
+    There is one score for all heads, so that they keep the same tokens. In the paper, tokens are dropped while the prompt is
+    read, so that later layers never see them; here only the cache shrinks. PyramidInfer, arXiv 2405.12532.
     """
     count = int((observation.query_positions >= 0.8 * observation.tokens).sum())
     return rising_window(observation, max(1, count)).mean((0, 1)).expand(observation.heads, -1)
@@ -22,14 +22,15 @@ def newest_fifth(observation: Observation) -> Tensor:
 
 METHODS = (
     Method(
-        "pyramidinfer",
-        "what the newest fifth of queries attends to, layers on a cosine",
-        "PyramidInfer, arXiv 2405.12532",
-        newest_fifth,
-        allot.together(allot.cosine_layers),
+        name="pyramidinfer",
+        summary="what the newest fifth of queries attends to, layers on a cosine",
+        paper="PyramidInfer, arXiv 2405.12532",
+        score=newest_fifth,
+        allot=allot.cosine_layers,
         recent=0,
+        same_tokens_in_all_heads=True,
         cost="a fifth of the queries' attention again",
         good="its schedule of layers, which KeepKV borrows",
-        bad="one set of tokens for all heads; computes no less here",
+        bad="heads that differ, as all keep the same tokens; it computes no less here",
     ),
 )

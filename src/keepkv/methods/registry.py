@@ -41,7 +41,11 @@ METHODS: dict[str, Method] = {
 
 
 def register(method: Method) -> Method:
-    """Adds a row to the table of this process, and returns it. Raises MethodError if there is one of that name."""
+    """Adds a method to the table of this process, and returns it.
+
+    Raises:
+        MethodError: if there is one of that name already.
+    """
     if method.name in METHODS:
         raise MethodError(f"there is a method {method.name!r} already: give yours another name")
     METHODS[method.name] = method
@@ -49,7 +53,15 @@ def register(method: Method) -> Method:
 
 
 def get(name: str | Method) -> Method:
-    """The row called `name`, or NAME of FILE.py:NAME or package.module:NAME; a Method passes through. Raises MethodError."""
+    """The method called `name`, or NAME of FILE.py:NAME or package.module:NAME; a Method passes through.
+
+    Raises:
+        MethodError: if there is none, or if the file or module cannot be loaded.
+
+    Example:
+        >>> get("snapkv").paper
+        'SnapKV, arXiv 2404.14469'
+    """
     if isinstance(name, Method):
         return name
     if ":" in name:
@@ -60,6 +72,7 @@ def get(name: str | Method) -> Method:
 
 
 def _elsewhere(place: str, name: str) -> Method:
+    """The method called `name` in a file or a module."""
     try:
         module = _file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (ImportError, OSError, ValueError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from keepkv import allot
 from keepkv.methods.base import Method
 from keepkv.observe.references import window_logits
 from keepkv.types import Observation
@@ -13,7 +12,7 @@ from keepkv.types import Observation
 def last_query(observation: Observation) -> Tensor:
     """The share that the newest query gives to each token, mean over all heads of the layer. TOVA, arXiv 2401.06104.
 
-    One score for all heads: they keep the same tokens.
+    There is one score for all heads, so that they keep the same tokens.
     """
     share = window_logits(observation, 1).softmax(-1).mean((0, 1, 2))
     return share.expand(observation.heads, -1)
@@ -21,15 +20,15 @@ def last_query(observation: Observation) -> Tensor:
 
 METHODS = (
     Method(
-        "tova",
-        "what the newest query attends to, the same tokens in all heads",
-        "TOVA, arXiv 2401.06104",
-        last_query,
-        allot.together(allot.uniform),
+        name="tova",
+        summary="what the newest query attends to, the same tokens in all heads",
+        paper="TOVA, arXiv 2401.06104",
+        score=last_query,
         sinks=0,
         recent=1,
+        same_tokens_in_all_heads=True,
         cost="one query's attention",
         good="decoding (period=1), where every step corrects the last",
-        bad="one query says little about the next question",
+        bad="prompts: one query says little about the next question",
     ),
 )

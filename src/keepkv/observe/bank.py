@@ -1,4 +1,4 @@
-"""Bank: a bounded, repeatable sample of the queries that a row has asked."""
+"""Bank: a bounded, repeatable sample of the queries that a row of the batch has asked."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ WINDOW = 64  # the newest queries, always in the bank
 
 @dataclass(frozen=True)
 class Bank:
-    """Queries of one row: queries [H, G, n, d] as asked, positions [n] int64 counted from the row's first real token."""
+    """Queries of one row of the batch.
+
+    Args:
+        queries: [H, G, n, d], as they were asked.
+        positions: [n] int64, counted from the row's first real token.
+    """
 
     queries: Tensor
     positions: Tensor
 
     def add(self, queries: Tensor, positions: Tensor, limit: int, seed: int) -> Bank:
-        """The bank after more tokens: the newest WINDOW queries and those of the lowest priority, `limit` in all."""
+        """The bank after more tokens: the newest 64 queries and those of the lowest priority, `limit` in all."""
         queries = torch.cat([self.queries, queries], dim=2)
         positions = torch.cat([self.positions, positions])
         if len(positions) <= limit:

@@ -17,39 +17,52 @@ WINDOW = 64  # the newest queries are also asked from where they stood
 
 
 def context(observation: Observation) -> References:
-    """The context's own queries, asked again from after it, and the newest ones as they were asked (DESIGN section 5).
+    """The text's own queries, asked again from behind it, and the newest ones as they were asked. `docs/theory.md 4.2`.
 
-    Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512) and sees all tokens;
-    of the G heads of a group two are taken at each position, in turn, and a third that counts for the rms share alone.
-    Window rows: the last 64 queries, all heads, where they stood, under the causal mask: what comes next resembles them, so
-    that a token's rms share is that over the future rows or that over these, whichever is larger.
-    The repetition, if there was one: one token in T is what a query wants, with the largest share it got there:
-    share² REPEAT_WEIGHT / T.
-    Deterministic in (seed, layer).
+    Future rows: every query of the bank is rotated from its position p to one drawn from [T, T + 512), where it sees all
+    entries. Of the G heads of a group, three are asked at each position, in turn. All three count in the rms share; the outputs
+    of two are computed, to fit to.
+
+    Window rows: the newest 64 queries, all heads, stay where they stood, under the causal mask. What comes next resembles them.
+    An entry's rms share is the larger of that over the future rows and that over the window rows. `docs/theory.md 4.3`.
+
+    The repetition, if there was one: a token is what one query in T wants, with the largest share c that it got then, so that
+    its mean square share is c² / T. `docs/theory.md 4.4`.
+
+    The same seed and layer draw the same positions.
     """
-    asked, tokens = observation.query_positions, observation.tokens
+    positions = observation.query_positions
     group, count = observation.queries.shape[1:3]
-    row = torch.arange(count, device=asked.device)
+    row = torch.arange(count, device=positions.device)
     heads = [(row + turn) % group for turn in range(min(group, ASKED))]
     taken = torch.stack([observation.queries[:, head, row] for head in heads], dim=1).float()
-    target = tokens + torch.randint(FUTURE, asked.shape, generator=observation.generator)
-    queries = rotate(taken, target.to(asked.device) - asked, observation.inv_freq).flatten(1, 2) * observation.scale
+
+    target = observation.tokens + torch.randint(FUTURE, positions.shape, generator=observation.generator)
+    shift = target.to(positions.device) - positions
+    queries = rotate(taken, shift, observation.inv_freq).flatten(1, 2) * observation.scale
+    keys, values = observation.keys.float(), observation.values.float()
     answered = min(group, ANSWERED) * count
-    future = attend_all(queries, observation.keys.float(), observation.values.float(), answered, observation.bias, tokens)
+    future = attend_all(queries, keys, values, answered, observation.bias, observation.tokens)
+
     newest = window(observation, WINDOW)
-    repeat_peak = observation.repeat_peak
+    repeat_share = future.repeat_share
+    if observation.repeat_peak is not None:
+        repeat_share = observation.repeat_peak * (REPEAT_WEIGHT / observation.tokens) ** 0.5
     return References(
-        torch.cat([future.queries, newest.queries], 1),
-        torch.cat([future.visible, newest.visible]),
-        torch.cat([future.log_z, newest.log_z], 1),
-        torch.cat([future.outputs, newest.outputs], 1),
-        torch.maximum(future.rms_share, newest.rms_share),
-        future.repeat_share if repeat_peak is None else repeat_peak * (REPEAT_WEIGHT / tokens) ** 0.5,
+        queries=torch.cat([future.queries, newest.queries], 1),
+        visible=torch.cat([future.visible, newest.visible]),
+        log_z=torch.cat([future.log_z, newest.log_z], 1),
+        outputs=torch.cat([future.outputs, newest.outputs], 1),
+        rms_share=torch.maximum(future.rms_share, newest.rms_share),
+        repeat_share=repeat_share,
     )
 
 
 def window(observation: Observation, size: int) -> References:
-    """The newest `size` queries of every head as they were asked: position p sees the tokens up to p."""
+    """The newest `size` queries of every head as they were asked: one at position p sees the tokens up to p.
+
+    `docs/theory.md 4.3`.
+    """
     logits = window_logits(observation, size).flatten(1, 2)
     queries = observation.queries[:, :, -size:].flatten(1, 2).float() * observation.scale
     visible = (observation.query_positions[-size:] + 1).repeat(observation.queries.shape[1])
@@ -60,27 +73,45 @@ def window(observation: Observation, size: int) -> References:
 
 
 def window_logits(observation: Observation, window: int, voted: bool = True) -> Tensor:
-    """Causal logits [H, G, w, T] of the last w = min(window, N) queries, float32; -inf where a query cannot see.
+    """Causal logits of the newest queries.
 
-    voted: votes count, as in attention; otherwise they are q·k alone.
+    Args:
+        observation: What the layer showed.
+        window: How many queries; all of them if there are fewer.
+        voted: Whether votes count, as in attention. Otherwise logits are scale q·k alone.
+
+    Returns:
+        [H, G, window, T] float32; -inf where a query cannot see an entry.
     """
     queries = observation.queries[:, :, -window:].float()
     logits = (queries * observation.scale) @ observation.keys.float()[:, None].transpose(-1, -2)
     if voted and observation.bias is not None:
         logits += observation.bias[:, None, None]
-    asked = observation.query_positions[-window:]
-    hidden = (observation.positions[:, None] > asked[:, None]) | ~observation.present[:, None]  # [H, w, T]
+    query_positions = observation.query_positions[-window:]
+    hidden = (observation.positions[:, None] > query_positions[:, None]) | ~observation.present[:, None]  # [H, w, T]
     return logits.masked_fill_(hidden[:, None], -torch.inf)
 
 
 def attend_all(
-    queries: Tensor, keys: Tensor, values: Tensor, answered: int | None = None, bias: Tensor | None = None,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    answered: int | None = None,
+    bias: Tensor | None = None,
     tokens: int | None = None,
-) -> References:  # fmt: skip
-    """Exact attention of queries [H, R, d] (scaled) over all of keys [H, T, d], values [H, T, d_v], bias [H, T] or None.
+) -> References:
+    """Exact attention of queries over all entries.
 
-    answered: only so many rows, the first, are in the result; the others count in the rms share. tokens: how many were read,
-    if the entries are not tokens.
+    Args:
+        queries: [H, R, d], scaled.
+        keys: [H, T, d].
+        values: [H, T, d_v].
+        answered: Only so many rows, the first, are in the result; the others count in the rms share. None: all.
+        bias: [H, T], the logarithm of the votes, or None.
+        tokens: How many tokens were read. None: every entry is one token.
+
+    Returns:
+        The references, without a repetition.
     """
     rows = queries.shape[1] if answered is None else answered
     (outputs, log_z), rms_share = attend_watched(queries, keys, values, bias, rows)

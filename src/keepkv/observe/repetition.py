@@ -1,4 +1,4 @@
-"""Recall: what a repetition of the text asks for, piece by piece."""
+"""Repetition: what a model asks for while it repeats the text, piece by piece. `docs/theory.md 4.4`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from torch import Tensor
 
 from keepkv.slots.slots import Slots
 
+SINKS = 4  # the first tokens that every piece's shares are counted with, where they are counted alone
+
 
 class Repeat(NamedTuple):
-    """How a method has the text repeated: `chunk` tokens at a time, each seeing itself exactly and one in `draft` tokens of
-    the rest (1: all of it).
+    """How a method has the text repeated.
 
-    alone: the shares are those among the first 4 tokens, the piece and its repetition, as KVzip counts them; otherwise
-    among all. queries: those of the repetition are kept for references. needed: the method cannot do without.
+    Attributes:
+        chunk: So many tokens are repeated at a time. Such a piece sees itself exactly.
+        draft: And it sees one in `draft` tokens of the rest of the text; 1: all of it.
+        alone: Whether shares are counted among the first 4 tokens, the piece and its repetition only, as KVzip counts them.
+            Otherwise they are counted among all.
+        queries: Whether the queries of the repetition are kept, for references.
+        needed: Whether the method cannot do without the repetition.
     """
 
     chunk: int = 256
@@ -29,7 +35,14 @@ WHOLE = Repeat(chunk=2048, draft=1, alone=True, queries=True, needed=True)  # as
 
 
 class Piece(NamedTuple):
-    """The part of the text that is being repeated, tokens first..last, and a draft of the whole: one Slots per layer."""
+    """The part of the text that is being repeated.
+
+    Attributes:
+        first: Its first token.
+        last: The token behind its last one.
+        drafts: A draft of the whole text: one Slots for each layer.
+        how: How the method has the text repeated.
+    """
 
     first: int
     last: int
@@ -37,35 +50,56 @@ class Piece(NamedTuple):
     how: Repeat
 
 
-SINKS = 4  # tokens that every piece's shares are counted with, where they are counted alone
-
-
 def attend_piece(
-    queries: Tensor, keys: Tensor, values: Tensor, new: int, draft: Slots, first: int, last: int, offset: int = 0,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new: int,
+    draft: Slots,
+    first: int,
+    last: int,
+    offset: int = 0,
     alone: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of a repeated piece: output [H, R, d_v], and the largest share that each token of the tail got, [H, n].
+) -> tuple[Tensor, Tensor]:
+    """Attention of a piece that is being repeated, and what it asks of every token.
 
-    queries [H, R, d], scaled, R a multiple of `new`; keys and values [H, n + new, ...]: the tail, whose first token stands at
-    position `offset`, and the repetition itself. A row sees tokens first..last exactly, the rest of the text as in the draft,
-    and the repetition causally. So the cost does not depend on how long the text is. alone: see `Repeat`.
+    A query sees tokens first to last - 1 exactly, the rest of the text as it is in the draft, and the repetition itself
+    causally. So the cost does not depend on the length of the text.
+
+    Args:
+        queries: [H, R, d], scaled; R is G × new.
+        keys: [H, n + new, d], the tail of the cache, and the repetition.
+        values: [H, n + new, d_v].
+        new: Tokens of the repetition.
+        draft: One layer's draft.
+        first: The piece's first token.
+        last: The token behind its last one.
+        offset: The position of the tail's first token.
+        alone: See `Repeat`.
+
+    Returns:
+        The output [H, R, d_v], and the largest share that each token of the tail got [H, n], 0 outside the piece.
     """
-    heads, tokens = len(keys), keys.shape[1] - new
+    heads = len(keys)
+    tail = keys.shape[1] - new
+    size = last - first
     output = queries.new_empty(*queries.shape[:2], values.shape[2])
-    peak = queries.new_zeros(heads, tokens)
+    peak = queries.new_zeros(heads, tail)
+    # The columns of the logits are: the piece, the repetition, and what the draft has outside the piece.
     near = torch.arange(first - offset, last - offset, device=keys.device)
-    near = torch.cat([near, torch.arange(tokens, tokens + new, device=keys.device)])
+    near = torch.cat([near, torch.arange(tail, tail + new, device=keys.device)])
     hidden = torch.ones(new, new, dtype=torch.bool, device=keys.device).triu(1).repeat(queries.shape[1] // new, 1)
     for head, (lo, hi) in enumerate(zip(draft.offsets, draft.offsets[1:], strict=False)):
         far = lo + ((draft.positions[lo:hi] < first) | (draft.positions[lo:hi] >= last)).nonzero()[:, 0]
         share = queries[head] @ torch.cat([keys[head, near], draft.keys[far].to(keys.dtype)]).T
-        share[:, last - first : len(near)].masked_fill_(hidden, -torch.inf)
+        share[:, size : len(near)].masked_fill_(hidden, -torch.inf)
         share[:, len(near) :] += draft.bias[far]
+        # A softmax in place: the logits of a piece are the largest matrix here.
         share.sub_(share.amax(1, keepdim=True)).exp_()
         share.mul_(share.sum(1, keepdim=True).reciprocal_())
         output[head] = share @ torch.cat([values[head, near], draft.values[far].to(values.dtype)])
-        if alone:
+        if alone:  # the output is that over all; only the shares are counted anew, as those among fewer entries
             counted = torch.cat([torch.ones_like(near, dtype=torch.bool), draft.positions[far] < SINKS])
             share.mul_(share[:, counted].sum(1, keepdim=True).clamp_(min=1e-30).reciprocal_())
-        peak[head, first - offset : last - offset] = share[:, : last - first].amax(0)
+        peak[head, first - offset : last - offset] = share[:, :size].amax(0)
     return output, peak

@@ -1,7 +1,7 @@
-"""Observe: what a layer's attention shows while tokens are read, in bounded memory.
+"""Watch: what a layer's attention shows while tokens are read, in bounded memory.
 
-A `Watch` is a value: seeing more tokens gives a new one. Per batch row it holds a bank of queries: the newest ones and
-a sample of the others. The sample is the same however the text is cut into chunks and whatever the batch around it.
+A `Watch` is a value: seeing more tokens gives a new one. For each row of the batch it holds a bank of queries, the newest ones
+and a sample of the others. The sample is the same however the text is cut into chunks and whatever the batch around it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from keepkv.slots.slots import Slots
 from keepkv.types import Observation
 
 PENDING = 256  # queries that wait to be banked: one by one would cost a copy of the bank each
-_TILE = 1 << 24  # logits held at once
+_TILE = 1 << 24  # logits computed at once
 
 
 class LayerState(NamedTuple):
-    """What a layer holds: slots, or None, and the tail keys, values [B, H, n, ...]: the newest of `seen` columns."""
+    """What a layer holds.
+
+    Attributes:
+        slots: Its compact part, or None.
+        keys: [B, H, n, d], the exact keys of its tail, the newest columns.
+        values: [B, H, n, d_v].
+        seen: How many columns it has read, padding included.
+    """
 
     slots: Slots | None
     keys: Tensor
@@ -33,7 +40,7 @@ class LayerState(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Entries of a row without padding, the longest head's slots and the tail."""
+        """Entries of a row without padding: the longest head's slots and the tail."""
         return self.keys.shape[2] + (max(self.slots.counts, default=0) if self.slots else 0)
 
     def first(self, start: int) -> int:
@@ -41,27 +48,38 @@ class LayerState(NamedTuple):
         return max(start, self.seen - self.keys.shape[2])
 
     def entries(self, row: int, start: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Keys [H, T, d], values, bias, places [H, T] of one row's slots and tail together: see `Observation`."""
+        """Keys, values, bias and positions of one row's slots and tail together, as `Observation` has them."""
         heads, size = self.keys.shape[1:3]
         first = self.first(start)
         keys, values = (x[row, :, first - self.seen + size :] for x in (self.keys, self.values))
         if self.slots is None:
             return keys, values, None, None
         older = self.slots.rows([row], heads).padded()
-        places = torch.arange(first - start, self.seen - start, device=keys.device).expand(heads, -1)
-        newer = (keys, values, torch.zeros(places.shape, device=keys.device), places)
-        keys, values, bias, places = (torch.cat(pair, dim=1) for pair in zip(older, newer, strict=True))
-        return keys, values, bias, places
+        positions = torch.arange(first - start, self.seen - start, device=keys.device).expand(heads, -1)
+        newer = (keys, values, torch.zeros(positions.shape, device=keys.device), positions)
+        keys, values, bias, positions = (torch.cat(pair, dim=1) for pair in zip(older, newer, strict=True))
+        return keys, values, bias, positions
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What one layer has shown so far: at most `limit` queries per row, beside `old` ones from before the last compression;
-    starts, each row's first real token. rounded: queries are kept in bfloat16, as good for references and half the memory.
+    """What one layer has shown so far.
 
-    pending [B, H, G, n, d] are the newest queries, of `waiting` tokens, not in the banks yet. column_mass, per row, and
-    repeat_peak, for one row, [H, T'], are of the first T' entries of what the layer holds. repeated: at most `limit` queries of
-    a repetition of the text, for one row.
+    Args:
+        layer: The layer's index.
+        limit: At most so many queries of a row are in its bank, beside `old` ones.
+        seed: Of the sample.
+        with_column_mass: Whether the attention of all queries is summed.
+        scale: The factor on q·k.
+        rounded: Whether queries are kept in bfloat16, which is as good for references and takes half the memory.
+        banks: One for each row.
+        starts: Each row's first real token.
+        pending: The newest queries, each [B, H, G, n, d], which are not in the banks yet.
+        waiting: Of how many tokens these are.
+        old: How many queries a bank may have beside: those from before the last compression.
+        column_mass: For each row [H, T'], the attention received by the first T' entries of what the layer holds; or None.
+        repeat_peak: [H, T'], of one row, the largest share that each of these got during the repetition; or None.
+        repeated: At most `limit` queries of a repetition of the text, of one row; or None.
     """
 
     layer: int
@@ -81,23 +99,34 @@ class Watch:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """All that is held, to count its bytes."""
         every = (*self.banks, self.repeated) if self.repeated else self.banks
         banks = [x for bank in every for x in (bank.queries, bank.positions)]
         return [*banks, *self.pending, *(self.column_mass or ()), *([] if self.repeat_peak is None else [self.repeat_peak])]
 
-    def see(self, queries: Tensor, held: LayerState, mask: Tensor | None) -> Watch:
-        """After a forward pass: queries [B, H, G, new, d], what the layer holds now, a mask for the newest columns."""
+    def see(self, queries: Tensor, state: LayerState, mask: Tensor | None) -> Watch:
+        """After a forward pass.
+
+        Args:
+            queries: [B, H, G, new, d], of the newest tokens.
+            state: What the layer holds now, these tokens included.
+            mask: The attention mask, [B or 1, 1, q, n], for the newest n columns; or None.
+
+        Raises:
+            InputError: if the mask hides anything but padding on the left.
+        """
         batch, new = len(queries), queries.shape[3]
+        before = state.seen - new
         starts = self.starts
-        if not starts or (mask is not None and (new > 1 or max(starts) >= held.seen - new)):
-            starts = _starts(mask, batch, held.seen, starts, held.seen - new)
+        if not starts or (mask is not None and (new > 1 or max(starts) >= before)):
+            starts = _starts(mask, batch, state.seen, starts, before)
         if self.rounded and queries.element_size() > 2:
             queries = queries.bfloat16()
         watch = replace(self, starts=starts, pending=(*self.pending, queries), waiting=self.waiting + new)
-        return watch.banked(held) if watch.waiting >= PENDING else watch
+        return watch.banked(state) if watch.waiting >= PENDING else watch
 
-    def banked(self, held: LayerState) -> Watch:
-        """The pending queries moved into the banks, and, if wanted, their attention summed."""
+    def banked(self, state: LayerState) -> Watch:
+        """With the pending queries moved into the banks and, if wanted, their attention summed."""
         if not self.pending:
             return self
         pending = torch.cat(self.pending, dim=3)
@@ -105,54 +134,67 @@ class Watch:
         empty = Bank(pending[0, :, :, :0], torch.empty(0, dtype=torch.int64, device=pending.device))
         banks, masses = [], []
         for row, start in enumerate(self.starts):
-            first = max(start, held.seen - new)  # the first real token among the new ones
-            fresh = pending[row, :, :, first - held.seen + new :]
-            positions = torch.arange(first - start, held.seen - start, device=pending.device)
-            banks.append((self.banks[row] if self.banks else empty).add(fresh, positions, self.limit + self.old, self.seed))
+            first = max(start, state.seen - new)  # the first real token among the new ones
+            queries = pending[row, :, :, first - state.seen + new :]
+            query_positions = torch.arange(first - start, state.seen - start, device=pending.device)
+            bank = self.banks[row] if self.banks else empty
+            banks.append(bank.add(queries, query_positions, self.limit + self.old, self.seed))
             if self.with_column_mass:
-                keys, _, bias, places = held.entries(row, start)
-                mass = _column_mass(fresh, positions, keys, bias, places, self.scale)
+                keys, _, bias, positions = state.entries(row, start)
+                mass = _column_mass(queries, query_positions, keys, bias, positions, self.scale)
                 masses.append(mass if self.column_mass is None else mass + _grown(self.column_mass[row], mass.shape[1]))
         return replace(self, banks=tuple(banks), pending=(), waiting=0, column_mass=tuple(masses) if masses else None)
 
-    def repeat(self, peak: Tensor, held: LayerState) -> Watch:
-        """After a piece of the text was repeated: peak [H, n], the largest share each token of the tail got."""
-        peak = pad(peak, (held.width - peak.shape[1], 0))
-        return replace(
-            self, repeat_peak=peak if self.repeat_peak is None else torch.maximum(_grown(self.repeat_peak, held.width), peak)
-        )
+    def repeat(self, peak: Tensor, state: LayerState) -> Watch:
+        """After a piece of the text was repeated: peak [H, n] is the largest share that each token of the tail got."""
+        peak = pad(peak, (state.width - peak.shape[1], 0))
+        if self.repeat_peak is not None:
+            peak = torch.maximum(_grown(self.repeat_peak, state.width), peak)
+        return replace(self, repeat_peak=peak)
 
     def keep_repeated(self, queries: Tensor, positions: Tensor) -> Watch:
-        """After a piece of the text, tokens `positions` [n], was repeated: queries [H, G, n, d] as they were asked."""
+        """After tokens `positions` [n] of the text were repeated: with queries [H, G, n, d] as they were asked."""
         before = self.repeated or Bank(queries[:, :, :0], positions[:0])
         return replace(self, repeated=before.add(queries, positions, self.limit, self.seed))
 
-    def observation(self, row: int, held: LayerState, inv_freq: Tensor) -> Observation:
-        """The Observation of one batch row."""
-        watch = self.banked(held)
+    def observation(self, row: int, state: LayerState, inv_freq: Tensor) -> Observation:
+        """The Observation of one row of the batch."""
+        watch = self.banked(state)
         start, bank = watch.starts[row], watch.banks[row]
-        keys, values, bias, places = held.entries(row, start)
-        mass = None if watch.column_mass is None else _grown(watch.column_mass[row], keys.shape[1])
-        repeat_peak = None if watch.repeat_peak is None else _grown(watch.repeat_peak, keys.shape[1])
+        keys, values, bias, positions = state.entries(row, start)
         return Observation(
-            keys, values, bank.queries, bank.positions, inv_freq, self.scale, self.layer, self.seed, mass, repeat_peak,
-            None if watch.repeated is None else watch.repeated.queries, bias=bias, places=places, read=held.seen - start,
-        )  # fmt: skip
+            keys=keys,
+            values=values,
+            queries=bank.queries,
+            query_positions=bank.positions,
+            inv_freq=inv_freq,
+            scale=self.scale,
+            layer=self.layer,
+            seed=self.seed,
+            column_mass=None if watch.column_mass is None else _grown(watch.column_mass[row], keys.shape[1]),
+            repeat_peak=None if watch.repeat_peak is None else _grown(watch.repeat_peak, keys.shape[1]),
+            repeated=None if watch.repeated is None else watch.repeated.queries,
+            bias=bias,
+            key_positions=positions,
+            read=state.seen - start,
+        )
 
-    def compacted(self, kept: Sequence[Sequence[Tensor]], held: LayerState) -> Watch:
-        """After a compression of what was held, kept [row][head] its entries that stay. Half of the queries are remembered."""
-        watch = self.banked(held)
+    def compacted(self, kept: Sequence[Sequence[Tensor]], state: LayerState) -> Watch:
+        """After a compression of `state`, of which the entries kept[row][head] stay. Half of the queries are remembered."""
+        watch = self.banked(state)
         banks = tuple(bank.add(bank.queries[:, :, :0], bank.positions[:0], self.limit // 2, self.seed) for bank in watch.banks)
         mass = watch.column_mass and tuple(_kept(x, heads) for x, heads in zip(watch.column_mass, kept, strict=True))
         repeat_peak = watch.repeat_peak
         if repeat_peak is not None:
-            repeat_peak = _kept(_grown(repeat_peak, 1 + max(int(head[-1]) if len(head) else 0 for head in kept[0])), kept[0])
+            last = max(int(head[-1]) if len(head) else 0 for head in kept[0])
+            repeat_peak = _kept(_grown(repeat_peak, 1 + last), kept[0])
         old = max(len(bank.positions) for bank in banks)
         return replace(watch, banks=banks, old=old, column_mass=mass, repeat_peak=repeat_peak)
 
-    def cropped(self, held: LayerState, count: int) -> Watch:
-        """Without the newest `count` columns of what is held. Raises KeepKVError where their attention is summed already."""
-        pending, left = list(self.pending), count
+    def cropped(self, state: LayerState, count: int) -> Watch:
+        """Without the newest `count` columns of `state`. Raises KeepKVError where their attention is summed already."""
+        pending = list(self.pending)
+        left = count
         while left and pending:
             last = pending.pop()
             if last.shape[3] > left:
@@ -162,19 +204,19 @@ class Watch:
             raise KeepKVError(
                 f"crop(-{count}): attention is summed while reading, and what {left} of these tokens gave cannot be undone"
             )
-        end = held.seen - count
         banks = self.banks
         if left:
+            end = state.seen - count
             banks = tuple(bank.before(end - start) for bank, start in zip(banks, self.starts, strict=True))
-        repeat_peak = None if self.repeat_peak is None else self.repeat_peak[:, : held.width - count]
+        repeat_peak = None if self.repeat_peak is None else self.repeat_peak[:, : state.width - count]
         return replace(self, pending=tuple(pending), waiting=max(0, self.waiting - count), banks=banks, repeat_peak=repeat_peak)
 
     def rows(self, indices: Tensor) -> Watch:
-        """The given batch rows, in that order."""
+        """The given rows of the batch, in that order."""
         take = indices.tolist()
         mass = self.column_mass and tuple(self.column_mass[row] for row in take)
         banks = tuple(self.banks[row] for row in take) if self.banks else ()
-        pending = tuple(part[indices] for part in self.pending)
+        pending = tuple(queries[indices] for queries in self.pending)
         return replace(self, banks=banks, starts=tuple(self.starts[row] for row in take), pending=pending, column_mass=mass)
 
 
@@ -189,32 +231,33 @@ def _kept(x: Tensor, kept: Sequence[Tensor]) -> Tensor:
     return torch.stack([pad(head[stay], (most - len(stay), 0)) for head, stay in zip(x, kept, strict=True)])
 
 
-def _starts(mask: Tensor | None, batch: int, seen: int, known: tuple[int, ...], before: int) -> tuple[int, ...]:
-    """The first visible column of every row of a mask [B or 1, 1, q, n] for the newest n of `seen` columns.
+def _starts(mask: Tensor | None, batch: int, seen: int, settled: tuple[int, ...], before: int) -> tuple[int, ...]:
+    """The first visible column of every row, from a mask [B or 1, 1, q, n] for the newest n of `seen` columns.
 
-    known: the same from before, settled where a row had tokens among the first `before` columns. Raises InputError where
+    settled: the same from before; it holds for rows that had tokens among the first `before` columns. Raises InputError where
     anything but the padding in front is hidden.
     """
     if mask is None:
         return (0,) * batch
-    last = mask[:, 0, -1]
-    visible = last if mask.dtype == torch.bool else last > torch.finfo(mask.dtype).min / 2
+    newest = mask[:, 0, -1]
+    visible = newest if mask.dtype == torch.bool else newest > torch.finfo(mask.dtype).min / 2
     offset = seen - visible.shape[-1]
-    found = (offset + visible.shape[-1] - visible.sum(-1)).expand(batch).tolist()
-    settled = [i for i, start in enumerate(known) if start < before]
-    if visible.cummax(-1).values.ne(visible).any() or any(found[i] != max(known[i], offset) for i in settled):
+    starts = (offset + visible.shape[-1] - visible.sum(-1)).expand(batch).tolist()
+    old_rows = [row for row, start in enumerate(settled) if start < before]
+    has_gap = visible.cummax(-1).values.ne(visible).any()
+    if has_gap or any(starts[row] != max(settled[row], offset) for row in old_rows):
         raise InputError("KeepCache reads left-padded batches; the attention mask hides tokens after the first visible one")
-    return tuple(known[i] if i in settled else start for i, start in enumerate(found))
+    return tuple(settled[row] if row in old_rows else start for row, start in enumerate(starts))
 
 
 def _column_mass(
-    queries: Tensor, asked: Tensor, keys: Tensor, bias: Tensor | None, places: Tensor | None, scale: float
+    queries: Tensor, query_positions: Tensor, keys: Tensor, bias: Tensor | None, positions: Tensor | None, scale: float
 ) -> Tensor:
     """Attention of queries [H, G, n, d], asked at positions [n], summed per entry [H, T], mean over the group; in tiles."""
     heads, group, new, _ = queries.shape
     entries = keys.shape[1]
-    if places is None:
-        places = torch.arange(entries, device=keys.device).expand(heads, -1)
+    if positions is None:
+        positions = torch.arange(entries, device=keys.device).expand(heads, -1)
     total = torch.zeros(heads, entries, device=keys.device)
     step = max(1, _TILE // (heads * group * max(1, entries)))
     wide = keys.float()[:, None]
@@ -222,6 +265,6 @@ def _column_mass(
         logits = (queries[:, :, lo : lo + step].float() * scale) @ wide.transpose(-1, -2)
         if bias is not None:
             logits += bias[:, None, None]
-        logits.masked_fill_((places[:, None] > asked[lo : lo + step, None])[:, None], -torch.inf)
+        logits.masked_fill_((positions[:, None] > query_positions[lo : lo + step, None])[:, None], -torch.inf)
         total += logits.softmax(-1).nan_to_num_().sum(2).mean(1)
     return total

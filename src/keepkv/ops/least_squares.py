@@ -1,4 +1,4 @@
-"""Solve: the small least-squares problems that choosing and fitting are made of, from a Gram matrix."""
+"""Least squares: the small problems that choosing and fitting are made of, from a Gram matrix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ _COLUMNS = 192  # of a Gram matrix, computed at once
 
 
 def normal(share: Tensor, repeat_share: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """AᵀA [..., n, n] and AᵀY [..., n, k] of shares A [..., R, n], wanted Y [..., R, k], and of R more rows of one slot.
+    """The normal equations of reference rows, and the diagonal of a repetition: AᵀA + R diag(r²) and AᵀY.
 
-    repeat_share [..., n] is the rms share of those: they add R recall² to the diagonal; what they want is the caller's to add.
+    The repetition is R more rows, each asking for one slot alone. What they want is added to AᵀY by the caller.
+    `docs/theory.md 6.2`.
+
+    Args:
+        share: A, [..., R, n].
+        repeat_share: r, [..., n], the rms share of the repetition's rows.
+        wanted: Y, [..., R, k].
+
+    Returns:
+        [..., n, n] and [..., n, k].
     """
     gram = share.new_zeros(*repeat_share.shape, repeat_share.shape[-1])
-    for lo in range(0, repeat_share.shape[-1], _COLUMNS):
+    for lo in range(0, repeat_share.shape[-1], _COLUMNS):  # a Gram matrix is symmetric: only its lower blocks are computed
         hi = lo + _COLUMNS
         gram[..., lo:hi, :hi] = share[..., lo:hi].mT @ share[..., :hi]
     gram = gram.tril() + gram.tril(-1).mT
@@ -28,10 +37,19 @@ def normal(share: Tensor, repeat_share: Tensor, wanted: Tensor) -> tuple[Tensor,
 
 
 def votes(gram: Tensor, target: Tensor, free: Tensor | None = None, steps: int = 100) -> Tensor:
-    """argmin over w >= 0 of wᵀ G w - 2 tᵀ w, by multiplicative updates w <- w t / (G w) from w = 1.
+    """argmin over w >= 0 of wᵀ G w - 2 tᵀ w, by multiplicative updates w <- w t / (G w) from w = 1. `docs/theory.md 6.2`.
 
-    gram [..., n, n] = AᵀA and target [..., n] = Aᵀ1 of shares A >= 0, so that A w comes close to 1: the kept slots' mass is
-    that of all tokens. w never leaves [1e-6, 1e4]; where `free`, bool [..., n], is false it stays 1.
+    With G = AᵀA and t = Aᵀ1 of shares A >= 0, A w comes close to 1: the mass of the kept slots is that of all tokens.
+    Lee and Seung, NIPS 2000.
+
+    Args:
+        gram: G, [..., n, n].
+        target: t, [..., n].
+        free: bool [..., n]; where it is false, w stays 1.
+        steps: How many updates.
+
+    Returns:
+        w, [..., n], within [1e-6, 1e4].
     """
     w = torch.ones_like(target)
     for _ in range(steps):
@@ -41,9 +59,16 @@ def votes(gram: Tensor, target: Tensor, free: Tensor | None = None, steps: int =
 
 
 def ridge(gram: Tensor, target: Tensor, strength: float, free: Tensor | None = None) -> Tensor:
-    """Δ [..., n, d] of (G + λI) Δ = target, λ = strength × mean diagonal of G, by Cholesky in float64.
+    """Δ of (G + κI) Δ = target, κ = strength × mean diagonal of G, by Cholesky in float64. `docs/theory.md 6.3`.
 
-    Where free, bool [..., n], is false, Δ is 0, and G and λ are those of the others.
+    Args:
+        gram: G, [..., n, n].
+        target: [..., n, k].
+        strength: See above.
+        free: bool [..., n]; where it is false, Δ is 0, and G and κ are those of the others.
+
+    Returns:
+        [..., n, k], in the dtype of the target.
     """
     if free is not None:
         target = target.masked_fill(~free[..., None], 0)
@@ -53,42 +78,57 @@ def ridge(gram: Tensor, target: Tensor, strength: float, free: Tensor | None = N
 def eliminate(
     gram: Tensor, target: Tensor, fixed: Tensor, have: Sequence[int], counts: Sequence[int], rounds: int, strength: float
 ) -> Tensor:
-    """Which of the first have[h] columns stay, bool [h, n], when all but counts[h] go: those that the others replace best.
+    """Which columns stay of a least-squares problem, when those are dropped that the others replace best.
 
-    Let U [h, n, k] solve (G + λI) U = target. Without column j the least squares rise by ||U_j||² / [(G + λI)⁻¹]_jj, the others
-    adapting (optimal brain surgeon, Hassibi and Stork 1992). In each round the least of these are dropped, and U and the
-    inverse are brought up to date for the rest. Where fixed, bool [h, n], a column stays.
+    Let U solve (G + κI) U = target. Without column j the least squares rise by ||U_j||² / [(G + κI)⁻¹]_jj, the others adapting.
+    In each round the columns of least rise are dropped, and U and the inverse are updated exactly for the rest.
+    `docs/theory.md 5.4`; optimal brain surgeon, Hassibi and Stork, NIPS 1992.
+
+    Args:
+        gram: G, [h, n, n].
+        target: [h, n, k].
+        fixed: bool [h, n], columns that stay whatever their rise.
+        have: [h], how many columns a head has; those behind them only fill up.
+        counts: [h], how many shall stay.
+        rounds: In so many rounds the surplus is dropped.
+        strength: κ as a share of the mean diagonal of G.
+
+    Returns:
+        bool [h, n].
     """
-    left = first(have, gram.shape[-1], gram.device)
-    inverse = torch.cholesky_inverse(_factor(gram, strength, left))
+    stay = first(have, gram.shape[-1], gram.device)
+    inverse = torch.cholesky_inverse(_factor(gram, strength, stay))
     solution = inverse @ target.double()
     sizes = list(have)
-    for more in range(rounds - 1, -1, -1):
-        rise = solution.square().sum(-1) / inverse.diagonal(dim1=-2, dim2=-1)
-        order = (
-            rise.masked_fill_(fixed, torch.inf).masked_fill_(~left, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        )
-        smaller = [count + (n - count) * more // rounds for n, count in zip(have, counts, strict=True)]
-        most = max(n - m for n, m in zip(sizes, smaller, strict=True))
+    for rounds_left in range(rounds - 1, -1, -1):
+        goals = [count + (n - count) * rounds_left // rounds for n, count in zip(have, counts, strict=True)]
+        surplus = [size - goal for size, goal in zip(sizes, goals, strict=True)]
+        most = max(surplus)
         if not most:
             continue
-        going = first([n - m for n, m in zip(sizes, smaller, strict=True)], most, gram.device)
-        place = torch.tensor(smaller, device=gram.device)[:, None] + torch.arange(most, device=gram.device)
-        drop = order.gather(1, place.clamp(max=order.shape[1] - 1))
+        # In this order stand what is fixed, then what would be missed most, last what is gone: now goal to size - 1 go.
+        rise = solution.square().sum(-1) / inverse.diagonal(dim1=-2, dim2=-1)
+        rise = rise.masked_fill_(fixed, torch.inf).masked_fill_(~stay, -torch.inf)
+        order = rise.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.tensor(goals, device=gram.device)[:, None] + torch.arange(most, device=gram.device)
+        drop = order.gather(1, rank.clamp(max=order.shape[1] - 1))  # [h, k]
+        # Heads that drop fewer columns than another fill up with rows and columns of the identity, which change nothing.
+        going = first(surplus, most, gram.device)
         rows = inverse.take_along_dim(drop[..., None], 1)  # [h, k, n]
         block = rows.take_along_dim(drop[:, None], 2)
         both = going[:, :, None] & going[:, None]
         block = torch.where(both, block, torch.eye(most, dtype=block.dtype, device=block.device))
+        # Setting these columns of U to 0 moves the others by the inverse's columns through its block of what goes.
         taken = torch.linalg.solve(block, rows.masked_fill(~going[..., None], 0)).mT  # [h, n, k]
         solution = solution - taken @ solution.take_along_dim(drop[..., None], 1)
         inverse = inverse - taken @ rows
-        left = left & ~torch.zeros_like(left).scatter_(1, drop, going)
-        sizes = smaller
-    return left
+        stay = stay & ~torch.zeros_like(stay).scatter_(1, drop, going)
+        sizes = goals
+    return stay
 
 
 def _factor(gram: Tensor, strength: float, free: Tensor | None = None) -> Tensor:
-    """Of G + λI, with zeros for the rows and columns of G where free is false."""
+    """The Cholesky factor of G + κI, with zeros for the rows and columns of G where free is false."""
     lifted = gram.double() if free is None else torch.where(free[..., None] & free[..., None, :], gram.double(), 0)
     diagonal = lifted.diagonal(dim1=-2, dim2=-1)
     count = diagonal.shape[-1] if free is None else free.sum(-1).clamp(min=1)

@@ -7,10 +7,18 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotates x by `shift` positions: R(p + shift) q from R(p) q, whatever p and the model's attention scaling are.
+    """Moves queries or keys by `shift` positions: R(p + shift) q from R(p) q, whatever p and the attention scaling are.
 
-    x [..., N, d] (float32 or better), shift [N] integers, inv_freq [r/2]; the first r dimensions rotate, in the
-    rotate-half layout of Llama, Qwen, Mistral, Phi-3 and Gemma, the others stay. RoFormer, arXiv 2104.09864, 3.2.
+    `docs/theory.md 1.6`; RoFormer, arXiv 2104.09864, section 3.2.
+
+    Args:
+        x: [..., N, d], float32 or better.
+        shift: [N], whole numbers.
+        inv_freq: [r/2]. The first r dimensions rotate, in the rotate-half layout of Llama, Qwen, Mistral, Phi-3 and Gemma; the
+            others stay.
+
+    Returns:
+        [..., N, d].
     """
     angle = shift.to(torch.float64)[:, None] * inv_freq.to(torch.float64)  # long contexts lose float32 angles
     return apply_rotary(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))

@@ -80,12 +80,11 @@ class Settings:
         for refused, reason in (
             (method.repeat is not None and method.repeat.needed, "needs the text repeated, and a server reads it once"),
             (method.layer_pairs is not None, "stores layers together, and an engine's pages belong to one layer"),
-            (method.name == "criticalkv", "needs the output projections, which an engine's attention does not see"),
+            (method.needs_projection, "needs the output projections, which an engine's attention does not see"),
         ):
             if refused:
                 raise InputError(f"keepkv cannot serve the method {method.name}: it {reason}. Choose another method")
-        uniform = allot.alike if method.name != "tova" else method.allot
-        return replace(method, allot=uniform, trial=0)
+        return replace(method, allot=allot.alike, trial=0)
 
     def check_blocks(self, block: int) -> None:
         """Raises InputError unless budget and step are whole blocks of `block` tokens."""

@@ -1,1 +1,1 @@
-"""Slots: the compact entries of a layer, ragged and flat, and the formats that their vectors are stored in."""
+"""Slots: the compact entries of a layer, ragged and flat, and the ways in which their vectors are stored."""

@@ -1,4 +1,4 @@
-"""LayerPairs: two layers store their slots together. MiniCache, arXiv 2405.14366."""
+"""LayerPairs: two layers store their slots together. MiniCache, arXiv 2405.14366; `docs/theory.md 8.5`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from keepkv.ops.dtypes import wide
 from keepkv.slots.shared import Block, Shared
 from keepkv.slots.slots import Slots
 
 
 @dataclass(frozen=True)
 class LayerPairs:
-    """Neighbouring layers, from `start` of the depth on, share their slots' directions, two by two.
+    """Neighboring layers of the upper half share the directions of their slots' vectors, two by two.
 
-    For vectors x, y of the same token in the lower and the upper layer, at an angle Ω:
-    e = [sin((1-t) Ω) x/||x|| + sin(t Ω) y/||y||] / sin Ω, t = .6; x is restored as ||x|| e, y as ||y|| e. Keys and values
-    each on their own, head by head. The 5% with the largest angles are held as they are. arXiv 2405.14366, section 4.
+    For vectors x and y of the same token in the lower and the upper layer, at an angle Ω:
+
+        e = [sin((1-t) Ω) x/||x|| + sin(t Ω) y/||y||] / sin Ω
+
+    with t = .6. Then x is restored as ||x|| e and y as ||y|| e. This is done for keys and for values, head by head. The 5% with
+    the largest angles are stored as they are. MiniCache, arXiv 2405.14366, section 4; `docs/theory.md 8.5`.
+
+    Args:
+        start: Pairs begin at this share of the depth.
+        share: t, the way from the lower layer's direction to the upper one's.
+        retain: The share of a head's slots that is stored as it is.
     """
 
     start: float = 0.5
@@ -27,14 +36,22 @@ class LayerPairs:
     retain: float = 0.05
 
     def of(self, layers: int) -> list[tuple[int, int]]:
-        """The pairs (lower, upper)."""
+        """The pairs (lower, upper) of a model of so many layers.
+
+        Example:
+            >>> LayerPairs().of(6)
+            [(2, 3), (4, 5)]
+        """
         first = max(1, int(self.start * layers))
         return [(upper - 1, upper) for upper in range(first, layers, 2)]
 
     def cost(self, layers: int, vectors: int, beside: int) -> float:
-        """What a slot takes of one that shares nothing, mean over the layers: so many more slots take as much memory.
+        """The bytes of a slot as a share of those of a slot that shares nothing, mean over the layers.
 
-        vectors: bytes of a key and a value; beside: of what is never shared.
+        Args:
+            layers: How many layers the model has.
+            vectors: Bytes of a key and a value.
+            beside: Bytes of a slot that are never shared.
         """
         paired = 2 * len(self.of(layers)) / layers
         return 1 - paired * self._saved(vectors) / (vectors + beside)
@@ -44,7 +61,7 @@ class LayerPairs:
         return max(0.0, vectors * (1 - self.retain) / 2 - 2 * 8)
 
     def tie(self, scores: Tensor) -> Tensor:
-        """Scores [L, H, T], the two layers of a pair with the mean of both: they must keep the same tokens."""
+        """Scores [L, H, T] in which the two layers of a pair have the mean of both, since they must keep the same tokens."""
         tied = scores.clone()
         for lower, upper in self.of(len(scores)):
             tied[lower] = tied[upper] = (scores[lower] + scores[upper]) / 2
@@ -55,40 +72,45 @@ class LayerPairs:
         packed = list(parts)
         for lower, upper in self.of(len(parts)):
             x, y = parts[lower], parts[upper]
-            keys, values = (x.keys[:], y.keys[:]), (x.values[:], y.values[:])
-            if self._saved(sum(part.shape[1] * part.element_size() for part in (keys[0], values[0]))):
-                keys_of, values_of = self._pair(*keys, x.counts), self._pair(*values, x.counts)
-                packed[lower] = replace(x, keys=keys_of[0], values=values_of[0])
-                packed[upper] = replace(y, keys=keys_of[1], values=values_of[1])
+            x_keys, x_values = x.keys[:], x.values[:]
+            if self._saved(sum(vectors.shape[1] * vectors.element_size() for vectors in (x_keys, x_values))):
+                lower_keys, upper_keys = self._pair(x_keys, y.keys[:], x.counts)
+                lower_values, upper_values = self._pair(x_values, y.values[:], x.counts)
+                packed[lower] = replace(x, keys=lower_keys, values=lower_values)
+                packed[upper] = replace(y, keys=upper_keys, values=upper_values)
         return packed
 
     def _pair(self, x: Tensor, y: Tensor, counts: Sequence[int]) -> tuple[Shared, Shared]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norms = [vector_norm(vectors.to(wide), dim=1) for vectors in (x, y)]
-        one, other = (v / n.clamp(min=1e-30)[:, None] for v, n in zip((x.to(wide), y.to(wide)), norms, strict=True))
-        direction, angle = slerp(one, other, self.share)
+        """Vectors x and y [n, d] of the same tokens, over one pool of directions: what both share, x's own, then y's own."""
+        dtype = wide(x.dtype)
+        x_norm, y_norm = vector_norm(x.to(dtype), dim=1), vector_norm(y.to(dtype), dim=1)
+        x_unit = x.to(dtype) / x_norm.clamp(min=1e-30)[:, None]
+        y_unit = y.to(dtype) / y_norm.clamp(min=1e-30)[:, None]
+        direction, angle = slerp(x_unit, y_unit, self.share)
         apart = torch.cat([_largest(head, int(self.retain * len(head))) for head in torch.split(angle, list(counts))])
         pool = torch.cat([direction[~apart].to(x.dtype), x[apart], y[apart]])
-        kept = int(apart.sum())
+        own_count = int(apart.sum())
+        shared_count = len(x) - own_count
         place = torch.empty(len(x), dtype=torch.int32, device=x.device)
-        place[~apart] = torch.arange(len(x) - kept, dtype=torch.int32, device=x.device)
-        own = torch.arange(len(x) - kept, len(x), dtype=torch.int32, device=x.device)
-        lower, upper = (
-            Shared((Block(pool, place.masked_scatter(apart, own + which * kept), norm.masked_fill(apart, 1)),))
-            for which, norm in enumerate(norms)
-        )
-        return lower, upper
+        place[~apart] = torch.arange(shared_count, dtype=torch.int32, device=x.device)
+        x_own = torch.arange(shared_count, len(x), dtype=torch.int32, device=x.device)
+        lower = Block(pool, place.masked_scatter(apart, x_own), x_norm.masked_fill(apart, 1))
+        upper = Block(pool, place.masked_scatter(apart, x_own + own_count), y_norm.masked_fill(apart, 1))
+        return Shared((lower,)), Shared((upper,))
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
-    """Where the `count` largest are, bool; the first of equals."""
+    """Where the `count` largest are, bool; of equals the first."""
     return torch.zeros_like(x, dtype=torch.bool).scatter(0, x.argsort(descending=True, stable=True)[:count], True)
 
 
 def slerp(x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The unit vector at `share` of the way from x to y [n, d], of length 1, along the sphere, and the angle between them [n].
+    """Spherical interpolation of unit vectors x and y [n, d]. `docs/theory.md 8.5`.
 
-    Where sin Ω vanishes it is the direction of the mean, for opposite ones, between which there is no one way, y.
+    Where sin Ω vanishes it is the direction of the mean. Between opposite vectors there is no one way: it is y.
+
+    Returns:
+        The unit vectors at `share` of the way from x to y, [n, d], and the angles Ω between x and y, [n].
     """
     angle = (x * y).sum(1).clamp(-1, 1).acos()
     sine = angle.sin()

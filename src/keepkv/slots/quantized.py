@@ -1,8 +1,9 @@
 """Quantized: slots' keys and values as integers of 8 or 4 bits, each vector with a step of its own.
 
-After KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079), which quantize full caches; here, what a compression has left.
-Rotated keys have a few channels that are much larger than the others and would take all levels, so the vectors are rotated by a
-Hadamard matrix first, which spreads them evenly (QuaRot, arXiv 2404.00456); docs/log.md has what else was tried.
+KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079) quantize full caches; here it is what a compression has left. Keys after
+RoPE have a few channels that are much larger than the others and would take all levels. So the vectors are rotated by a
+Hadamard matrix first, which spreads these channels evenly (QuaRot, arXiv 2404.00456). `docs/theory.md 9.1` has the equations,
+and `docs/notes/quantized-slots.md` what else was tried.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ from keepkv.slots.vectors import Stack, Stored
 
 @dataclass(frozen=True)
 class SlotDtype:
-    """How slots' vectors are stored: as they are (bits 0), or as integers of 8 or 4 bits."""
+    """How slots' keys and values are stored: as they are, or as integers.
+
+    Args:
+        name: As `slot_dtype` has it: "float", "int8" or "int4".
+        bits: Of an integer, 8 or 4; 0 where vectors are stored as they are.
+    """
 
     name: str
     bits: int = 0
 
     def store(self, vectors: Tensor) -> Stack:
-        """Vectors [n, d] in this format."""
+        """Vectors [n, d], stored in this way."""
         return Quantized.of(vectors, self) if self.bits else vectors
 
     def round(self, vectors: Tensor) -> Tensor:
@@ -36,29 +42,40 @@ class SlotDtype:
         return self.store(vectors.flatten(0, -2))[:].view(vectors.shape)
 
     def bytes(self, size: int, element: int) -> int:
-        """Bytes of one vector of `size` numbers of `element` bytes: its integers, and a step of two bytes."""
+        """Bytes of one vector of `size` numbers of `element` bytes: its integers and a step of two bytes, or its numbers.
+
+        Example:
+            >>> SlotDtype("int4", 4).bytes(64, element=2)
+            34
+        """
         return -(-size * self.bits // 8) + 2 if self.bits else size * element
 
 
 FLOAT = SlotDtype("float")
-SLOT_DTYPES = {slot_dtype.name: slot_dtype for slot_dtype in (FLOAT, SlotDtype("int8", 8), SlotDtype("int4", 4))}
+SLOT_DTYPES = {"float": FLOAT, "int8": SlotDtype("int8", 8), "int4": SlotDtype("int4", 4)}
 
 
 def slot_dtype_of(name: str) -> SlotDtype:
-    """The format of that name. Raises InputError."""
+    """The way to store slots that is called `name`. Raises InputError."""
     if name not in SLOT_DTYPES:
-        raise InputError(f"slots {name!r}: {nearest(name, SLOT_DTYPES)}")
+        raise InputError(f"slot_dtype {name!r}: {nearest(name, SLOT_DTYPES)}")
     return SLOT_DTYPES[name]
 
 
 @dataclass(frozen=True)
 class Quantized(Stored):
-    """Vectors x = s (c - m/2) H in `read_as`, m = 2^bits - 1: all 2^bits levels are used, evenly on both sides of 0.
+    """Vectors x = s (c - m/2) H with m = 2^bits - 1: all 2^bits levels are used, evenly on both sides of 0.
 
-    s = 2/m max |x Hᵀ|, rounded to bfloat16; c = round(x Hᵀ / s + m/2). So no number of x Hᵀ is wrong by more than s/2, and the
-    largest, by the rounding of s, by s/2 + |x Hᵀ| / 512. What was read and is stored again stays what it is (in float32 and
-    better). H is `hadamard`. codes uint8 [n, d], or [n, ⌈d/2⌉]: number i in the lower half of byte i, number i + ⌈d/2⌉ in
-    the upper; steps bfloat16 [n].
+    s = 2/m max |x Hᵀ|, rounded to bfloat16, and c = round(x Hᵀ / s + m/2); H is `hadamard`. So no number of x Hᵀ is wrong by
+    more than s/2, except that the rounding of s may add |x Hᵀ| / 512 to the largest. What was read and is stored again stays
+    what it is, in float32 and better. `docs/theory.md 9.1`.
+
+    Args:
+        codes: c, uint8 [n, d]. Of 4 bits: [n, ⌈d/2⌉], number i in the lower half of byte i, number i + ⌈d/2⌉ in the upper.
+        steps: s, bfloat16 [n].
+        slot_dtype: How many bits.
+        size: d.
+        read_as: The dtype of the vectors that are read.
     """
 
     codes: Tensor
@@ -70,11 +87,14 @@ class Quantized(Stored):
     @staticmethod
     def of(vectors: Tensor, slot_dtype: SlotDtype) -> Quantized:
         """Vectors [n, d], rounded."""
-        size, top = vectors.shape[1], 2**slot_dtype.bits - 1
-        x = vectors.to(wide(vectors.dtype)) @ hadamard(size, wide(vectors.dtype), vectors.device).T
-        steps = (x.abs().amax(1) * (2 / top)).bfloat16()
-        exact = steps.to(x.dtype)[:, None]
-        codes = (x / exact.masked_fill(exact == 0, 1) + top / 2).round_().clamp_(0, top).to(torch.uint8)
+        size = vectors.shape[1]
+        top = 2**slot_dtype.bits - 1  # m, the largest code
+        dtype = wide(vectors.dtype)
+        rotated = vectors.to(dtype) @ hadamard(size, dtype, vectors.device).T
+        steps = (rotated.abs().amax(1) * (2 / top)).bfloat16()
+        step = steps.to(dtype)[:, None]
+        step = step.masked_fill(step == 0, 1)  # of a vector of zeros
+        codes = (rotated / step + top / 2).round_().clamp_(0, top).to(torch.uint8)
         return Quantized(_packed(codes) if slot_dtype.bits == 4 else codes, steps, slot_dtype, size, vectors.dtype)
 
     @property
@@ -119,15 +139,16 @@ def _packed(codes: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor, size: int) -> Tensor:
+    """The first `size` numbers of each row, as they were before `_packed`."""
     return torch.cat([packed & 15, packed >> 4], 1)[:, :size]
 
 
 @cache
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An orthogonal [d, d] that spreads every channel over many, evenly: H D.
+    """An orthogonal [d, d] that spreads every channel evenly over many.
 
-    H is block-diagonal, of Hadamard matrices of the largest power of two that divides d; D are fixed random signs, so that
-    channels that go together do not meet in one. QuaRot, arXiv 2404.00456, section 3.
+    It is block-diagonal, made of Hadamard matrices of the largest power of two that divides d, times fixed random signs, so
+    that channels that go together do not meet in one. QuaRot, arXiv 2404.00456, section 3; `docs/theory.md 9.1`.
     """
     with torch.inference_mode(False):
         block = torch.ones(1, 1, dtype=torch.float64)

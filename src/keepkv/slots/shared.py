@@ -1,4 +1,7 @@
-"""Shared: vectors of two layers held as one set of directions and two sets of norms. MiniCache, arXiv 2405.14366."""
+"""Shared: vectors of two layers stored as one set of directions and two sets of norms. `docs/theory.md 8.5`.
+
+MiniCache, arXiv 2405.14366.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,27 @@ from keepkv.slots.vectors import Stored
 
 
 class Block(NamedTuple):
-    """Vectors x_i = norm_i e_j, j = place_i: directions [m, d], which other blocks may hold too, places int32 and norms [n]."""
+    """Vectors x_i = norm_i e_j, where j = place_i.
+
+    Attributes:
+        directions: e, [m, d]; other blocks may hold the same tensor.
+        places: [n] int32.
+        norms: [n].
+    """
 
     directions: Tensor
     places: Tensor
     norms: Tensor
 
     def read(self) -> Tensor:
-        rows = self.directions[self.places]
-        return (rows * self.norms[:, None]).to(rows.dtype)
+        """The vectors, [n, d]."""
+        directions = self.directions[self.places]
+        return (directions * self.norms[:, None]).to(directions.dtype)
 
 
 @dataclass(frozen=True)
 class Shared(Stored):
-    """A stack of n vectors [n, d], block after block."""
+    """A stack of n vectors [n, d], block after block. See `Stored`."""
 
     blocks: tuple[Block, ...]
 
@@ -46,15 +56,17 @@ class Shared(Stored):
         return torch.cat([block.read() for block in self.blocks])
 
     def cut(self, lo: int, hi: int) -> Shared:
-        parts, start = [], 0
+        blocks = []
+        start = 0
         for directions, places, norms in self.blocks:
             first, last = max(0, lo - start), min(len(places), hi - start)
             start += len(places)
             if first < last:
-                parts.append(Block(directions, places[first:last], norms[first:last]))
-        return Shared(
-            tuple(parts) or (self.blocks[0]._replace(places=self.blocks[0].places[:0], norms=self.blocks[0].norms[:0]),)
-        )
+                blocks.append(Block(directions, places[first:last], norms[first:last]))
+        if not blocks:  # one empty block says what size and dtype the vectors have
+            directions, places, norms = self.blocks[0]
+            blocks.append(Block(directions, places[:0], norms[:0]))
+        return Shared(tuple(blocks))
 
     @classmethod
     def cat(cls, parts: Sequence[Shared]) -> Shared:

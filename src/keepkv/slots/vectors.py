@@ -1,4 +1,4 @@
-"""Stored: stacks of vectors [n, d] that are held in another way than as a tensor, and are read like one."""
+"""Vectors: stacks of vectors [n, d] that may be stored in another way than as a tensor, and are read like one."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from torch import Tensor
 
 
 class Stored(ABC):
-    """A frozen stack of n vectors [n, d]: stack[lo:hi] and stack[indices] are tensors of `dtype`, made anew each time.
+    """A frozen stack of n vectors [n, d]. stack[lo:hi] and stack[indices] are tensors of `dtype`, made anew each time.
 
-    It is cut and joined without being read, and `tensors` are all that it holds: those count as its bytes.
+    It is cut and joined without being read.
     """
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(n, d)."""
 
     @property
     @abstractmethod
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """What the vectors are read as."""
 
     @property
     @abstractmethod
-    def tensors(self) -> list[Tensor]: ...
+    def tensors(self) -> list[Tensor]:
+        """All that is held, to count its bytes."""
 
     @abstractmethod
     def unrotated(self) -> Tensor:
-        """C [n, d], where the vectors are C H; in `dtype`, or float32 if that is less and there is an H."""
+        """C [n, d], where the vectors are C H, see `rotation`; in `dtype`, or in float32 if that is less and there is an H."""
 
     @property
     def rotation(self) -> Tensor | None:
-        """H, orthogonal [d, d]: rotate the query instead of the stored vectors, q·(C H) = (q Hᵀ)·C; None means no rotation."""
+        """H, orthogonal [d, d]. Rotate the query instead of the stored vectors: q·(C H) = (q Hᵀ)·C. None means no rotation."""
         return None
 
     def read(self) -> Tensor:
@@ -43,7 +46,7 @@ class Stored(ABC):
 
     @abstractmethod
     def cut(self, lo: int, hi: int) -> Stored:
-        """Vectors lo to hi; nothing is copied."""
+        """Vectors lo to hi - 1; nothing is copied."""
 
     @classmethod
     @abstractmethod
@@ -51,25 +54,29 @@ class Stored(ABC):
         """Stacks of this kind, one after the other."""
 
     def to(self, device: torch.device) -> Stack:
-        """On another device: plain vectors, unless the kind says otherwise."""
+        """On another device, as plain vectors unless a kind of stack says otherwise."""
         return self.read().to(device)
 
     @property
     def device(self) -> torch.device:
+        """Where it is held."""
         return self.tensors[0].device
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, which: slice | Tensor) -> Tensor:
-        return self.cut(*which.indices(len(self))[:2]).read() if isinstance(which, slice) else self.read()[which]
+        if not isinstance(which, slice):
+            return self.read()[which]
+        lo, hi, _ = which.indices(len(self))
+        return self.cut(lo, hi).read()
 
 
 Stack = Tensor | Stored
 
 
 def tensors(stack: Stack) -> list[Tensor]:
-    """What a stack holds."""
+    """All that a stack holds, to count its bytes."""
     return [stack] if isinstance(stack, Tensor) else stack.tensors
 
 
@@ -84,7 +91,7 @@ def rotation(stack: Stack) -> Tensor | None:
 
 
 def cut(stack: Stack, lo: int, hi: int) -> Stack:
-    """Vectors lo to hi; nothing is copied."""
+    """Vectors lo to hi - 1; nothing is copied."""
     return stack[lo:hi] if isinstance(stack, Tensor) else stack.cut(lo, hi)
 
 
