@@ -1,6 +1,6 @@
 """Joined documents: quality, time to first token and bytes, against reading them together. Passage QA with distractors.
 
-    python benchmarks/chunks.py xquad.json --samples 40 --documents 6 --json benchmarks/results/chunks.json
+    python benchmarks/chunks.py xquad.json --samples 40 --documents 6 --json benchmarks/results/compiled/chunks.json
 
 Every document is consecutive paragraphs of one article, compiled alone. A sample is one question, the document that answers it,
 and others, in random order. Against the full prefill of the same prompt: KL of the next-token distributions over the right

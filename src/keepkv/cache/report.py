@@ -136,43 +136,34 @@ class Report:
     def lines(self) -> dict[str, str]:
         """What there is to say, name by name: the lines of `print(report)`."""
         heads = self._all_heads
+        fallen = sum(head.fallbacks > 0 for head in heads)
+        several = f" in {self.compressions:,} compressions, at most {self.longest_pause:.1f} s each"
+        smaller = f", {self.ratio:.1f} times smaller" if heads else ""
         lines = {
             "method": self.method,
             "budget": self.budget,
             "tokens": ", ".join(f"{count:,}" for count in self.tokens) or "none",
+            "slots per head": self._slots_line() if heads else "",
+            "tail": f"{self.tail:,} tokens held exactly" if heads and self.tail else "",
+            "bytes": f"{render.size(self.kv_bytes)} instead of {render.size(self.kv_bytes_full)}{smaller}",
+            "error": f"{self.error:.2%} of a head's output is lost on held-out queries" if self.error else "",
+            "largest vote": f"{self.max_vote:,.1f} tokens" if heads else "",
+            "fallbacks": f"{self.fallbacks:,}, in {fallen:,} of {len(heads):,} heads" if self.fallbacks else "",
+            "repeating": f"{self.repeat_seconds:.1f} s" if self.repeat_seconds else "",
+            "compressing": f"{self.compress_seconds:.1f} s{several if self.compressions > 1 else ''}",
+            "queries": f"{render.size(self.watch_bytes)} for the next compression" if self.watch_bytes else "",
+            "backing": f"{render.size(self.backing_bytes)} of exact keys and values outside the device",
+            "backend": self.backend,
+            "note": self.note,
         }
-        if heads:
-            counts = [head.slots for head in heads]
-            spread = f" ({min(counts):,} to {max(counts):,})" if min(counts) < max(counts) else ""
-            stored = "" if self.slot_dtype == "float" else f", stored as {self.slot_dtype}"
-            lines["slots per head"] = f"{self.slots_per_head:,.1f}".removesuffix(".0") + spread + stored
-            if self.tail:
-                lines["tail"] = f"{self.tail:,} tokens held exactly"
-        if self.kv_bytes:
-            lines["bytes"] = f"{render.size(self.kv_bytes)} instead of {render.size(self.kv_bytes_full)}"
-            if heads:
-                lines["bytes"] += f", {self.ratio:.1f} times smaller"
-        if self.error:
-            lines["error"] = f"{self.error:.2%} of a head's output is lost on held-out queries"
-        if heads:
-            lines["largest vote"] = f"{self.max_vote:,.1f} tokens"
-        if self.fallbacks:
-            fallen = sum(head.fallbacks > 0 for head in heads)
-            lines["fallbacks"] = f"{self.fallbacks:,}, in {fallen:,} of {len(heads):,} heads"
-        if self.repeat_seconds:
-            lines["repeating"] = f"{self.repeat_seconds:.1f} s"
-        if self.compressions:
-            several = f" in {self.compressions:,} compressions, at most {self.longest_pause:.1f} s each"
-            lines["compressing"] = f"{self.compress_seconds:.1f} s" + (several if self.compressions > 1 else "")
-        if self.watch_bytes:
-            lines["queries"] = f"{render.size(self.watch_bytes)} for the next compression"
-        if self.backing_bytes:
-            lines["backing"] = f"{render.size(self.backing_bytes)} of exact keys and values outside the device"
-        if self.backend:
-            lines["backend"] = self.backend
-        if self.note:
-            lines["note"] = self.note
-        return lines
+        unused = {"bytes": not self.kv_bytes, "compressing": not self.compressions, "backing": not self.backing_bytes}
+        return {name: line for name, line in lines.items() if line and not unused.get(name)}
+
+    def _slots_line(self) -> str:
+        counts = [head.slots for head in self._all_heads]
+        spread = f" ({min(counts):,} to {max(counts):,})" if min(counts) < max(counts) else ""
+        stored = "" if self.slot_dtype == "float" else f", stored as {self.slot_dtype}"
+        return f"{self.slots_per_head:,.1f}".removesuffix(".0") + spread + stored
 
     def __str__(self) -> str:
         return render.text_table(self.lines())

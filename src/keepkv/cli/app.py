@@ -15,7 +15,9 @@ from keepkv.cli.ask import ask
 from keepkv.cli.chat import chat
 from keepkv.cli.documents import compile, store
 from keepkv.cli.eval import evaluate, report
-from keepkv.cli.measure import fidelity, inspect, methods
+from keepkv.cli.fidelity import fidelity
+from keepkv.cli.inspect import inspect
+from keepkv.cli.methods import methods
 from keepkv.cli.options import command, flag, help_text
 from keepkv.cli.serve import serve
 from keepkv.errors import KeepKVError
