@@ -29,7 +29,7 @@ def observed(heads: int, tokens: int = 300, layer: int = 0, voted: bool = False)
         bias = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(layer + 5))
         bias[torch.arange(tokens) < 20 * torch.arange(heads)[:, None]] = -torch.inf
         places = torch.arange(tokens).expand(heads, -1).masked_fill(bias.isneginf(), -1)
-        seen = replace(seen, bias=bias, places=places, read=tokens)
+        seen = replace(seen, bias=bias, key_positions=places, read=tokens)
     return seen
 
 

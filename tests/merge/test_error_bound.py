@@ -117,15 +117,16 @@ def test_the_convex_exact_key_is_bounded_by_epsilon_gamma(wrong: float) -> None:
 
 
 @pytest.mark.parametrize("wrong", [0.01, 0.1, 0.6])
-def test_a_lambda_of_at_most_three_is_harmless(wrong: float) -> None:
-    """‖o' - o‖ <= 2ε/(1+ε²) γ, less than the paper's bound, for ZIP as printed while every |λ| <= 3."""
+def test_lambdas_of_one_sign_and_at_most_three_are_harmless(wrong: float) -> None:
+    """‖o' - o‖ <= 2ε/(1+ε²) γ, less than the paper's bound, for ZIP as printed while all λ are in [0, 3], or all in [-3, 0]."""
     tried = 0
     for seed in range(80):
         query, keys, values, kept, target = scene(seed, [-0.7, -0.3, 0.3, 3.0][seed % 4])
         error = wrong * (2 * torch.rand(len(keys), generator=torch.Generator().manual_seed(seed)) - 1)
-        made = keepkv_paper.Scored(keys, values, kept, keys @ query[0] + error, -1.0)
+        sets = keepkv_paper.Scored(keys, values, kept, keys @ query[0] + error, -1.0)
+        scale = (sets.log_mean / sets.pi_level)[sets.groups.size > 1]
         shared = torch.bincount(target)[target] > 1
-        if (made.log_mean / made.pi_level).abs().amax() <= 3:
+        if scale.abs().amax() <= 3 and len(scale.sign().unique()) == 1:
             merged = unguarded_zip(keys, values, kept, keys @ query[0] + error, -1.0)
             epsilon = error[shared].expm1().abs().max()
             limit = 2 * epsilon / (1 + epsilon**2) * error_bound.reach(values[shared], values)
@@ -133,6 +134,29 @@ def test_a_lambda_of_at_most_three_is_harmless(wrong: float) -> None:
             assert float(limits.reweighted) <= float(limit) + 1e-12 < float(limits.paper)
             tried += 1
     assert tried > 20
+
+
+def test_lambdas_of_mixed_signs_have_a_wider_bound_which_is_below_the_papers_too() -> None:
+    """docs/theory.md 3.4: λ = 3 in one set and -3 in the other, all sources predicted ten times too low (ε = .9)."""
+    low = 10 * torch.ones((), dtype=torch.float64)
+    epsilon = 1 - 1 / low
+    logits = torch.tensor([[0.0, 1], [0, 1]], dtype=torch.float64)
+    log_mean, level = logits.exp().mean(1).log(), (logits.softmax(1) * logits).sum(1)  # ln μ, and E_π[l] = ln μ + KL
+    wanted = torch.tensor([-3 / 2, -3 / 4], dtype=torch.float64) * (level - log_mean)  # λ = ln μ / (ln μ + KL) = 3 and -3
+    predicted = (logits + (wanted - log_mean)[:, None]).flatten()
+    query = torch.tensor([[1.0, 0, 0]], dtype=torch.float64)
+    keys = torch.tensor([[0.0, 9, 0], [0, 9, 0], [0, 0, 9], [0, 0, 9]], dtype=torch.float64)
+    keys[:, 0] = predicted + low.log()
+    values, kept, target = randn64(4, 3), torch.tensor([0, 2]), torch.tensor([0, 0, 1, 1])
+    assert torch.equal(similarity.nearest_kept(keys, kept, 0.5), target)
+    sets = keepkv_paper.Scored(keys, values, kept, predicted, 0.5)
+    torch.testing.assert_close(sets.log_mean / sets.pi_level, torch.tensor([3.0, -3], dtype=torch.float64))
+    merged = unguarded_zip(keys, values, kept, predicted, 0.5)
+    limits = error_bound.bounds(query, keys, values, merged, predicted, target)
+    gamma = error_bound.reach(values, values)
+    assert float(limits.reweighted) > float(2 * epsilon / (1 + epsilon**2) * gamma)
+    assert float(limits.reweighted) <= float(gamma * ((epsilon.log1p() - 7 * (-epsilon).log1p()) / 4).tanh())
+    assert float(error_bound.change(query, keys, values, merged, target)) <= float(limits.reweighted) < float(limits.paper)
 
 
 def near_the_pole() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -150,7 +150,7 @@ def test_a_fit_over_entries_with_votes_answers_better_than_evicting_them() -> No
     queries = torch.randn(1, 1, 300, 16, generator=generator)
     seen = Observation(
         keys, values, queries, torch.arange(160, 460), torch.ones(8), 0.2, bias=bias,
-        places=torch.arange(160)[None], read=460,
+        key_positions=torch.arange(160)[None], read=460,
     )  # fmt: skip
     seen = Observation(**{**vars(seen), "references": context(seen)})
     made = fit.fit(values, [torch.arange(0, 160, 5)], seen.rows(slice(1)))[0]

@@ -47,9 +47,12 @@ def test_every_method_spends_its_budget_and_no_more(method: str, family: str) ->
         assert (budget - heads) * size * 0.95 <= taken <= budget * size
         assert slots > budget
     else:
-        spare = heads - 1 if method in ("tova", "pyramidinfer") else 0  # all heads of a layer keep the same tokens
+        spare = heads - 1 if METHODS[method].same_tokens_in_all_heads else 0
         assert 0 <= budget - slots <= spare
     for layer in cache.keep_layers:
+        if METHODS[method].same_tokens_in_all_heads:
+            heads_positions = torch.split(layer.slots.positions, layer.slots.counts)
+            assert all(torch.equal(positions, heads_positions[0]) for positions in heads_positions)
         for lo, hi in zip(layer.slots.offsets, layer.slots.offsets[1:], strict=False):
             kept = layer.slots.positions[lo:hi].tolist()
             assert kept == sorted(set(kept))

@@ -43,3 +43,21 @@ def test_attention_matching_is_closer_than_eviction_within_its_bounds() -> None:
     assert torch.equal(made.keys, keys[kept])
     whole = attention_matching.match(values[None], [torch.arange(200)], observation.rows(slice(1)))[0]
     assert torch.equal(whole.values, values)
+
+
+def test_votes_are_fitted_around_verbatim_slots() -> None:
+    """Slots that must stay keep a vote of 1; the others' votes are the least squares of the mass that is then missing."""
+    keys, values = randn64(8, 16).float().repeat(5, 1), randn64(8, 8, seed=1).float().repeat(5, 1)
+    queries = randn64(400, 16, seed=2).float()
+    ref = references.attend_all(queries[None], keys[None], values[None])
+    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(400), INV_FREQ, 1.0, references=ref)
+    rows, kept = observation.rows(slice(1)), torch.arange(10)  # tokens 0 and 1 twice, the others once
+    verbatim = torch.zeros(1, 40, dtype=torch.bool)
+    verbatim[0, [0, 2]] = True
+    merged = attention_matching.match(values[None], [kept], rows, verbatim)[0]
+    fixed, share = verbatim[0, kept], rows.share(kept[None])[0].double()
+    assert merged.bias[fixed].eq(0).all()
+    assert torch.equal(merged.values[fixed], values[kept][fixed])
+    missing = 1 - share[:, fixed].sum(1)
+    best = torch.linalg.lstsq(share[:, ~fixed], missing[:, None]).solution[:, 0]
+    torch.testing.assert_close(merged.bias[~fixed].exp().double(), best, rtol=1e-3, atol=0)

@@ -60,6 +60,37 @@ def test_the_pole_is_guarded() -> None:
     assert merged.keys.abs().max() <= keys.abs().max() + 1e-9  # in the hull of its sources
 
 
+def test_what_the_guard_lets_through_is_scaled_by_a_half_to_three_halves() -> None:
+    """docs/theory.md 2.5: every merged key is λ times the weighted mean with λ in [1/2, 3/2], or the convex-exact one."""
+    zipped = exact_keys = 0
+    for seed in range(60):
+        keys, values = clustered(seed)
+        query = randn64(16, seed=seed + 9)
+        keys = with_level(keys, query, [-2.0, -0.5, -0.1, 0.0, 0.1, 0.5, 2.0][seed % 7])
+        log_score = keys @ query
+        merged = keepkv_paper.zip_merge(keys, values, torch.arange(6), log_score, threshold=-1.0)
+        convex = keepkv_paper.convex_exact_merge(keys, values, torch.arange(6), log_score, threshold=-1.0)
+        sets = keepkv_paper.Scored(keys, values, torch.arange(6), log_score, -1.0)
+        mean = sets.groups.mean(keys, sets.pi)
+        scale = (merged.keys * mean).sum(1) / mean.square().sum(1)
+        is_exact = (merged.keys == convex.keys).all(1)
+        assert merged.fallbacks == int(is_exact.sum())
+        torch.testing.assert_close(merged.keys[~is_exact], (scale[:, None] * mean)[~is_exact])
+        assert scale[~is_exact].sub(1).abs().le(0.5).all()
+        zipped, exact_keys = zipped + int((~is_exact).sum()), exact_keys + int(is_exact.sum())
+    assert min(zipped, exact_keys) > 20
+
+
+def test_an_entry_that_no_query_has_seen_does_not_spoil_its_set() -> None:
+    """Its score is 0: λ is not a number, and the guard takes the key that is."""
+    keys, values = clustered(1)
+    log_score = keys @ randn64(16, seed=3)
+    log_score[[10, 20]] = -torch.inf
+    merged = keepkv_paper.zip_merge(keys, values, torch.arange(6), log_score, threshold=-1.0)
+    assert all(x.isfinite().all() for x in merged[:3])
+    assert merged.fallbacks >= 2
+
+
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_identical_entries_merge_without_loss_for_every_query(rule) -> None:
     keys, values = randn64(5, 16, seed=1).repeat(4, 1), randn64(5, 8, seed=2).repeat(4, 1)

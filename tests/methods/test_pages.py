@@ -12,7 +12,7 @@ from keepkv.methods import METHODS
 def test_methods_have_pages_and_the_committed_ones_are_up_to_date(monkeypatch, capsys, tmp_path: Path) -> None:
     status, shown, _ = run(monkeypatch, capsys, "methods", "snapkv", "keepkv")
     assert status == 0
-    assert "moving mean over 5 neighbours" in shown  # the equation, as the code has it
+    assert "moving mean over 5 neighbors" in shown  # the equation, as the code has it
     assert "score.py" in shown
     run(monkeypatch, capsys, "methods", "--pages", str(tmp_path))
     committed = ROOT / "docs" / "methods"

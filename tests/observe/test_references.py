@@ -66,10 +66,10 @@ def test_an_entry_of_p_votes_is_p_copies_to_references_and_scores() -> None:
     first = (copies[:, None] < torch.arange(60)).sum(0)
     places = torch.arange(60).expand(2, -1)
     one = Observation(
-        keys, values, queries, bias=votes.float().log().expand(2, -1), places=places, read=140, **known
+        keys, values, queries, bias=votes.float().log().expand(2, -1), key_positions=places, read=140, **known
     )  # fmt: skip
     other = Observation(keys[:, copies], values[:, copies], queries, bias=torch.zeros(2, len(copies)),
-                        places=places[:, copies], read=140, **known)  # fmt: skip
+                        key_positions=places[:, copies], read=140, **known)  # fmt: skip
     ours, theirs = context(one), context(other)
     torch.testing.assert_close(ours.outputs, theirs.outputs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.log_z, theirs.log_z)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from keepkv import InputError, KeepKVError
+from keepkv import InputError, KeepKVError, allot
+from keepkv.methods import METHODS
 from keepkv.serving.settings import Settings
 
 SETTINGS = Settings(budget=32, window=16, step=32, references=64)
@@ -44,3 +46,22 @@ def test_settings_are_read_and_refused() -> None:
             Settings.read({"keepkv": told})
     with pytest.raises(InputError, match="take 32"):
         Settings(budget=40).check_blocks(32)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_says_of_itself_decides_whether_it_can_be_served(name: str) -> None:
+    method = METHODS[name]
+    repeated = method.repeat is not None and method.repeat.needed
+    if method.keeps_all or repeated or method.layer_pairs or method.needs_projection:
+        with pytest.raises(InputError):
+            Settings.read({"keepkv": {"method": name}})
+    else:
+        served = Settings(method=name).uniform_method()
+        assert (served.allot, served.trial) == (allot.alike, 0)
+
+
+def test_slots_that_are_whole_for_every_head_are_allotted_alike_by_any_uniform_rule() -> None:
+    """What a server asks for, so methods whose heads keep the same tokens need no rule of their own."""
+    scores = torch.rand(3, 2, 50)
+    wanted = [[7, 7]] * 3
+    assert all(rule(scores, 42) == wanted for rule in (allot.alike, allot.together(allot.alike), allot.together(allot.uniform)))

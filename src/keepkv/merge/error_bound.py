@@ -115,6 +115,8 @@ def deviation(queries: Tensor, merged: Merged, predicted: Tensor, target: Tensor
 def change(queries: Tensor, keys: Tensor, values: Tensor, merged: Merged, target: Tensor) -> Tensor:
     """How far a merge moves the outputs: ||o' - o||, o over the tokens and o' over the slots and their votes.
 
+    `docs/theory.md 3.2`.
+
     Args:
         queries: [R, d], scaled.
         keys: [T, d].
