@@ -47,7 +47,7 @@ class Recipe:
     Raises:
         InputError: for a `repeat` or a `backing` that is none of those named.
 
-    Example:
+    Examples:
         >>> from dataclasses import replace
         >>> replace(Recipe(budget="5%"), slot_dtype="int4")
         Recipe(budget='5%', slot_dtype='int4')

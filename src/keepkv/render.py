@@ -16,7 +16,7 @@ _LEGEND = 40  # steps of a color scale
 def size(count: float) -> str:
     """Bytes in decimal units, for people.
 
-    Example:
+    Examples:
         >>> size(226_800_000)
         '226.8 MB'
     """
@@ -67,7 +67,7 @@ def slots_figure(
     """Slots of every layer (columns) and KV head (rows) as an SVG image, colored on a log scale.
 
     Args:
-        slots: slots[layer][head].
+        slots: A number for every layer and head, `slots[layer][head]`.
         layers: The layers' names; by default 0, 1, ...
         column: Width of a layer in pixels; by default what makes the figure about 480 pixels wide.
         cell: Height of a head in pixels.

@@ -76,7 +76,7 @@ class KeepCache(BaseCache):
         ModelError: for a model that cannot be compressed.
         BudgetError, MethodError, InputError: for settings that cannot be read or do not go together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}

@@ -53,7 +53,7 @@ class Report:
         method: The method's name.
         budget: The budget in words.
         tokens: Tokens read per batch row, without padding, when the cache was last compressed.
-        heads: heads[row][layer][head], what the compression made of each; empty if nothing was compressed.
+        heads: What the compression made of each, `heads[row][layer][head]`; empty if nothing was compressed.
         slots_per_head: Slots per KV head, a mean over rows, layers and heads; 0 if nothing was compressed.
         tail: Tokens that are held exactly beside the slots.
         max_vote: The largest number of tokens' attention mass that one slot stands for.
@@ -72,7 +72,7 @@ class Report:
         backend: What attends to the slots, and why not the device's fast backend, if so.
         slot_dtype: How the slots' keys and values are stored: "float", "int8" or "int4".
 
-    Example:
+    Examples:
         >>> print(Report("keepkv", "10%", tokens=(1000,), kv_bytes=200_000, kv_bytes_full=2_000_000))
         method  keepkv
         budget  10%

@@ -44,7 +44,7 @@ class Document:
         exact: exact(i) is keys and values [1, H, T, d] of all tokens in layer i, as they were read; None where they were not
             kept (`Recipe.exact`).
 
-    Example:
+    Examples:
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
         >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
@@ -138,7 +138,7 @@ def compile_text(
     Raises:
         BudgetError, MethodError, InputError: for a recipe that this text cannot be compressed with.
 
-    Example:
+    Examples:
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
         >>> text = "The ship Aurora left Bergen in May, with a crew of twelve and a cargo of salt. " * 3
@@ -199,7 +199,7 @@ def save(
     Raises:
         InputError: if the file cannot be written, or the cache cannot be saved.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
@@ -244,7 +244,7 @@ def load(
     Raises:
         InputError: for a file that is damaged, altered, of another model or tokenizer, or of a newer keepkv.
 
-    Example:
+    Examples:
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
         >>> load("nowhere.keep", model, tokenizer)
@@ -303,7 +303,7 @@ def answer(
     Raises:
         InputError: for an empty question.
 
-    Example:
+    Examples:
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
         >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))

@@ -95,7 +95,7 @@ class Store:
     Raises:
         InputError: if the folder cannot be used.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, Store(Path(folder)) as store:
         ...     store.entries()
@@ -283,7 +283,10 @@ class Shelf:
         """Compiles a text into the store, unless it is there already.
 
         Args:
-            text, recipe, source, phase: As in `compile_text`.
+            text: The text.
+            recipe: How it is compiled; by default as `Recipe` has it.
+            source: Where it comes from, to be remembered.
+            phase: Told what is under way.
 
         Returns:
             The entry, and whether it is new.
@@ -336,7 +339,10 @@ class Shelf:
         """A text's document: out of the store if it is there, compiled into it otherwise.
 
         Args:
-            text, recipe, source, phase: As in `compile_text`.
+            text: The text.
+            recipe: How it is compiled; by default as `Recipe` has it.
+            source: Where it comes from, to be remembered.
+            phase: Told what is under way.
 
         Raises:
             InputError: if the store's limit is too small for one document.

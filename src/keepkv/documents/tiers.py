@@ -26,7 +26,7 @@ class Tiers:
         device_bytes: What documents on the device may take.
         host_bytes: What documents in main memory beside it may take.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from keepkv import Recipe, Store

@@ -74,7 +74,7 @@ def joined(
     Raises:
         InputError: for documents that cannot be joined, repaired or compressed so; a model with sliding windows cannot repair.
 
-    Example:
+    Examples:
         >>> from keepkv import Recipe, compile_text
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
