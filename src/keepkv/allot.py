@@ -1,7 +1,7 @@
 """Allot: how many slots each layer and each head gets, which papers call budget allocation.
 
-Every rule maps scores [L, H, T] and a total to counts [L][H] that sum to the total. A score of +inf is of an entry that must be
-kept, one of -inf says that there is no such entry: that head has fewer of them.
+Every rule maps scores [L, H, T] and a total to counts `[L][H]` that sum to the total. A score of +inf is of an entry that
+must be kept, one of -inf says that there is no such entry: that head has fewer of them.
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ def by_need(
     same everywhere.
 
     Args:
-        counts: [L][H], the slots of every head so far.
-        tried: [L][H], n, the slots of every head in the trial.
-        errors: [L][H], e, the share of its output that every head lost in the trial.
+        counts: `[L][H]`, the slots of every head so far.
+        tried: `[L][H]`, n, the slots of every head in the trial.
+        errors: `[L][H]`, e, the share of its output that every head lost in the trial.
         most: [L × H], the entries that every head has.
         pinned: Entries of a head that must stay.
         floor: No head gets less than this share of the average.
 
     Returns:
-        [L][H], with the same sum as `counts`.
+        `[L][H]`, with the same sum as `counts`.
     """
     need = [
         [count * math.sqrt(max(error, 1e-9) / max(n, 1)) for count, n, error in zip(*heads, strict=True)]
@@ -163,5 +163,5 @@ def room(scores: Tensor) -> list[int]:
 
 
 def split(counts: list[int], heads: int) -> list[list[int]]:
-    """Counts [L × H] as [L][H]."""
+    """Counts [L × H] as `[L][H]`."""
     return [counts[i : i + heads] for i in range(0, len(counts), heads)]

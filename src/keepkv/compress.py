@@ -38,7 +38,7 @@ class Compressed:
     Args:
         plan: Which entries kept a slot.
         slots: One Slots for each layer.
-        merged: merged[layer][head], what the merge reported.
+        merged: `merged[layer][head]`, what the merge reported.
     """
 
     plan: Plan
@@ -139,7 +139,7 @@ def _score(observations: Sequence[Observation], method: Method, step: Callable[[
 
 
 def _allot(scored: _Scored, method: Method, total: int) -> tuple[Tensor, list[list[int]]]:
-    """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head [L][H].
+    """Scores [L, H, T] with what is always kept at +inf, and the slots of every layer and head `[L][H]`.
 
     The first and the newest tokens yield where they and the entries that must stay do not fit together.
     """

@@ -218,7 +218,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which entries keep a slot: kept[layer][head] is int64 [n], ascending indices of entries (tokens, the first time)."""
+    """Which entries keep a slot: `kept[layer][head]` is int64 [n], ascending indices of entries (tokens, the first time)."""
 
     kept: tuple[tuple[Tensor, ...], ...]
 

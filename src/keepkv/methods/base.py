@@ -29,7 +29,7 @@ class Method:
         summary: What is kept, in a few words.
         paper: The paper's name for it, and its arXiv number.
         score: Observation -> float32 [H, T], how much each entry matters. +inf: it must stay. See `keepkv.score`.
-        allot: (scores [L, H, T], slots in all) -> slots of every layer and head, [L][H]. See `keepkv.allot`.
+        allot: (scores [L, H, T], slots in all) -> slots of every layer and head, `[L][H]`. See `keepkv.allot`.
         sinks: So many of the first tokens are always kept.
         recent: And so many of the newest ones. Below 1 it is a share of the slots.
         choose: (Observation, scores [H, T], slots [H]) -> a Choice for each head. See `keepkv.choose`.

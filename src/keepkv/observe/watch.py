@@ -180,7 +180,7 @@ class Watch:
         )
 
     def compacted(self, kept: Sequence[Sequence[Tensor]], state: LayerState) -> Watch:
-        """After a compression of `state`, of which the entries kept[row][head] stay. Half of the queries are remembered."""
+        """After a compression of `state`, of which the entries `kept[row][head]` stay. Half of the queries are remembered."""
         watch = self.banked(state)
         banks = tuple(bank.add(bank.queries[:, :, :0], bank.positions[:0], self.limit // 2, self.seed) for bank in watch.banks)
         mass = watch.column_mass and tuple(_kept(x, heads) for x, heads in zip(watch.column_mass, kept, strict=True))
