@@ -280,10 +280,7 @@ class Shelf:
         self.tokenizer_id = identity.of_tokenizer(tokenizer)
 
     def add(self, text: str, recipe: Recipe | None = None, source: str = "", phase: Phase = silent) -> tuple[Entry, bool]:
-        """Compiles a text into the store, unless it is there already.
-
-        Args:
-            text, recipe, source, phase: As in `compile_text`.
+        """Compiles a text into the store, unless it is there already. The arguments are those of `compile_text`.
 
         Returns:
             The entry, and whether it is new.
@@ -335,8 +332,7 @@ class Shelf:
     def ask_for(self, text: str, recipe: Recipe | None = None, source: str = "", phase: Phase = silent) -> Document:
         """A text's document: out of the store if it is there, compiled into it otherwise.
 
-        Args:
-            text, recipe, source, phase: As in `compile_text`.
+        The arguments are those of `compile_text`.
 
         Raises:
             InputError: if the store's limit is too small for one document.
