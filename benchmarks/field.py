@@ -1,6 +1,6 @@
-"""The table of the whole field: mean KL of every method at every budget, from what `keepkv fidelity --json` printed.
+r"""The table of the whole field: mean KL of every method at every budget, from what `keepkv fidelity --json` printed.
 
-    keepkv fidelity book.txt --methods "$(keepkv methods --json | jq -r 'map(.name) | join(",")')" \\
+    keepkv fidelity book.txt --methods "$(keepkv methods --json | jq -r 'map(.name) | join(",")')" \
         --budgets 50%,25%,10%,5% --segments 2 --json > results/field-book.json
     python benchmarks/field.py results/field-*.json
 

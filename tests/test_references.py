@@ -85,11 +85,10 @@ def broken_links(name: str) -> Iterator[str]:
 
 
 @cache
-def elsewhere() -> set[str]:
-    """Paths that the notes say are no longer in the repository, and of the examples that CONTRIBUTING.md tells to write."""
+def gone() -> set[str]:
+    """Paths that the notes say are no longer in the repository."""
     section = read("docs/notes/README.md").partition("## What is no longer in the repository")[2]
-    examples = re.findall(r"(?:The file|Its test), `([^`]+)`", read("CONTRIBUTING.md"))
-    return {path for path in (*PATH.findall(section), *examples) if path not in FILES}
+    return {path for path in PATH.findall(section) if path not in FILES}
 
 
 def broken_paths(text: str) -> Iterator[str]:
@@ -97,7 +96,7 @@ def broken_paths(text: str) -> Iterator[str]:
         path = path.rstrip("/")
         if "*" in path or "…" in path or "..." in path:
             continue
-        if path not in FILES and path not in FOLDERS and path not in elsewhere():
+        if path not in FILES and path not in FOLDERS and path not in gone():
             yield path
 
 

@@ -1,4 +1,4 @@
-"""python -m keepkv"""
+"""The command line as `python -m keepkv`."""
 
 from keepkv.cli import main
 

@@ -30,7 +30,7 @@ ExactLayers = Callable[[int], tuple[Tensor, Tensor]]  # of a layer's index: keys
 
 @dataclass(frozen=True)
 class Document:
-    """A text's compact cache and what is needed to ask it questions.
+    r"""A text's compact cache and what is needed to ask it questions.
 
     Attributes:
         cache: Has read the text.
@@ -49,7 +49,7 @@ class Document:
         >>> model, tokenizer = loading.load("smollm2")
         >>> document = compile_text(model, tokenizer, "The ship Aurora left Bergen in May.", Recipe("50%", "snapkv"))
         >>> tokenizer.decode(document.question(tokenizer, "When?")[0])
-        '\\nWhen?<|im_end|>\\n<|im_start|>assistant\\n'
+        '\nWhen?<|im_end|>\n<|im_start|>assistant\n'
     """
 
     cache: KeepCache

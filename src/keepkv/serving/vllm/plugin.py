@@ -1,4 +1,4 @@
-"""What vLLM loads in every process (entry point `keepkv` of `vllm.general_plugins`). It changes nothing without settings:
+"""What vLLM loads in every process (entry point `keepkv` of `vllm.general_plugins`). It changes nothing without settings.
 
 vllm serve MODEL --additional-config '{"keepkv": {"budget": 1024}}'
 """
