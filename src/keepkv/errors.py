@@ -47,4 +47,4 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """
     names = list(names)
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}"
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}."

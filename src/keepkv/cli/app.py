@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -95,6 +96,8 @@ def _unexpected(error: Exception) -> str:
         return f"{what} (there is not enough memory: read in pieces with --chunk 2048, or take a smaller model or text)"
     if place := _place_in_own_code(error):
         return f"{what} (in your own code, {place}: --debug shows the stack trace)"
+    if method := _own_method(sys.argv):
+        return f"{what} (with your own method {method}: check what its functions return; --debug shows the stack trace)"
     return f"{what} (this is a bug in keepkv: please report it with the output of --debug and of keepkv --version)"
 
 
@@ -109,6 +112,13 @@ def _place_in_own_code(error: Exception) -> str:
         if file.suffix == ".py" and file.exists() and not is_library:
             return f"{frame.filename} line {frame.lineno}"
     return ""
+
+
+def _own_method(arguments: list[str]) -> str:
+    """The first method of the user's own, such as FILE.py:NAME, that is named at the command line, or ""."""
+    values = " ".join(arguments).replace("=", " ").split()
+    named = (value for option, value in pairwise(values) if option in ("--method", "--methods", "--compare"))
+    return next((name for value in named for name in value.split(",") if ":" in name), "")
 
 
 def _end(message: str, status: int) -> None:

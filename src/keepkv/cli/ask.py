@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -105,7 +106,7 @@ def ask(
         from keepkv.text.file import read_text
         from keepkv.text.prompt import Prompt
 
-        checked(recipe)
+        checked(recipe, auto=True)
         others = listed(compare, "--compare", get) if compare else []
         if not all(question.strip() for question in questions):
             raise InputError("one of the questions is empty: put each question in quotes, one after the other")
@@ -170,6 +171,15 @@ def ask_compiled(
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Compiled documents, the leading arguments that end in .keep, and the rest: questions."""
+    """Compiled documents, which are the leading arguments that end in .keep, and the rest.
+
+    Raises InputError for a file name among the rest, which would be taken for a question.
+    """
     count = next((i for i, argument in enumerate(arguments) if not argument.endswith(SUFFIX)), len(arguments))
+    late = [argument for argument in arguments[count:] if re.fullmatch(rf"\S+{re.escape(SUFFIX)}", argument)]
+    if late:
+        raise InputError(
+            f"{late[0]!r} stands after {arguments[count]!r}: give all {SUFFIX} files first, then the questions "
+            "(a text can join them when it is compiled too: keepkv compile)"
+        )
     return list(arguments[:count]), list(arguments[count:])

@@ -88,7 +88,7 @@ def show_anatomy(anatomy: Anatomy) -> None:
     table.add_column("layer", justify="right")
     table.add_column("slots per head", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for name in ("error", "error if evicted", "largest vote", "fallbacks"):
+    for name in ("error", "if evicted", "largest vote", "fallbacks"):
         table.add_column(name, justify="right")
     for layer in layers:
         heads = [head.result for head in layer]

@@ -301,6 +301,8 @@ def targets(docs: Sequence[str], output: Path | None) -> list[Path]:
     for file in files:
         if file.is_dir() or not file.parent.is_dir():
             raise InputError(f"{str(file)!r} cannot be written: expected a file name in a folder that exists")
-        if str(file) in docs:
+        if str(file) in docs and file.suffix == SUFFIX:
             raise InputError(f"{str(file)!r} is compiled already: give the text it was made of")
+        if str(file) in docs:
+            raise InputError(f"the compiled document would overwrite its text {str(file)!r}: give another file with -o")
     return files

@@ -158,11 +158,26 @@ def share(text: str | float) -> float:
     return budget.amount
 
 
-def checked(recipe: Recipe) -> Recipe:
-    """The recipe, whose method, budget and slot dtype are known and readable. Raises MethodError, BudgetError, InputError."""
+def checked(recipe: Recipe, auto: bool = False) -> Recipe:
+    """The recipe, whose method, budget and slot dtype can be used. auto: whether the command can find a budget.
+
+    Raises:
+        MethodError: for an unknown method.
+        BudgetError: for a budget that cannot be read, or is too small for any text.
+        InputError: for an unknown slot dtype.
+    """
+    from keepkv.budget import MIN_SLOTS
     from keepkv.cache.policy import Policy
 
-    Policy.of("100%" if recipe.auto_budget else recipe.budget, recipe.method, recipe.slot_dtype)
+    if recipe.auto_budget and not auto:
+        raise BudgetError("--budget auto is only for keepkv ask, which tries several budgets on the whole text: give a budget")
+    policy = Policy.of("100%" if recipe.auto_budget else recipe.budget, recipe.method, recipe.slot_dtype)
+    for budget in policy.budgets:
+        if budget.kind == "count" and budget.amount < MIN_SLOTS:
+            raise BudgetError(
+                f"budget {budget.text!r} is {budget.amount:g} slots per KV head, fewer than the {MIN_SLOTS} that must be kept: "
+                f'give at least {MIN_SLOTS}, or a share such as "10%"'
+            )
     return recipe
 
 

@@ -51,7 +51,9 @@ class Contents:
             header = json.loads((self._tensors.metadata() or {})["keepkv"])
             version = header["format"]
         except OSError as error:
-            raise InputError(f"{str(file)!r} cannot be read ({error.strerror or error})") from error
+            raise InputError(
+                f"{str(file)!r} cannot be read ({error.strerror or error}): expected a file made by keepkv compile"
+            ) from error
         except SafetensorError as error:
             raise self.broken(str(error)) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -27,7 +27,7 @@ from keepkv.budget import Budget
 from keepkv.documents import identity
 from keepkv.documents.document import Document, compile_text, key_of, load, save, shortened
 from keepkv.documents.format import Contents
-from keepkv.errors import InputError
+from keepkv.errors import BudgetError, InputError
 from keepkv.recipe import Recipe
 from keepkv.text.prompt import Prompt, same_prefix
 from keepkv.text.reading import Phase, silent
@@ -115,7 +115,9 @@ class Store:
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     index.execute(statement)
         except (OSError, sqlite3.Error) as error:
-            raise InputError(f"the store {str(folder)!r} cannot be used: {error}") from error
+            raise InputError(
+                f"the store {str(folder)!r} cannot be used ({error}): give a folder that can be written"
+            ) from error
 
     @staticmethod
     def open(folder: Path | None = None) -> Store:
@@ -409,10 +411,14 @@ def prefix_digests(ids: list[int], lengths: list[int]) -> list[str]:
 
 
 def bytes_of(limit: str) -> float:
-    """The number of bytes that "10GB" means. Raises BudgetError, InputError."""
-    budget = Budget.parse(limit)
+    """The number of bytes that "10GB" means. Raises InputError."""
+    expected = f'the limit {limit!r} is not a number of bytes: expected "10GB" or "500MB"'
+    try:
+        budget = Budget.parse(limit)
+    except BudgetError:
+        raise InputError(expected) from None
     if budget.kind != "bytes":
-        raise InputError(f'the limit {limit!r} is not in bytes: expected "10GB" or "500MB"')
+        raise InputError(expected)
     return budget.amount
 
 

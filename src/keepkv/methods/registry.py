@@ -66,6 +66,8 @@ def get(name: str | Method) -> Method:
         return name
     if ":" in name:
         return _elsewhere(*name.rsplit(":", 1))
+    if name.endswith(".py"):
+        raise MethodError(f"{name!r} is a file: name the method in it too, as in {name}:NAME")
     if name not in METHODS:
         raise MethodError(f"unknown method {name!r}: {nearest(name, METHODS)} `keepkv methods` explains each")
     return METHODS[name]
