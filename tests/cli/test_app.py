@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 
 from helpers import run
 from keepkv.cli import app
@@ -48,6 +52,15 @@ MISTAKES = [
     (["ask", "{text}", "?", "--budget", "1.5"], "outside its range"),
     (["ask", "{text}", "?", "--budget", "lots"], "cannot be read: expected a fraction"),
     (["ask", "{text}", "?", "--budget", "3"], "fewer than the 4 that must be kept"),
+    (["ask", "{text}", "?", "--budget", "0"], "fewer than the 4 that must be kept: give at least 4"),
+    (["ask", "{text}", "?", "--method", "own.py"], "name the method in it too, as in own.py:NAME"),
+    (["ask", "{text}", "?", "report.keep"], "give all .keep files first, then the questions"),
+    (["ask", "nowhere.keep", "?"], "expected a file made by keepkv compile"),
+    (["inspect", "{text}", "--budget", "auto"], "only for keepkv ask"),
+    (["chat", "--budget", "auto"], "only for keepkv ask"),
+    (["chat", "--budget", "3"], "fewer than the 4 that must be kept"),
+    (["serve", "--budget", "0"], "fewer than the 4 that must be kept"),
+    (["compile", "{text}", "-o", "{text}"], "would overwrite its text"),
     (["ask", "{text}", "?", "--keep", "zebra"], "nothing in the text matches 'zebra'"),
     (["ask", "{text}", "?", "--keep", "("], "not a regular expression"),
     (["ask", "{text}", "?", "--budget", "auto", "--method", "snapkv"], "snapkv does not predict its own error"),
@@ -70,7 +83,7 @@ MISTAKES = [
     (["inspect", "{text}", "--png", "{here}"], "expected a file name in a folder that exists"),
     (["inspect", "{text}", "--method", "keepkw"], "did you mean 'keepkv'"),
     (["fidelity", "{text}", "--context-tokens", "100000"], "fewer than the 100000 + 192 needed"),
-    (["fidelity", "{text}", "--budgets", ","], "--budgets: nothing to do: give at least one"),
+    (["fidelity", "{text}", "--budgets", ","], "--budgets is empty: give at least one name"),
     (["fidelity", "{text}", "--segments", "0"], "Invalid value"),
 ]
 
@@ -83,7 +96,7 @@ def test_mistakes_get_one_clear_line_and_status_2(monkeypatch, capsys, folder, t
     (tmp_path / "here").mkdir()
     places = {name: str(tmp_path / name) for name in ("binary", "zeros", "empty", "here")}
     args = [arg.format(text=text, folder=folder, **places) for arg in args]
-    if "--model" not in args:
+    if "--model" not in args and args[0] != "serve":
         args += ["--model", folder]
     status, out, err = run(monkeypatch, capsys, *args)
     assert status == 2
@@ -92,6 +105,82 @@ def test_mistakes_get_one_clear_line_and_status_2(monkeypatch, capsys, folder, t
     assert "Traceback" not in err
     if "Usage" not in err:
         assert err.count("\n") == 1
+
+
+OWN_METHODS = """
+from keepkv import Method
+
+def broken(observation):
+    return observation.nothing
+
+def odd(observation):
+    return observation.keys[0, 0]
+
+BROKEN = Method("broken", "scores that cannot be computed", "", broken)
+ODD = Method("odd", "scores of a wrong shape", "", odd)
+"""
+
+
+def test_an_error_of_a_users_own_method_is_not_called_a_bug_of_keepkv(monkeypatch, capsys, folder, text, tmp_path) -> None:
+    (tmp_path / "own.py").write_text(OWN_METHODS)
+    (tmp_path / "unreadable.py").write_text("BROKEN = (\n")
+    ask = ("ask", text, "Who?", "--model", folder, "--budget", "20%", "--method")
+    for method, message in (
+        ("own.py:BROKEN", "own.py line 5: --debug"),
+        ("own.py:ODD", "check what its functions return"),
+        ("unreadable.py:BROKEN", "unreadable.py line 1: --debug"),
+    ):
+        status, out, err = run(monkeypatch, capsys, *ask, f"{tmp_path}/{method}")
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert message in err
+        assert "bug in keepkv" not in err
+
+
+def test_an_error_that_nobody_expects_is_called_a_bug(monkeypatch, capsys, text: str) -> None:
+    monkeypatch.setattr("keepkv.models.loading.load", operator.abs)  # C code, which stands in no file
+    status, out, err = run(monkeypatch, capsys, "ask", text, "Who?")
+    assert (status, out) == (1, "")
+    assert err.startswith("keepkv: TypeError: ")
+    assert "(this is a bug in keepkv: please report it" in err
+
+
+def test_without_memory_the_remedy_is_named(monkeypatch, capsys, text: str) -> None:
+    def fail(file: str) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("keepkv.text.file.read_text", fail)
+    assert "--chunk 2048" in run(monkeypatch, capsys, "ask", text, "Who?")[2]
+
+
+def test_the_version_is_all_that_a_bug_report_needs(monkeypatch, capsys) -> None:
+    status, out, err = run(monkeypatch, capsys, "--version")
+    assert (status, err) == (0, "")
+    facts = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert list(facts) == ["keepkv", "python", "platform", "torch", "transformers", "triton", "attention"]
+    assert facts["torch"] == torch.__version__
+    assert re.match(r"(sdpa|triton|eager)\b.* on ", facts["attention"])
+
+
+COMMANDS = typer.main.get_command(app.app)
+
+
+def pages(command: object, *words: str) -> dict[tuple[str, ...], object]:
+    """Every command, and every group of commands, by what is typed for it."""
+    under = getattr(command, "commands", {})
+    return {words: command} | {key: page for name in under for key, page in pages(under[name], *words, name).items()}
+
+
+@pytest.mark.parametrize("words", pages(COMMANDS), ids=" ".join)
+def test_every_help_has_examples_and_groups_its_options(monkeypatch, capsys, words: tuple[str, ...]) -> None:
+    status, out, err = run(monkeypatch, capsys, *words, "--help")
+    assert (status, err) == (0, "")
+    lines = [line.strip() for line in out.splitlines()]
+    summary = next(line for line in lines if line and not line.startswith("Usage"))
+    assert summary[0].isupper()
+    examples = [line for line in lines if "keepkv " in line and not line.startswith(("Usage", "│"))]
+    assert any(line.startswith(" ".join(("keepkv", *words))) for line in examples)
+    options = [param for param in pages(COMMANDS)[words].params if param.opts[0].startswith("-")]
+    assert {param.name for param in options if not param.rich_help_panel} <= {"debug", "help", "version"}
 
 
 def test_debug_shows_the_trace(monkeypatch, capsys) -> None:

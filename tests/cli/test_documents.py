@@ -115,4 +115,4 @@ def test_the_command_line(monkeypatch, capsys, folder: str, tmp_path: Path) -> N
     assert (status, len(err.strip().splitlines())) == (2, 1)
     assert store("rm", str(text))[0] == 0
     assert "left 0" in store("gc", "--limit", "1MB")[2]
-    assert "not in bytes" in store("gc", "--limit", "10%")[2]
+    assert "not a number of bytes" in store("gc", "--limit", "10%")[2]

@@ -109,7 +109,7 @@ def ask(
         checked(recipe, auto=True)
         others = listed(compare, "--compare", get) if compare else []
         if not all(question.strip() for question in questions):
-            raise InputError("one of the questions is empty: put each question in quotes, one after the other")
+            raise InputError("one of the questions is empty: write each in quotes, one after the other")
         text = read_text(file)
         lm, tokenizer = loading.load(model, device, dtype)
         prompt = Prompt(tokenizer, text)

@@ -412,14 +412,11 @@ def prefix_digests(ids: list[int], lengths: list[int]) -> list[str]:
 
 def bytes_of(limit: str) -> float:
     """The number of bytes that "10GB" means. Raises InputError."""
-    expected = f'the limit {limit!r} is not a number of bytes: expected "10GB" or "500MB"'
-    try:
+    with suppress(BudgetError):
         budget = Budget.parse(limit)
-    except BudgetError:
-        raise InputError(expected) from None
-    if budget.kind != "bytes":
-        raise InputError(expected)
-    return budget.amount
+        if budget.kind == "bytes":
+            return budget.amount
+    raise InputError(f'the limit {limit!r} is not a number of bytes: expected "10GB" or "500MB"')
 
 
 def _can_end(document: Document, tokens: int) -> bool:

@@ -117,7 +117,7 @@ def changed(config: Config, values: Mapping[str, Any], where: str = "") -> Confi
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name in RENAMED:
-            raise InputError(f"{where}: {_renamed(name, value)}")
+            raise InputError(_renamed(where, name, value))
         if name not in defaults:
             raise InputError(f"{where}: unknown setting {name!r}: {nearest(name, defaults)}")
         default = defaults[name]
@@ -132,12 +132,10 @@ def changed(config: Config, values: Mapping[str, Any], where: str = "") -> Confi
     return replace(config, **changes)
 
 
-def _renamed(name: str, value: Any) -> str:
+def _renamed(where: str, name: str, value: Any) -> str:
     """What to write instead of a line of an older run's file."""
-    new_name, new_value = RENAMED[name], RENAMED_VALUES.get(str(value), str(value))
-    return (
-        f'the setting {name!r} of older runs is called {new_name!r} now: write {new_name} = "{new_value}" instead of this line'
-    )
+    line = f'{RENAMED[name]} = "{RENAMED_VALUES.get(str(value), value)}"'
+    return f"{where}: the setting {name!r} of older runs is called {RENAMED[name]!r} now: write {line} instead of that line"
 
 
 def continues(before: Config, now: Config, where: str) -> None:
