@@ -41,28 +41,30 @@ def main() -> None:
     for name, (heads, group, size) in SHAPES.items():
         for new in (1, 512):
             rows, scale = group * new, size**-0.5
-            query, one = torch.randn(1, heads, rows, size), torch.randn(1, heads, 32, size)
+            query, tail_states = torch.randn(1, heads, rows, size), torch.randn(1, heads, 32, size)
             layers = [ragged(1, heads, args.slots, size, query) for _ in range(args.layers)]
-            wide = [bias_in_keys.widen(slots, scale) for slots in layers]
+            slots_with_bias = [bias_in_keys.widen(slots, scale) for slots in layers]
             dense = [torch.randn(2, 1, heads, args.slots, size) for _ in layers]
-            asked = query.view(1, heads * group, new, size)
+            dense_query = query.view(1, heads * group, new, size)
             variants = {
-                "dense": [partial(scaled_dot_product_attention, asked, k, v, enable_gqa=True) for k, v in dense],
+                "dense": [partial(scaled_dot_product_attention, dense_query, k, v, enable_gqa=True) for k, v in dense],
                 "sdpa": [partial(attend_slots, query, slots, scale, "sdpa") for slots in layers],
-                "bias_in_keys": [partial(attend_slots, query, slots, scale, "bias_in_keys") for slots in wide],
+                "bias_in_keys": [partial(attend_slots, query, slots, scale, "bias_in_keys") for slots in slots_with_bias],
                 "eager": [partial(attend_slots, query, slots, scale, "eager") for slots in layers],
             }
             if rows <= sdpa.FEW:
-                variants["few"] = [partial(sdpa.attend_few, query, slots, one, one, None, scale) for slots in layers]
+                variants["few"] = [
+                    partial(sdpa.attend_few, query, slots, tail_states, tail_states, None, scale) for slots in layers
+                ]
 
             def run(calls: list[Any]) -> None:
                 for call in calls:
                     call()
 
             times = interleaved(args.rounds, {key: timed(partial(run, calls), cpu) for key, calls in variants.items()}, 2)
-            found = {key: summary([value / args.layers for value in values]) for key, values in times.items()}
-            record["shapes"][f"{name}, {new} new"] = found
-            cells = "  ".join(f"{key} {1e6 * of['median']:8.0f}" for key, of in found.items())
+            times_per_layer = {key: summary([value / args.layers for value in values]) for key, values in times.items()}
+            record["shapes"][f"{name}, {new} new"] = times_per_layer
+            cells = "  ".join(f"{key} {1e6 * of['median']:8.0f}" for key, of in times_per_layer.items())
             print(f"{name:14s} {new:4d} new   us a layer: {cells}", flush=True)
     write(record, args.json)
 

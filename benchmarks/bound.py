@@ -39,10 +39,10 @@ PAPER = methods.get("keepkv-paper")
 
 
 def as_printed(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor) -> Merged:
-    """ZIP without the guard of `sets.zip_merge`; its fallbacks count the sets of |λ| > 3, for which nothing is proved."""
-    made = keepkv_paper.Scored(keys, values, kept, log_score, 0.8)
-    scale, odd = made.log_mean / made.pi_level, made.groups.size > 1
-    return made.result(scale[:, None] * made.groups.mean(keys, made.pi), int(((scale.abs() > 3) & odd).sum()))
+    """ZIP without the guard of `keepkv_paper.zip_merge`. Its fallbacks count the sets of |λ| > 3: nothing is proved for them."""
+    scored = keepkv_paper.Scored(keys, values, kept, log_score, 0.8)
+    scale, odd = scored.log_mean / scored.pi_level, scored.groups.size > 1
+    return scored.result(scale[:, None] * scored.groups.mean(keys, scored.pi), int(((scale.abs() > 3) & odd).sum()))
 
 
 RULES: dict[str, Rule] = {
@@ -50,7 +50,7 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 SCORES: dict[str, Callable[[Observation], Tensor]] = {
     "average": keepkv_paper.moving_average,
-    "last query": lambda seen: keepkv_paper.moving_average(seen, window=1),
+    "last query": lambda observation: keepkv_paper.moving_average(observation, window=1),
 }
 
 
@@ -61,7 +61,9 @@ def observe(model: Any, ids: Tensor, tokens: int) -> tuple[list[Observation], li
     later = cache.fork()
     model(ids[:, tokens:], past_key_values=later, logits_to_keep=1)
     before, after = ([watched(layer) for layer in c.keep_layers] for c in (cache, later))
-    return before, [seen.queries[:, :, seen.query_positions >= tokens].double() * seen.scale for seen in after]
+    return before, [
+        observation.queries[:, :, observation.query_positions >= tokens].double() * observation.scale for observation in after
+    ]
 
 
 def watched(layer: Any) -> Observation:
@@ -71,31 +73,31 @@ def watched(layer: Any) -> Observation:
 def one_by_one(keys: Tensor, values: Tensor, merged: Merged, target: Tensor) -> Iterator[tuple[Merged, Tensor]]:
     """For every set of more than one token, the cache in which only that one is merged, and its targets."""
     for slot in (torch.bincount(target[target >= 0], minlength=len(merged.keys)) > 1).nonzero().flatten().tolist():
-        others = ((target >= 0) & (target != slot)).nonzero().flatten()
+        rest = ((target >= 0) & (target != slot)).nonzero().flatten()
         place = torch.where(target == slot, 0, -1)
-        place[others] = torch.arange(1, len(others) + 1)
-        bias = torch.cat([merged.bias[[slot]], merged.bias.new_zeros(len(others))])
-        joined_keys = torch.cat([merged.keys[[slot]], keys[others]])
-        yield Merged(joined_keys, torch.cat([merged.values[[slot]], values[others]]), bias), place
+        place[rest] = torch.arange(1, len(rest) + 1)
+        bias = torch.cat([merged.bias[[slot]], merged.bias.new_zeros(len(rest))])
+        joined_keys = torch.cat([merged.keys[[slot]], keys[rest]])
+        yield Merged(joined_keys, torch.cat([merged.values[[slot]], values[rest]]), bias), place
 
 
-def asked(queries: Tensor, keys: Tensor, values: Tensor, merged: Merged, predicted: Tensor, target: Tensor) -> Tensor:
+def cases(queries: Tensor, keys: Tensor, values: Tensor, merged: Merged, predicted: Tensor, target: Tensor) -> Tensor:
     """[6, R]: the three bounds, γ, the change, and the change when what was dropped counts too; as shares of ||o||."""
     stay = target >= 0
     shared = (torch.bincount(target[stay]) > 1)[target.clamp(min=0)] & stay
     gamma = error_bound.reach(values[shared], values[stay]).expand(len(queries))
     output, _ = exact(queries, keys[stay], values[stay], keys.new_zeros(int(stay.sum())), 1.0)
     full, _ = exact(queries, keys, values, keys.new_zeros(len(keys)), 1.0)
-    ours, _ = exact(queries, merged.keys, merged.values, merged.bias, 1.0)
+    merged_output, _ = exact(queries, merged.keys, merged.values, merged.bias, 1.0)
     limits = error_bound.bounds(queries, keys, values, merged, predicted, target)
     change = error_bound.change(queries, keys, values, merged, target)
     length: Tensor = vector_norm(output, dim=-1)
-    return torch.stack([*limits, gamma, change, vector_norm(ours - full, dim=-1)]) / length
+    return torch.stack([*limits, gamma, change, vector_norm(merged_output - full, dim=-1)]) / length
 
 
-def row(found: list[Tensor]) -> dict[str, float]:
+def row(parts: list[Tensor]) -> dict[str, float]:
     """The figures of one variant. useful: the stated bound is below γ, which holds for any two weighted means."""
-    paper, corrected, reweighted, gamma, change, with_dropped = torch.cat(found, 1)
+    paper, corrected, reweighted, gamma, change, with_dropped = torch.cat(parts, 1)
     exists = paper.isfinite()
 
     def middle(x: Tensor) -> float:
@@ -135,31 +137,32 @@ def main() -> None:
     select = replace(PAPER, merge=methods.get("snapkv").merge)  # nothing is merged yet
     table = []
     for budget in args.budgets.split(","):
-        heads = sum(seen.heads for seen in observations)
+        heads = sum(observation.heads for observation in observations)
         plan = compress(observations, select, Budget.parse(budget).total_slots(args.tokens, heads, 1)).plan
-        found: dict[tuple[str, str, str], list[Tensor]] = defaultdict(list)
-        dropped, sizes, odd = [], [], dict.fromkeys(RULES, 0)
+        cases_of: dict[tuple[str, str, str], list[Tensor]] = defaultdict(list)
+        dropped, sizes, fallbacks = [], [], dict.fromkeys(RULES, 0)
         for layer in map(int, args.layers.split(",")):
-            seen = observations[layer]
-            predicted = {name: log_score(seen).double() for name, log_score in SCORES.items()}
+            observation = observations[layer]
+            predicted = {name: log_score(observation).double() for name, log_score in SCORES.items()}
             for head, kept in enumerate(plan.kept[layer]):
-                keys, values = seen.keys[head].double(), seen.values[head].double()
+                keys, values = observation.keys[head].double(), observation.values[head].double()
                 ask = queries[layer][head, :, :: args.stride].flatten(0, 1)
                 target = similarity.nearest_kept(keys, kept, 0.8)
                 dropped.append((ask @ keys.T).softmax(-1)[:, target < 0].sum(-1))
                 sizes.append(float((torch.bincount(target[target >= 0]) > 1).sum()))
                 for (kind, scores), (name, rule) in product(predicted.items(), RULES.items()):
                     merged = rule(keys, values, kept, scores[head])
-                    found[name, kind, "step"].append(asked(ask, keys, values, merged, scores[head], target))
+                    cases_of[name, kind, "step"].append(cases(ask, keys, values, merged, scores[head], target))
                     if kind == "average":
-                        odd[name] += merged.fallbacks
+                        fallbacks[name] += merged.fallbacks
                         for single, place in one_by_one(keys, values, merged, target):
-                            found[name, kind, "set"].append(asked(ask, keys, values, single, scores[head], place))
+                            cases_of[name, kind, "set"].append(cases(ask, keys, values, single, scores[head], place))
         print(
-            f"{budget}: {sum(sizes):.0f} sets in {len(sizes)} heads, {odd['zip']} guarded, {odd['zip as printed']} of |λ| > 3; "
+            f"{budget}: {sum(sizes):.0f} sets in {len(sizes)} heads, {fallbacks['zip']} guarded, "
+            f"{fallbacks['zip as printed']} of |λ| > 3; "
             f"dropped: median {float(torch.cat(dropped).median()):.3f} of the attention"
         )
-        for (name, kind, scope), parts in found.items():
+        for (name, kind, scope), parts in cases_of.items():
             table.append({"budget": budget, "rule": name, "score": kind, "scope": scope, **row(parts)})
             print(f"  {name}, {kind}, {scope}: " + " ".join(f"{k} {v:.4g}" for k, v in list(table[-1].items())[4:]))
     if args.output:

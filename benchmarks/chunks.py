@@ -31,22 +31,22 @@ from keepkv.documents.joining import cachecraft
 from keepkv.documents.joining.cacheblend import ReusedText
 from keepkv.documents.joining.joined import joined
 from keepkv.models import loading
-from keepkv.text.prompt import asked as asked_for
+from keepkv.text.prompt import question_ids
 from keepkv.text.reading import REPEAT
 
 
 def passages(data: dict[str, Any], words: int) -> list[tuple[str, list[tuple[str, str]]]]:
     """Documents of about so many words, each with its questions and their answers."""
-    made = []
+    documents = []
     for article in data["data"]:
-        text, asked = "", []
+        text, questions = "", []
         for paragraph in article["paragraphs"]:
             text += paragraph["context"].strip() + "\n"
-            asked += [(qa["question"], qa["answers"][0]["text"]) for qa in paragraph["qas"]]
+            questions += [(qa["question"], qa["answers"][0]["text"]) for qa in paragraph["qas"]]
             if len(text.split()) >= words:
-                made.append((text, asked))
-                text, asked = "", []
-    return made
+                documents.append((text, questions))
+                text, questions = "", []
+    return documents
 
 
 @torch.inference_mode()
@@ -55,8 +55,8 @@ def chances(model: Any, cache: KeepCache, question: Tensor, answer: Tensor) -> t
     start = time.perf_counter()
     first = model(question, past_key_values=cache, logits_to_keep=1).logits
     seconds = time.perf_counter() - start
-    rest = model(answer[:, :-1], past_key_values=cache).logits if answer.shape[1] > 1 else first[:, :0]
-    return torch.cat([first, rest], 1)[0].float().log_softmax(-1), seconds
+    later_logits = model(answer[:, :-1], past_key_values=cache).logits if answer.shape[1] > 1 else first[:, :0]
+    return torch.cat([first, later_logits], 1)[0].float().log_softmax(-1), seconds
 
 
 def interval(values: list[float], rng: random.Random) -> list[float]:
@@ -80,42 +80,40 @@ def main() -> None:
     torch.set_grad_enabled(False)
     model, tokenizer = loading.load(args.model)
     rng = random.Random(args.seed)
-    found = passages(json.loads(args.data.read_text()), args.words)[: args.pool]
+    documents = passages(json.loads(args.data.read_text()), args.words)[: args.pool]
     exact, compact = [], {budget: [] for budget in args.budgets}
-    for text, _ in track(found, description="compiling"):
+    for text, _ in track(documents, description="compiling"):
         exact.append(compile_text(model, tokenizer, text, Recipe("100%", "full")))
-        for budget, made in compact.items():
-            made.append(_with_exact(compile_text(model, tokenizer, text, Recipe(budget)), exact[-1].cache.keep_layers))
+        for budget, compiled in compact.items():
+            compiled.append(_with_exact(compile_text(model, tokenizer, text, Recipe(budget)), exact[-1].cache.keep_layers))
     records: list[dict[str, Any]] = []
     for number in track(range(args.samples), description="asking"):
-        sample = rng.sample(range(len(found)), args.documents)
-        question, answer = rng.choice(found[sample[0]][1])
+        sample = rng.sample(range(len(documents)), args.documents)
+        question, answer = rng.choice(documents[sample[0]][1])
         rng.shuffle(sample)
-        records += asked(
-            model, tokenizer, [exact[i] for i in sample], {name: [made[i] for i in sample] for name, made in compact.items()},
-            question, answer, number,
-        )  # fmt: skip
+        compact_sample = {name: [compiled[i] for i in sample] for name, compiled in compact.items()}
+        records += measure(model, tokenizer, [exact[i] for i in sample], compact_sample, question, answer, number)
         if args.json:
             args.json.write_text(json.dumps(summed(records, args), indent=1) + "\n")
     print("| variant | KL | answer's loss | top-1 | first token, s | cache, MB | read again |\n|---|---|---|---|---|---|---|")
-    for name, row in summed(records, args)["rows"].items():
-        cells = [f"{row[key][0]:.3f} [{row[key][1]:.3f}, {row[key][2]:.3f}]" for key in ("kl", "loss", "top1")]
-        rest = f"{row['first_token_seconds']:.2f} | {row['kv_bytes'] / 1e6:.1f} | {100 * row['read_again']:.0f}%"
-        print(f"| {name} | {' | '.join(cells)} | {rest} |")
+    for name, means in summed(records, args)["rows"].items():
+        cells = [f"{means[key][0]:.3f} [{means[key][1]:.3f}, {means[key][2]:.3f}]" for key in ("kl", "loss", "top1")]
+        costs = f"{means['first_token_seconds']:.2f} | {means['kv_bytes'] / 1e6:.1f} | {100 * means['read_again']:.0f}%"
+        print(f"| {name} | {' | '.join(cells)} | {costs} |")
 
 
 def summed(records: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """Every variant's means with intervals, and the records."""
     rows, rng = {}, random.Random(args.seed)
     for name in dict.fromkeys(record["variant"] for record in records):
-        own = [record for record in records if record["variant"] == name]
+        variant_records = [record for record in records if record["variant"] == name]
         rows[name] = {
-            "kl": interval([record["kl"] for record in own], rng),
-            "loss": interval([record["loss"] for record in own], rng),
-            "top1": interval([record["top1"] for record in own], rng),
-            "first_token_seconds": statistics.median(record["seconds"] for record in own),
-            "kv_bytes": statistics.fmean(record["kv_bytes"] for record in own),
-            "read_again": statistics.fmean(record["read_again"] for record in own),
+            "kl": interval([record["kl"] for record in variant_records], rng),
+            "loss": interval([record["loss"] for record in variant_records], rng),
+            "top1": interval([record["top1"] for record in variant_records], rng),
+            "first_token_seconds": statistics.median(record["seconds"] for record in variant_records),
+            "kv_bytes": statistics.fmean(record["kv_bytes"] for record in variant_records),
+            "read_again": statistics.fmean(record["read_again"] for record in variant_records),
         }
     return {
         "samples": len({record["sample"] for record in records}), "documents": args.documents, "model": args.model,
@@ -125,7 +123,7 @@ def summed(records: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
     }  # fmt: skip
 
 
-def asked(
+def measure(
     model: Any, tokenizer: Any, exact: list[Document], compact: dict[str, list[Document]], question: str, answer: str,
     number: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -133,15 +131,15 @@ def asked(
     asks = exact[0].question(tokenizer, question)
     target = tokenizer(" " + answer if not tokenizer.chat_template else answer, add_special_tokens=False, return_tensors="pt")
     right = target["input_ids"]
-    whole = joined(model, exact).ids
+    ids = joined(model, exact).ids
     first = exact[0].cache
-    later = whole[:, exact[0].tokens :]
+    later = ids[:, exact[0].tokens :]
     keys = [str(i) for i in range(len(exact))]
     variants = {}
 
     def full() -> KeepCache:
         cache = KeepCache(model, 1.0, "full")
-        model(whole, past_key_values=cache, logits_to_keep=1)
+        model(ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
     def prefix() -> KeepCache:
@@ -155,14 +153,14 @@ def asked(
     for share in (0.05, 0.15, 0.3):
         ways[f"CacheBlend {share:.0%}"] = lambda share=share: joined(model, exact, share).cache, share
     ways["CacheBlend, paper, 15%"] = lambda: joined(model, exact, 0.15, variant="paper").cache, 0.225
-    chosen = [
+    recomputed_shares = [
         len(cachecraft.best(crafts[i], keys[: i + 1]).chosen(keys[: i + 1])) / exact[i + 1].tokens
         for i in range(len(exact) - 1)
     ]
-    ways["Cache-Craft"] = lambda: joined(model, exact, 1.0, crafts=crafts, keys=keys).cache, statistics.fmean(chosen)
-    for budget, made in compact.items():
-        ways[f"keepkv {budget}, joined"] = lambda made=made: joined(model, made).cache, 0.0
-        ways[f"keepkv {budget}, joined, 15% repaired"] = lambda made=made: joined(model, made, 0.15).cache, 0.15
+    ways["Cache-Craft"] = lambda: joined(model, exact, 1.0, crafts=crafts, keys=keys).cache, statistics.fmean(recomputed_shares)
+    for budget, documents in compact.items():
+        ways[f"keepkv {budget}, joined"] = lambda documents=documents: joined(model, documents).cache, 0.0
+        ways[f"keepkv {budget}, joined, 15% repaired"] = lambda documents=documents: joined(model, documents, 0.15).cache, 0.15
     order = [*ways]
     random.Random(number).shuffle(order)
     for way in order:
@@ -170,44 +168,44 @@ def asked(
         start = time.perf_counter()
         cache = build()
         built = time.perf_counter() - start
-        held = cache.report().kv_bytes
-        told, seconds = chances(model, cache, asks, right)
-        variants[way] = told, built + seconds, held, again
+        kv_bytes = cache.report().kv_bytes
+        log_probs, seconds = chances(model, cache, asks, right)
+        variants[way] = log_probs, built + seconds, kv_bytes, again
     budget, name = next(iter(compact)), f"keepkv {next(iter(compact))}"
     once = KeepCache(model, budget, auto=False)  # the same prompt read together and then compressed
     start = time.perf_counter()
-    model(whole, past_key_values=once, logits_to_keep=1)
-    once.repeat(model, whole, asked_for(tokenizer, REPEAT, exact[0].before, exact[0].after)).compress()
+    model(ids, past_key_values=once, logits_to_keep=1)
+    once.repeat(model, ids, question_ids(tokenizer, REPEAT, exact[0].before, exact[0].after)).compress()
     built = time.perf_counter() - start
-    told, seconds = chances(model, once, asks, right)
-    variants[f"{name}, read together"] = told, built + seconds, once.report().kv_bytes, 1.0
+    log_probs, seconds = chances(model, once, asks, right)
+    variants[f"{name}, read together"] = log_probs, built + seconds, once.report().kv_bytes, 1.0
     theirs = variants["full prefill"][0]
     picked = right[0][:, None]
     return [
         {
-            "variant": way, "sample": number, "tokens": whole.shape[1], "seconds": seconds, "kv_bytes": held,
+            "variant": way, "sample": number, "tokens": ids.shape[1], "seconds": seconds, "kv_bytes": kv_bytes,
             "read_again": again,
-            "kl": float((theirs.exp() * (theirs - told)).sum(-1).mean()),
-            "loss": float((theirs.gather(1, picked) - told.gather(1, picked)).mean()),
-            "top1": float((theirs.argmax(-1) == told.argmax(-1)).float().mean()),
+            "kl": float((theirs.exp() * (theirs - log_probs)).sum(-1).mean()),
+            "loss": float((theirs.gather(1, picked) - log_probs.gather(1, picked)).mean()),
+            "top1": float((theirs.argmax(-1) == log_probs.argmax(-1)).float().mean()),
         }
         for way in [*ways, f"{name}, read together"]
-        for told, seconds, held, again in [variants[way]]
+        for log_probs, seconds, kv_bytes, again in [variants[way]]
     ]  # fmt: skip
 
 
 def stood(model: Any, exact: list[Document], keys: list[str], rng: random.Random) -> list[list[cachecraft.ChunkVariant]]:
     """One variant of every later document: as it stood behind two others of this prompt, in some other order."""
-    made = []
+    variants = []
     for place in range(1, len(exact)):
-        others = rng.sample([i for i in range(len(exact)) if i != place], 2)
-        before = joined(model, [exact[i] for i in others])
-        ends = [exact[others[0]].tokens, before.tokens]
+        predecessors = rng.sample([i for i in range(len(exact)) if i != place], 2)
+        before = joined(model, [exact[i] for i in predecessors])
+        ends = [exact[predecessors[0]].tokens, before.tokens]
         document = exact[place]
         ids = document.ids[:, document.lead :]
         text = ReusedText(ids, lambda i, d=document: tuple(x[:, :, d.lead :] for x in _layer(d, i)))  # type: ignore[arg-type, misc]
-        made.append([cachecraft.observe(model, before.cache, ends, [keys[i] for i in others], text)])
-    return made
+        variants.append([cachecraft.observe(model, before.cache, ends, [keys[i] for i in predecessors], text)])
+    return variants
 
 
 def _layer(document: Document, index: int) -> tuple[Tensor, Tensor]:

@@ -41,13 +41,13 @@ def main() -> None:
     model, tokenizer = loading.load(args.model)
     text = args.text.read_text() if args.text else prose()
     lengths = [int(x) for x in args.lengths.split(",")]
-    every = tokenizer(text[: 12 * max(lengths)], return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    all_ids = tokenizer(text[: 12 * max(lengths)], return_tensors="pt", verbose=False)["input_ids"].to(model.device)
     record: dict[str, Any] = {"what": "seconds of compressing", "model": args.model, "lengths": {}}
     for tokens in lengths:
-        ids = every[:, :tokens]
+        ids = all_ids[:, :tokens]
         if ids.shape[1] < tokens:
             parser.error(f"the text has {ids.shape[1]:,} tokens: give a longer --text, or shorter --lengths")
-        read: dict[str, KeepCache] = {}
+        cache_read: dict[str, KeepCache] = {}
 
         def clock(run: Callable[[], Any]) -> float:
             start = time.perf_counter()
@@ -60,9 +60,9 @@ def main() -> None:
             model(ids, past_key_values=cache, logits_to_keep=1)
             return cache
 
-        def observed(read: dict[str, KeepCache] = read) -> float:
-            read["cache"] = KeepCache(model, auto=False)
-            return clock(lambda: reading(read["cache"]))
+        def observed(cache_read: dict[str, KeepCache] = cache_read) -> float:
+            cache_read["cache"] = KeepCache(model, auto=False)
+            return clock(lambda: reading(cache_read["cache"]))
 
         variants: dict[str, Callable[[], float]] = {
             "reading": lambda: clock(lambda: reading(DynamicCache(config=model.config))),
@@ -70,22 +70,27 @@ def main() -> None:
         }
         for method in args.methods.split(","):
             for budget in args.budgets.split(","):
-                variants[f"compressing {method} {budget}"] = lambda budget=budget, method=method, read=read: clock(
-                    lambda: read["cache"].fork().compress(budget, method)
+                variants[f"compressing {method} {budget}"] = lambda budget=budget, method=method, cache_read=cache_read: clock(
+                    lambda: cache_read["cache"].fork().compress(budget, method)
                 )
         seconds = {name: summary(values) for name, values in interleaved(args.rounds, variants, 0).items()}
-        whole = seconds["reading"]["median"]
-        record["lengths"][tokens] = {"seconds": seconds, "share": {k: of["median"] / whole for k, of in seconds.items()}}
+        reading_seconds = seconds["reading"]["median"]
+        record["lengths"][tokens] = {
+            "seconds": seconds,
+            "share": {k: of["median"] / reading_seconds for k, of in seconds.items()},
+        }
         for name, of in seconds.items():
             print(
                 f"{tokens:7,} tokens  {name:24s} {of['median']:8.2f} s  {1e3 * of['median'] / tokens:6.2f} s for 1,000 tokens  "
-                f"{of['median'] / whole:5.2f} of reading",
+                f"{of['median'] / reading_seconds:5.2f} of reading",
                 flush=True,
             )
         if args.profile:
-            with profile(activities=[ProfilerActivity.CPU]) as seen:
-                read["cache"].fork().compress(args.budgets.split(",")[0], args.methods.split(",")[0])
-            print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=args.profile, max_name_column_width=40))
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                cache_read["cache"].fork().compress(args.budgets.split(",")[0], args.methods.split(",")[0])
+            print(
+                profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=args.profile, max_name_column_width=40)
+            )
     write(record | machine(), args.json)
 
 

@@ -28,10 +28,10 @@ from prose import prose
 from timing import interleaved, machine, ratio, summary, write
 
 
-def dense(whole: KeepCache, tokens: int) -> DynamicCache:
+def dense(cache_read: KeepCache, tokens: int) -> DynamicCache:
     """transformers' own cache with the first `tokens` tokens of one that was read and is not compressed."""
     cache = DynamicCache()
-    for index, layer in enumerate(whole.layers):
+    for index, layer in enumerate(cache_read.layers):
         cache.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens], index)
     return cache
 
@@ -66,48 +66,48 @@ def main() -> None:
     model, tokenizer = loading.load(args.model)
     text = args.text.read_text() if args.text else prose()
     ids = tokenizer(text[: 12 * args.tokens], return_tensors="pt", verbose=False)["input_ids"][:, : args.tokens + 1]
-    whole = KeepCache(model, auto=False)
-    model(ids[:, :-1], past_key_values=whole, logits_to_keep=1)
-    caches: dict[str, Cache] = {"full": dense(whole, args.tokens)}
+    cache_read = KeepCache(model, auto=False)
+    model(ids[:, :-1], past_key_values=cache_read, logits_to_keep=1)
+    caches: dict[str, Cache] = {"full": dense(cache_read, args.tokens)}
     bases: dict[str, tuple[str, ...]] = {}
     for budget in args.budgets.split(","):
-        compact = whole.fork().compress(budget, args.method)
+        compact = cache_read.fork().compress(budget, args.method)
         heads = sum(layer.heads for layer in compact.keep_layers)
         slots = sum(len(layer.slots.keys) for layer in compact.keep_layers) // heads
-        caches |= {f"small {budget}": dense(whole, slots), f"keepkv {budget}": compact}
+        caches |= {f"small {budget}": dense(cache_read, slots), f"keepkv {budget}": compact}
         bases[f"keepkv {budget}"] = ("full", f"small {budget}")
-        for form in filter(None, args.slot_dtype.split(",")):
-            caches[f"keepkv {budget} {form}"] = whole.fork().compress(budget, args.method, slot_dtype=form)
-            bases[f"keepkv {budget} {form}"] = ("full", f"keepkv {budget}")
-    shape = whole.keep_layers[0].keys.shape
-    del whole
+        for slot_dtype in filter(None, args.slot_dtype.split(",")):
+            caches[f"keepkv {budget} {slot_dtype}"] = cache_read.fork().compress(budget, args.method, slot_dtype=slot_dtype)
+            bases[f"keepkv {budget} {slot_dtype}"] = ("full", f"keepkv {budget}")
+    shape = cache_read.keep_layers[0].keys.shape
+    del cache_read
 
     token = ids[:, -1:]
-    held = {name: kv_bytes(cache) for name, cache in caches.items()}
+    bytes_of = {name: kv_bytes(cache) for name, cache in caches.items()}
     steps = interleaved(args.steps, {name: stepper(model, token, cache) for name, cache in caches.items()}, args.steps // 6 + 1)
     record = {
         "what": "seconds of one decoding step", "model": args.model, "dtype": str(model.dtype), "tokens": args.tokens,
         "method": args.method, "layers": len(caches["full"].layers), "kv_heads": shape[1], "head_size": shape[3],
         "query_heads": model.config.num_attention_heads,
-        "backend": str(backend_for(token.device, model.dtype, shape[3])), "kv_bytes": held,
+        "backend": str(backend_for(token.device, model.dtype, shape[3])), "kv_bytes": bytes_of,
         "seconds": {name: summary(values) for name, values in steps.items()}, "ratios": {}, **machine(),
     }  # fmt: skip
     print(f"{args.model}, {args.tokens:,} tokens, {args.threads} threads, {args.steps} steps, load {record['load']:.1f}")
     for name, of in record["seconds"].items():
-        spread = f"({1e3 * of['quartile_1']:.1f} to {1e3 * of['quartile_3']:.1f})"
-        print(f"  {name:16s} {1e3 * of['median']:7.1f} ms a token {spread:16s} {held[name] / 1e6:8.1f} MB")
-    for name, others in bases.items():
-        for base in others:
+        quartiles = f"({1e3 * of['quartile_1']:.1f} to {1e3 * of['quartile_3']:.1f})"
+        print(f"  {name:16s} {1e3 * of['median']:7.1f} ms a token {quartiles:16s} {bytes_of[name] / 1e6:8.1f} MB")
+    for name, base_names in bases.items():
+        for base in base_names:
             of = record["ratios"][f"{name} / {base}"] = ratio(steps[base], steps[name])
-            spread = f"({of['quartile_1']:.2f} to {of['quartile_3']:.2f})"
-            print(f"  {name} is {of['median']:.2f} times as fast as {base} {spread}")
+            quartiles = f"({of['quartile_1']:.2f} to {of['quartile_3']:.2f})"
+            print(f"  {name} is {of['median']:.2f} times as fast as {base} {quartiles}")
     if args.profile:
         for name, cache in caches.items():
-            with profile(activities=[ProfilerActivity.CPU]) as seen:
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 model(token, past_key_values=cache)
             print(
                 f"\n{name}\n"
-                + seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=args.profile, max_name_column_width=40)
+                + profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=args.profile, max_name_column_width=40)
             )
     write(record, args.json)
 

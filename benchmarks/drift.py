@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from keepkv import KeepCache
-from keepkv.eval.drift import WINDOW, follow, write
+from keepkv.eval.drift import WINDOW, follow, generate
 from keepkv.models import loading
 from keepkv.text import file
 
@@ -33,20 +33,20 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = loading.load(args.model)
     ids = tokenizer(file.read_text(args.text), return_tensors="pt", verbose=False)["input_ids"][:, :2000]
-    words, truth = write(model, ids, args.tokens)
+    words, truth = generate(model, ids, args.tokens)
     result: dict[str, Any] = {name: str(value) for name, value in vars(args).items()}
     for method in args.methods.split(","):
         for name, options in (("folds", {}), ("refresh", {"backing": "cpu", "refresh": args.refresh})):
             cache = KeepCache(model, args.budget, method, period=args.period, **options)
             loss, _ = follow(model, ids, words, truth, cache)
             report = cache.report()
-            found = result[f"{method}, {name}"] = {
+            record = result[f"{method}, {name}"] = {
                 "kl": [float(part.mean()) for part in loss.split(WINDOW)], "compressions": report.compressions,
                 "compress_seconds": report.compress_seconds, "longest_pause": report.longest_pause,
                 "kv_bytes": report.kv_bytes, "backing_bytes": report.backing_bytes,
             }  # fmt: skip
-            curve = " ".join(f"{kl:.4f}" for kl in found["kl"])
-            print(f"{method:8} {name:8} KL {curve}  compressing {found['compress_seconds']:.0f} s", flush=True)
+            curve = " ".join(f"{kl:.4f}" for kl in record["kl"])
+            print(f"{method:8} {name:8} KL {curve}  compressing {record['compress_seconds']:.0f} s", flush=True)
     if args.output:
         args.output.write_text(json.dumps(result, indent=1))
 

@@ -57,8 +57,8 @@ def compact(model: Any, batch: int, tokens: int, slots: int) -> KeepCache:
 def kv_bytes(cache: Cache) -> int:
     """Of what is stored now, slots and tail."""
     if isinstance(cache, KeepCache):
-        held = [x for layer in cache.keep_layers for x in (*layer.slots.tensors, layer.keys, layer.values)]
-        return sum(x.nbytes for x in held)
+        tensors = [x for layer in cache.keep_layers for x in (*layer.slots.tensors, layer.keys, layer.values)]
+        return sum(x.nbytes for x in tensors)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -59,27 +59,27 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
         slots = ragged(batch, sizes["heads"], sizes["mean"], sizes["size"], query)
         level = replace(slots, bias=torch.zeros_like(slots.bias))
         variants: dict[str, Callable[[], float]] = {}
-        stored = {
+        quantized = {
             name: replace(slots, keys=slot_dtype.store(slots.keys[:]), values=slot_dtype.store(slots.values[:]))
             for name, slot_dtype in SLOT_DTYPES.items()
             if slot_dtype.bits
         }
-        for name, of in {"votes": slots, "no votes": level, **stored}.items():
+        for name, of in {"votes": slots, "no votes": level, **quantized}.items():
             variants[name] = timed(partial(attend_slots, query, of, 0.1, "triton"), device)
         try:  # it has never run on a GPU
-            spared = partial(attend_slots, query, bias_in_keys.widen(slots, 0.1), 0.1, "bias_in_keys")
-            torch.testing.assert_close(spared(), attend_slots(query, slots, 0.1, "eager"), rtol=0.02, atol=0.02)
-            variants["spare dimensions"] = timed(spared, device)
+            bias_in_keys_run = partial(attend_slots, query, bias_in_keys.widen(slots, 0.1), 0.1, "bias_in_keys")
+            torch.testing.assert_close(bias_in_keys_run(), attend_slots(query, slots, 0.1, "eager"), rtol=0.02, atol=0.02)
+            variants["bias in keys"] = timed(bias_in_keys_run, device)
         except Exception as error:
-            record["spare dimensions"] = f"{type(error).__name__}: {error}"
+            record["bias in keys"] = f"{type(error).__name__}: {error}"
         variants["eager"] = timed(partial(attend_slots, query, slots, 0.1, "eager"), device)
         times = interleaved(sizes["rounds"], variants, 3)
-        read = {
-            name: sum(x.nbytes for x in of.tensors) - of.positions.nbytes for name, of in {"votes": slots, **stored}.items()
+        bytes_read = {
+            name: sum(x.nbytes for x in of.tensors) - of.positions.nbytes for name, of in {"votes": slots, **quantized}.items()
         }
-        share = {name: size / summary(times[name])["median"] / bandwidth for name, size in read.items()}
+        share = {name: size / summary(times[name])["median"] / bandwidth for name, size in bytes_read.items()}
         record["batches"][batch] = {
-            "slots": len(slots.keys), "bytes": read, "seconds": {name: summary(of) for name, of in times.items()},
+            "slots": len(slots.keys), "bytes": bytes_read, "seconds": {name: summary(of) for name, of in times.items()},
             "share_of_copy_bandwidth": share,
         }  # fmt: skip
         shares = ", ".join(f"{name} {of:.2f}" for name, of in share.items())
@@ -88,7 +88,7 @@ def kernel(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
     return record
 
 
-def made(shape: dict[str, int], device: torch.device, dtype: torch.dtype, config: Any = LlamaConfig) -> Any:
+def random_model(shape: dict[str, int], device: torch.device, dtype: torch.dtype, config: Any = LlamaConfig) -> Any:
     """A randomly initialized model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -121,8 +121,8 @@ def _steps(model: Any, batch: int, tokens: int, steps: int) -> dict[str, Any]:
     step = {name: timed(partial(model, token, past_key_values=cache), model.device) for name, cache in both.items()}
     times |= interleaved(steps, step, 3)
     del both, step
-    whole = dense(model, batch, tokens)
-    times |= interleaved(steps, {"full": timed(lambda: model(token, past_key_values=whole), model.device)}, 3)
+    full_cache = dense(model, batch, tokens)
+    times |= interleaved(steps, {"full": timed(lambda: model(token, past_key_values=full_cache), model.device)}, 3)
     record["seconds"] = {name: summary(values) for name, values in times.items()}
     record["keepkv / small"] = ratio(times["small"], times["keepkv"])
     record["keepkv / full"] = summary(times["full"])["median"] / summary(times["keepkv"])["median"]
@@ -131,43 +131,43 @@ def _steps(model: Any, batch: int, tokens: int, steps: int) -> dict[str, Any]:
     return record
 
 
-def most(model: Any, tokens: int, steps: int, free: float) -> dict[str, Any]:
+def largest_batches(model: Any, tokens: int, steps: int, free: float) -> dict[str, Any]:
     """Tokens per second with as many rows as fit into `free` bytes, of caches whole and at 10%."""
-    found = {name: fitting(model, tokens, share, free, steps) for name, share in (("full", 1.0), ("keepkv", 0.1))}
-    for name, of in found.items():
+    results = {name: fitting(model, tokens, share, free, steps) for name, share in (("full", 1.0), ("keepkv", 0.1))}
+    for name, of in results.items():
         print(f"  {name:8s} batch {of['batch']:4d}  {of['tokens_per_second']:8.1f} tokens/s", flush=True)
-    return found
+    return results
 
 
 def sweep(model: Any, lengths: tuple[int, ...], batches: tuple[int, ...], free: float, steps: int) -> dict[str, Any]:
     """Tokens per second by length, batch and budget, of caches up to half of `free`: all five must be there at once."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for tokens in lengths:
         for batch in batches:
             name = f"{tokens} x {batch}"
             try:
-                found[name] = measured(model, batch, tokens, [0.5, 0.25, 0.1, 0.05], False, free / 2, steps)
+                results[name] = measured(model, batch, tokens, [0.5, 0.25, 0.1, 0.05], False, free / 2, steps)
             except torch.OutOfMemoryError as error:
-                found[name] = {}
+                results[name] = {}
                 print(f"  {name}: {error}", flush=True)
             else:
-                print(f"  {name}:", *(f"{key} {of['tokens_per_second']:.1f}" for key, of in found[name].items()), sep="  ")
-    return found
+                print(f"  {name}:", *(f"{key} {of['tokens_per_second']:.1f}" for key, of in results[name].items()), sep="  ")
+    return results
 
 
 def compression(model: Any, tokens: int, rounds: int) -> dict[str, Any]:
     """Seconds of reading one prompt, of reading it observed, and of compressing it with context queries."""
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    held: list[KeepCache] = []
+    caches: list[KeepCache] = []
 
     def observed() -> None:
-        held[:] = [KeepCache(model, auto=False)]
-        model(ids, past_key_values=held[0], logits_to_keep=1)
+        caches[:] = [KeepCache(model, auto=False)]
+        model(ids, past_key_values=caches[0], logits_to_keep=1)
 
     variants = {
         "reading": lambda: model(ids, past_key_values=DynamicCache(), logits_to_keep=1),
         "observed": observed,
-        "compressing": lambda: held[0].fork().compress("10%"),
+        "compressing": lambda: caches[0].fork().compress("10%"),
     }
     times = interleaved(rounds, {name: timed(run, model.device) for name, run in variants.items()}, 1)
     seconds = {name: summary(values) for name, values in times.items()}
@@ -206,8 +206,8 @@ def main() -> None:
         "tests/attend/test_triton_kernels.py",
         *(["-k", "schedules or alone"] if args.tiny else []),
     ]
-    seen = os.environ.get("PYTHONPATH")
-    paths = str(root / "src") + (os.pathsep + seen if seen else "")
+    python_path = os.environ.get("PYTHONPATH")
+    paths = str(root / "src") + (os.pathsep + python_path if python_path else "")
     try:
         with (args.out / "tests.log").open("w") as log:
             record["tests"] = subprocess.run(
@@ -221,17 +221,17 @@ def main() -> None:
     phases: dict[str, Callable[[Any], dict[str, Any]]] = {
         "kernel": lambda _: kernel(TINY if args.tiny else FULL, device, dtype),
         "decode": lambda model: decode(model, tokens, *((2, 2) if args.tiny else (16, 20))),
-        "fitting": lambda model: most(model, tokens, steps, free),
+        "fitting": lambda model: largest_batches(model, tokens, steps, free),
         "compression": lambda model: compression(model, 20 * tokens if args.tiny else tokens, 1 if args.tiny else 3),
         "sweep": lambda model: sweep(model, lengths, batches, free, steps),
         "decode, Qwen3's shape": lambda model: decode(model, tokens, *((2, 2) if args.tiny else (16, 20))),
     }
-    model: Any = made(TOY if args.tiny else SHAPE, device, dtype)
+    model: Any = random_model(TOY if args.tiny else SHAPE, device, dtype)
     for name, run in phases.items():
         print(name, flush=True)
         if "Qwen3" in name:
             model = None  # its memory, before the next one's
-            model = made({**TOY, "head_dim": 16} if args.tiny else QWEN, device, dtype, Qwen3Config)
+            model = random_model({**TOY, "head_dim": 16} if args.tiny else QWEN, device, dtype, Qwen3Config)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         try:

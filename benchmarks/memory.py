@@ -39,18 +39,18 @@ def main() -> None:
     model(ids[:, :512], past_key_values=warm, logits_to_keep=1)
     del warm
     empty = resident()
-    whole = KeepCache(model, "100%")
-    model(ids, past_key_values=whole, logits_to_keep=1)
-    full, full_reported = resident() - empty, whole.report().kv_bytes
-    del whole
+    full_cache = KeepCache(model, "100%")
+    model(ids, past_key_values=full_cache, logits_to_keep=1)
+    full, full_reported = resident() - empty, full_cache.report().kv_bytes
+    del full_cache
     cache = KeepCache(model, args.budget)
     model(ids, past_key_values=cache, logits_to_keep=1)
-    kept, reported = resident() - empty, cache.report().kv_bytes
+    compressed, reported = resident() - empty, cache.report().kv_bytes
     print(f"{args.tokens} tokens, budget {args.budget}: above the model alone, in MB")
     print(f"  full cache   resident {full / 1e6:7.1f}   reported {full_reported / 1e6:7.1f}")
-    print(f"  compressed   resident {kept / 1e6:7.1f}   reported {reported / 1e6:7.1f}")
+    print(f"  compressed   resident {compressed / 1e6:7.1f}   reported {reported / 1e6:7.1f}")
     record = {"tokens": args.tokens, "budget": args.budget, "resident_full": full, "reported_full": full_reported}
-    print(json.dumps({**record, "resident": kept, "reported": reported}))
+    print(json.dumps({**record, "resident": compressed, "reported": reported}))
 
 
 if __name__ == "__main__":

@@ -32,15 +32,15 @@ def resident() -> int:
 class Log:
     """Lines of what was held, and the peaks between them."""
 
-    def __init__(self, every: int) -> None:
-        self.every, self.rows, self.start, self.last = every, [], time.perf_counter(), 0
+    def __init__(self, interval: int) -> None:
+        self.interval, self.rows, self.start, self.last = interval, [], time.perf_counter(), 0
         self.peak_kv = self.peak_watch = self.peak_resident = 0
 
     def see(self, cache: KeepCache, tokens: int) -> None:
         report = cache.report()
         self.peak_kv, self.peak_watch = max(self.peak_kv, report.kv_bytes), max(self.peak_watch, report.watch_bytes)
         self.peak_resident = max(self.peak_resident, resident())
-        if tokens - self.last < self.every:
+        if tokens - self.last < self.interval:
             return
         now = time.perf_counter()
         row = {

@@ -21,23 +21,25 @@ from keepkv.models import loading
 from timing import interleaved, machine, summary, write
 
 
-def measured(model: Any, batch: int, tokens: int, shares: list[float], small: bool, most: float, steps: int) -> dict[str, Any]:
+def measured(
+    model: Any, batch: int, tokens: int, shares: list[float], small: bool, most_bytes: float, steps: int
+) -> dict[str, Any]:
     """Tokens per second and bytes of each cache of that length and batch."""
     layers, heads, size = shape(model)
-    whole = 2 * batch * layers * heads * tokens * size * model.dtype.itemsize
-    caches: dict[str, Any] = {"full": dense(model, batch, tokens)} if whole <= most else {}
+    full_bytes = 2 * batch * layers * heads * tokens * size * model.dtype.itemsize
+    caches: dict[str, Any] = {"full": dense(model, batch, tokens)} if full_bytes <= most_bytes else {}
     for share in shares:
         slots = max(4, int(share * tokens))
-        if share * whole <= most:
+        if share * full_bytes <= most_bytes:
             caches[f"{share:.0%}"] = compact(model, batch, tokens, slots)
             if small:
                 caches[f"small {share:.0%}"] = dense(model, batch, slots)
-    held = {name: kv_bytes(cache) for name, cache in caches.items()}
+    bytes_of = {name: kv_bytes(cache) for name, cache in caches.items()}
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
     run = {name: timed(partial(model, token, past_key_values=cache), model.device) for name, cache in caches.items()}
     times = interleaved(steps, run, 2)
     return {
-        name: {"tokens_per_second": batch / summary(values)["median"], "bytes": held[name], "seconds": summary(values)}
+        name: {"tokens_per_second": batch / summary(values)["median"], "bytes": bytes_of[name], "seconds": summary(values)}
         for name, values in times.items()
     }
 
@@ -45,17 +47,22 @@ def measured(model: Any, batch: int, tokens: int, shares: list[float], small: bo
 def fitting(model: Any, tokens: int, share: float, memory: float, steps: int) -> dict[str, Any]:
     """Tokens per second with as many rows as the memory holds of such caches (share 1: transformers' own)."""
     layers, heads, size = shape(model)
-    row = 2 * layers * heads * size * model.dtype.itemsize * tokens * share
-    row += 0 if share == 1 else 8 * layers * heads * tokens * share  # votes and positions
-    batch = int(memory / row)
+    bytes_of_row = 2 * layers * heads * size * model.dtype.itemsize * tokens * share
+    bytes_of_row += 0 if share == 1 else 8 * layers * heads * tokens * share  # votes and positions
+    batch = int(memory / bytes_of_row)
     if not batch:
         return {"batch": 0, "tokens_per_second": 0.0}
     slots = int(share * tokens)
     cache = dense(model, batch, tokens) if share == 1 else compact(model, batch, tokens, slots)
-    held = kv_bytes(cache)
+    cache_bytes = kv_bytes(cache)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
     times = interleaved(steps, {"": timed(partial(model, token, past_key_values=cache), model.device)}, 2)[""]
-    return {"batch": batch, "bytes": held, "tokens_per_second": batch / summary(times)["median"], "seconds": summary(times)}
+    return {
+        "batch": batch,
+        "bytes": cache_bytes,
+        "tokens_per_second": batch / summary(times)["median"],
+        "seconds": summary(times),
+    }
 
 
 @torch.inference_mode()
@@ -79,9 +86,9 @@ def main() -> None:
     record: dict[str, Any] = {"what": "tokens per second while decoding", "model": args.model, "decode": {}, "fitting": {}}
     for tokens in lengths:
         for batch in batches:
-            found = measured(model, batch, tokens, shares, args.small, args.most * 1e9, args.steps)
-            record["decode"][f"{tokens} x {batch}"] = found
-            cells = [f"{name} {of['tokens_per_second']:7.1f} ({of['bytes'] / 1e6:,.0f} MB)" for name, of in found.items()]
+            results = measured(model, batch, tokens, shares, args.small, args.most * 1e9, args.steps)
+            record["decode"][f"{tokens} x {batch}"] = results
+            cells = [f"{name} {of['tokens_per_second']:7.1f} ({of['bytes'] / 1e6:,.0f} MB)" for name, of in results.items()]
             print(f"{tokens:7,} tokens, batch {batch:3d}   " + "   ".join(cells), flush=True)
         for share in (1.0, *shares):
             of = record["fitting"][f"{tokens}, {share:.0%}"] = fitting(model, tokens, share, args.memory * 1e9, args.steps)

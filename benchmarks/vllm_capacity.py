@@ -28,20 +28,20 @@ BLOCK = 32
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(out)]
-        done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
-        made = json.loads(out.read_text())
-    requests, steps = made["requests"], made["steps"]
-    written = sum(len(request["tokens"]) for request in requests)
+        output = Path(folder) / "out.json"
+        command = [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), str(output)]
+        process = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True)
+        if process.returncode:
+            raise SystemExit(process.stderr[-3000:])
+        report = json.loads(output.read_text())
+    requests, steps = report["requests"], report["steps"]
+    tokens_written = sum(len(request["tokens"]) for request in requests)
     return {
         "running": max(step["running"] for step in steps),
         "first": statistics.median(request["first"] for request in requests),
         "end": statistics.median(request["end"] for request in requests),
-        "tokens_per_second": written / made["seconds"],
-        "seconds": made["seconds"],
+        "tokens_per_second": tokens_written / report["seconds"],
+        "seconds": report["seconds"],
         "pages_of_a_request": max(request["pages"] for request in requests),
         "most_pages": max(step["pages"] for step in steps),
         "preempted": sum(request["preempted"] for request in requests),
@@ -79,23 +79,23 @@ def main() -> None:
     settings = {"budget": args.budget, "window": 64, "step": args.step, "references": 128}
     variants: dict[str, dict[str, Any]] = {"stock": {**engine, "max_model_len": (args.pages - 1) * BLOCK}}
     for method in args.methods.split(","):
-        own = {"keepkv": {**settings, "method": method}}
-        variants[method] = {**engine, "max_model_len": 8192, "additional_config": own}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+        engine_settings = {"keepkv": {**settings, "method": method}}
+        variants[method] = {**engine, "max_model_len": 8192, "additional_config": engine_settings}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for _ in range(args.rounds):
-        for name, own in variants.items():
-            found[name].append(measure({"model": folder, "engine": own, "requests": requests}))
-            print(name, {key: round(value, 2) for key, value in found[name][-1].items()}, file=sys.stderr)
+        for name, engine_settings in variants.items():
+            results[name].append(measure({"model": folder, "engine": engine_settings, "requests": requests}))
+            print(name, {key: round(value, 2) for key, value in results[name][-1].items()}, file=sys.stderr)
     record = {
         "vllm": version("vllm"), "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
         "model": Path(folder).name, "settings": settings, "pages": args.pages, "block": BLOCK, "requests": args.requests,
-        "tokens": args.tokens, "write": args.write, "found": found,
+        "tokens": args.tokens, "write": args.write, "found": results,
     }  # fmt: skip
-    names = list(found["stock"][0])
-    print(f"{'':20}{''.join(f'{name:>12}' for name in found)}")
+    names = list(results["stock"][0])
+    print(f"{'':20}{''.join(f'{name:>12}' for name in results)}")
     for key in names:
-        row = [statistics.median(own[key] for own in rounds) for rounds in found.values()]
-        print(f"{key:20}{''.join(f'{value:12.2f}' for value in row)}")
+        medians = [statistics.median(result[key] for result in rounds) for rounds in results.values()]
+        print(f"{key:20}{''.join(f'{value:12.2f}' for value in medians)}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n")

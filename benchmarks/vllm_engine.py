@@ -33,8 +33,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     manager = scheduler.kv_cache_manager
-    found = [{"tokens": [], "logprobs": [], "pages": 0, "first": None, "end": None, "preempted": 0} for _ in spec["requests"]]
-    waiting = sorted(range(len(found)), key=lambda i: spec["requests"][i].get("arrive", 0))
+    results = [{"tokens": [], "logprobs": [], "pages": 0, "first": None, "end": None, "preempted": 0} for _ in spec["requests"]]
+    waiting = sorted(range(len(results)), key=lambda i: spec["requests"][i].get("arrive", 0))
     total, free = manager.block_pool.num_gpu_blocks, manager.block_pool.get_num_free_blocks()
     steps, started, born = [], time.perf_counter(), {}
     while waiting or engine.has_unfinished_requests():
@@ -45,36 +45,36 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             engine.add_request(str(index), {"prompt_token_ids": request["ids"]}, sampling)
             born[index] = time.perf_counter()
         outputs = engine.step()
-        held = {}
+        pages_of = {}
         for one in manager.coordinator.single_type_managers:
             for name, blocks in one.req_to_blocks.items():
-                held[name] = held.get(name, 0) + sum(not block.is_null for block in blocks)
+                pages_of[name] = pages_of.get(name, 0) + sum(not block.is_null for block in blocks)
         used = free - manager.block_pool.get_num_free_blocks()
         steps.append({"running": len(scheduler.running), "pages": used, "waiting": len(scheduler.waiting)})
         for request in scheduler.running:
-            own = found[int(request.request_id.split("-")[0])]
-            own["pages"] = max(own["pages"], held.get(request.request_id, 0))
-            own["preempted"] = getattr(request, "num_preemptions", 0)
+            result = results[int(request.request_id.split("-")[0])]
+            result["pages"] = max(result["pages"], pages_of.get(request.request_id, 0))
+            result["preempted"] = getattr(request, "num_preemptions", 0)
         for output in outputs:
-            index, told = int(output.request_id), output.outputs[0]
-            own, request = found[index], spec["requests"][index]
-            own["tokens"] = list(told.token_ids)
-            own["logprobs"] = [next(iter(of_token.values())).logprob for of_token in told.logprobs]
-            own["first"] = own["first"] or time.perf_counter() - born[index]
-            if output.finished or len(own["tokens"]) >= request.get("cancel", float("inf")):
-                own["end"] = time.perf_counter() - born[index]
+            index, completion = int(output.request_id), output.outputs[0]
+            result, request = results[index], spec["requests"][index]
+            result["tokens"] = list(completion.token_ids)
+            result["logprobs"] = [next(iter(of_token.values())).logprob for of_token in completion.logprobs]
+            result["first"] = result["first"] or time.perf_counter() - born[index]
+            if output.finished or len(result["tokens"]) >= request.get("cancel", float("inf")):
+                result["end"] = time.perf_counter() - born[index]
                 if not output.finished:
                     engine.abort_request([output.request_id])
     for _ in range(3):  # what was settled last is freed with the next step
         engine.step()
     seconds = time.perf_counter() - started
     return {
-        "requests": found, "steps": steps, "seconds": seconds, "pages": total, "free_before": free,
+        "requests": results, "steps": steps, "seconds": seconds, "pages": total, "free_before": free,
         "free_after": manager.block_pool.get_num_free_blocks(),
         "left": sum(len(one.req_to_blocks) for one in manager.coordinator.single_type_managers),
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    made = run(json.load(sys.stdin))
-    Path(sys.argv[1]).write_text(json.dumps(made))
+    report = run(json.load(sys.stdin))
+    Path(sys.argv[1]).write_text(json.dumps(report))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from keepkv.eval.fidelity import cut
+from keepkv.eval.fidelity import split_into_segments
 
 
 def main() -> None:
@@ -20,7 +20,9 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = {
-        path.stem: cut(tokenizer, path.read_text("utf-8"), args.segments, args.context, args.continuation).tolist()
+        path.stem: split_into_segments(
+            tokenizer, path.read_text("utf-8"), args.segments, args.context, args.continuation
+        ).tolist()
         for path in args.texts
     }
     args.output.write_text(json.dumps({"context": args.context, "continuation": args.continuation, "texts": texts}))

@@ -22,22 +22,22 @@ PRESSES = {
 }
 
 
-def kept(model, ids: torch.Tensor, press: kp.ScorerPress, ratio: float) -> list[list[list[int]]]:
+def kept_positions(model, ids: torch.Tensor, press: kp.ScorerPress, ratio: float) -> list[list[list[int]]]:
     """The press compresses as documented; kept keys are found again among the full cache's."""
-    full, ours = DynamicCache(), DynamicCache()
+    full, compressed = DynamicCache(), DynamicCache()
     model(ids, past_key_values=full)
     press.compression_ratio = ratio
     with press(model):
-        model(ids, past_key_values=ours)
-    found = []
-    for whole, layer in zip(full.layers, ours.layers, strict=True):
+        model(ids, past_key_values=compressed)
+    layers = []
+    for full_layer, layer in zip(full.layers, compressed.layers, strict=True):
         heads = []
-        for keys, few in zip(whole.keys[0], layer.keys[0], strict=True):
+        for keys, few in zip(full_layer.keys[0], layer.keys[0], strict=True):
             place = torch.cdist(few.double(), keys.double()).argmin(1)
             assert torch.equal(keys[place], few), "a kept key is not one of the prompt's"
             heads.append(sorted(place.tolist()))
-        found.append(heads)
-    return found
+        layers.append(heads)
+    return layers
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         ids = torch.tensor(stretches[:1])[:, : -data["continuation"]]
         for name, make in PRESSES.items():
             for budget in args.budgets:
-                places = kept(model, ids, make(), 1 - budget / 100)
+                places = kept_positions(model, ids, make(), 1 - budget / 100)
                 rows.append({"text": text, "method": name, "budget": budget, "ids": ids[0].tolist(), "kept": places})
                 print(f"{text}: {name} at {budget:g}%: {len(places[0][0])} of {ids.shape[1]} tokens a head", flush=True)
     args.output.write_text(json.dumps(rows))

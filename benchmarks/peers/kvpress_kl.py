@@ -3,7 +3,7 @@
 A stretch's context is read once. Each press then compresses that reading, by its own hook on every layer (or its own
 scoring passes: KVzip, KVgrad, KVCompose), and the true continuation is fed in one pass at its true positions, under a
 mask by order: every kept slot is visible, new tokens are causal among themselves. Slots that a press only marks
-(`masked_key_indices`) are masked exactly, head by head; --check compares this with kvpress's own proxy keys. Runs in
+(`masked_key_indices`) are masked exactly, head by head; --check compares this with kvpress's own fake keys. Runs in
 the environment of README.md. One JSON row per text, budget and press is appended to --output.
 """
 
@@ -47,7 +47,7 @@ class Bench:
         self.model.requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.modules = [layer.self_attn for layer in self.model.model.layers]
-        self.explicit, self.stand_in = False, False
+        self.explicit, self.fake_keys = False, False
         for module in self.modules:
             module.rotary_emb, module.masked_key_indices = self.model.model.rotary_emb, None
             module.register_forward_pre_hook(self._mask, with_kwargs=True)
@@ -57,10 +57,10 @@ class Bench:
             return None
         new, slots = kwargs["hidden_states"].shape[1], kwargs["past_key_values"].layers[module.layer_idx].keys.shape[2]
         mask = torch.full((1, 1, new, slots + new), -torch.inf).triu(slots + 1)
-        if module.masked_key_indices is not None and not self.stand_in:
-            (rows, heads, gone), module.masked_key_indices = module.masked_key_indices, None
+        if module.masked_key_indices is not None and not self.fake_keys:
+            (rows, heads, masked), module.masked_key_indices = module.masked_key_indices, None
             mask = mask.repeat(1, module.config.num_key_value_heads, 1, 1)
-            mask[rows, heads, :, gone] = -torch.inf
+            mask[rows, heads, :, masked] = -torch.inf
             mask = mask.repeat_interleave(module.num_key_value_groups, dim=1)
         return args, {**kwargs, "attention_mask": mask}
 
@@ -112,17 +112,17 @@ class Bench:
                 press.forward_hook(module, [], {**self.calls[module.layer_idx], "past_key_values": cache}, [None, None])
         return cache
 
-    def kept(self, cache: DynamicCache) -> float:
+    def share_kept(self, cache: DynamicCache) -> float:
         """Share of the context's slots that are visible."""
-        held = sum(layer.keys.shape[1] * layer.keys.shape[2] for layer in cache.layers)
+        slots = sum(layer.keys.shape[1] * layer.keys.shape[2] for layer in cache.layers)
         masked = sum(len(m.masked_key_indices[0]) for m in self.modules if m.masked_key_indices is not None)
-        return (held - masked) / sum(layer.keys.shape[1] * layer.keys.shape[2] for layer in self.full.layers)
+        return (slots - masked) / sum(layer.keys.shape[1] * layer.keys.shape[2] for layer in self.full.layers)
 
-    def logits(self, cache: DynamicCache, future: torch.Tensor, stand_in: bool = False) -> torch.Tensor:
+    def logits(self, cache: DynamicCache, future: torch.Tensor, fake_keys: bool = False) -> torch.Tensor:
         """Logits after each new token. The cache is used up."""
         positions = torch.arange(future.shape[1])[None] + self.context.shape[1]
         any_mask = torch.zeros(1, 1, future.shape[1], 1)  # so that transformers makes none; `_mask` replaces it
-        self.explicit, self.stand_in = True, stand_in
+        self.explicit, self.fake_keys = True, fake_keys
         try:
             return self.model(future, attention_mask=any_mask, past_key_values=cache, position_ids=positions).logits[0]
         finally:
@@ -135,19 +135,19 @@ def check(bench: Bench, stretch: torch.Tensor, size: int, names: list[str]) -> N
     bench.read(context)
     error = bench.logits(bench.fresh(), future) - bench.model(stretch, logits_to_keep=size, use_cache=False).logits[0]
     print(f"no compression, against one pass: largest difference of a logit {float(error.abs().max()):.1e}")
-    other, half = torch.cat([future[:, : size // 2], future[:, size // 2 :].flip(1).roll(7)], dim=1), size // 2
+    altered, half = torch.cat([future[:, : size // 2], future[:, size // 2 :].flip(1).roll(7)], dim=1), size // 2
     for name in names:
         press = bench.prepare(name)
-        ours = bench.logits(bench.compress(press, 0.9), future)
-        found = {"leak": bench.logits(bench.compress(press, 0.9), other)[:half] - ours[:half]}
-        found["proxy keys"] = bench.logits(bench.compress(press, 0.9), future, stand_in=True) - ours
+        logits_of_press = bench.logits(bench.compress(press, 0.9), future)
+        differences = {"leak": bench.logits(bench.compress(press, 0.9), altered)[:half] - logits_of_press[:half]}
+        differences["fake keys"] = bench.logits(bench.compress(press, 0.9), future, fake_keys=True) - logits_of_press
         if not isinstance(press, OWN_PASSES):
             again, press.compression_ratio = DynamicCache(), 0.9
             torch.manual_seed(0)
             with press(bench.model):
                 bench.model.model(input_ids=context, past_key_values=again)
-            found["context manager"] = bench.logits(again, future) - ours
-        print(name, {key: f"{float(x.abs().max()):.1e}" for key, x in found.items()}, flush=True)
+            differences["context manager"] = bench.logits(again, future) - logits_of_press
+        print(name, {key: f"{float(x.abs().max()):.1e}" for key, x in differences.items()}, flush=True)
 
 
 def main() -> None:
@@ -178,12 +178,12 @@ def main() -> None:
                     for budget in args.budgets:
                         start = time.perf_counter()
                         cache = bench.compress(press, 1 - budget / 100)
-                        seconds, kept = prepared + time.perf_counter() - start, bench.kept(cache)
-                        ours = bench.logits(cache, future)[:-1].log_softmax(-1)
-                        kl = float(kl_div(ours.double(), full.double(), reduction="batchmean", log_target=True))
-                        delta = float(cross_entropy(ours, truth) - cross_entropy(full, truth))
-                        top1 = float((ours.argmax(-1) == full.argmax(-1)).float().mean())
-                        rows.setdefault((name, budget), []).append((kl, delta, top1, seconds, kept))
+                        seconds, share_kept = prepared + time.perf_counter() - start, bench.kept(cache)
+                        logits_of_press = bench.logits(cache, future)[:-1].log_softmax(-1)
+                        kl = float(kl_div(logits_of_press.double(), full.double(), reduction="batchmean", log_target=True))
+                        delta = float(cross_entropy(logits_of_press, truth) - cross_entropy(full, truth))
+                        top1 = float((logits_of_press.argmax(-1) == full.argmax(-1)).float().mean())
+                        rows.setdefault((name, budget), []).append((kl, delta, top1, seconds, share_kept))
                         print(f"{text}: {name} at {budget:g}%: KL {kl:.3f}", flush=True)
                 except Exception as error:  # one press's failure is recorded, and the others go on
                     print(f"{text}: {name} failed: {error!r}", flush=True)

@@ -26,22 +26,22 @@ SINKS = {"expected": 4, "streaming": 4}
 RECENT = {"tova": 1, "snapkv": 32}
 
 
-def ours(method: Method, cache: KeepCache, count: int) -> tuple[list[list[list[int]]], list[torch.Tensor]]:
+def kept_positions(method: Method, cache: KeepCache, count: int) -> tuple[list[list[list[int]]], list[torch.Tensor]]:
     """Kept positions per layer and head, and the scores."""
     twin = cache.fork()
-    scores = [method.score(seen) for seen in twin.observations()]
+    scores = [method.score(observation) for observation in twin.observations()]
     twin.compress(Budget("count", count, str(count)), method)
-    kept = []
+    positions = []
     for layer in twin.keep_layers:
         bounds = layer.slots.offsets
-        kept.append([layer.slots.positions[lo:hi].tolist() for lo, hi in pairwise(bounds)])
-    return kept, scores
+        positions.append([layer.slots.positions[lo:hi].tolist() for lo, hi in pairwise(bounds)])
+    return positions, scores
 
 
-def gap(score: torch.Tensor, left: set[int], taken: set[int]) -> float:
+def gap(score: torch.Tensor, dropped: set[int], kept: set[int]) -> float:
     """How far apart the scores of swapped tokens are, in standard deviations of the head's finite scores."""
     finite = score[score.isfinite()]
-    return float((score[sorted(taken)].min() - score[sorted(left)].max()).abs() / finite.std())
+    return float((score[sorted(kept)].min() - score[sorted(dropped)].max()).abs() / finite.std())
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
         count = len(theirs[0][0])
         alike = replace(METHODS[name], sinks=SINKS.get(name, 0), recent=RECENT.get(name, 0), allot=allot.uniform)
         for kind, method in (("alike", alike), ("default", METHODS[name])):
-            got, scores = ours(method, caches[row["text"]], count)
+            got, scores = kept_positions(method, caches[row["text"]], count)
             pairs = [
                 (set(a), set(b), scores[layer][head])
                 for layer, (mine, yours) in enumerate(zip(got, theirs, strict=True))

@@ -45,21 +45,21 @@ def contains(prediction: str, truth: str) -> float:
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, text: str, question: str, most: int) -> str:
+def answer(model, tokenizer, text: str, question: str, limit: int) -> str:
     chat = [{"role": "user", "content": f"{text.strip()}\n\n{question.strip()}"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    cache, written = DynamicCache(config=model.config), []
+    cache, words = DynamicCache(config=model.config), []
     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-    while len(written) < most:
+    while len(words) < limit:
         word = int(logits[0, -1].argmax())
         if word in ends:
             break
-        written.append(word)
+        words.append(word)
         logits = model(torch.tensor([[word]]), past_key_values=cache).logits
-    return tokenizer.decode(written, skip_special_tokens=True).strip()
+    return tokenizer.decode(words, skip_special_tokens=True).strip()
 
 
 def main() -> int:
@@ -77,22 +77,22 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     rows = [json.loads(line) for line in (args.run / "records.jsonl").read_text().splitlines()]
-    same, ours, theirs = 0, collections.defaultdict(list), collections.defaultdict(list)
+    same, our_scores, their_scores = 0, collections.defaultdict(list), collections.defaultdict(list)
     full = [row for row in rows if row["method"] == "full"]
     for row in full:
         text = (args.run / "texts" / f"{row['task']}-{row['length']}-{row['sample']}.txt").read_text()
-        said = answer(model, tokenizer, text, row["ask"], args.max_new_tokens)
-        same += said == row["answer"]
+        answer_text = answer(model, tokenizer, text, row["ask"], args.max_new_tokens)
+        same += answer_text == row["answer"]
         right = gold[row["ask"]]
-        found = {"contains": contains, "f1": f1, "exact": lambda guess, truth: float(normal(guess) == normal(truth))}
-        for name, rule in found.items():
-            theirs[name].append(max(rule(said, truth) for truth in right))
-            ours[name].append(row["score"] if name == "contains" else row["measures"][name])
+        rules = {"contains": contains, "f1": f1, "exact": lambda guess, truth: float(normal(guess) == normal(truth))}
+        for name, rule in rules.items():
+            their_scores[name].append(max(rule(answer_text, truth) for truth in right))
+            our_scores[name].append(row["score"] if name == "contains" else row["measures"][name])
     print(f"{same} of {len(full)} answers are word for word the same")
-    means = {name: (sum(ours[name]) / len(full), sum(theirs[name]) / len(full)) for name in theirs}
-    for name, (one, other) in means.items():
-        print(f"{name:9} keepkv's full cache {one:.4f}  plain transformers {other:.4f}")
-    return int(any(abs(one - other) > 0.001 for one, other in means.values()))
+    means = {name: (sum(our_scores[name]) / len(full), sum(their_scores[name]) / len(full)) for name in their_scores}
+    for name, (ours_mean, theirs_mean) in means.items():
+        print(f"{name:9} keepkv's full cache {ours_mean:.4f}  plain transformers {theirs_mean:.4f}")
+    return int(any(abs(ours_mean - theirs_mean) > 0.001 for ours_mean, theirs_mean in means.values()))
 
 
 if __name__ == "__main__":
