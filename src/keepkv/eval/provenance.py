@@ -9,12 +9,14 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from keepkv import __version__
+
 
 @lru_cache(1)
 def versions() -> dict[str, str]:
     """Of what a result may depend on."""
-    numbers = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("keepkv", "torch", "transformers", "numpy"):
+    numbers = {"python": platform.python_version(), "machine": platform.machine(), "keepkv": __version__}
+    for name in ("torch", "transformers", "numpy"):
         try:
             numbers[name] = version(name)
         except PackageNotFoundError:
