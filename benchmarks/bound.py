@@ -39,7 +39,7 @@ PAPER = methods.get("keepkv-paper")
 
 
 def as_printed(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor) -> Merged:
-    """ZIP without the guard of `keepkv_paper.zip_merge`. Its fallbacks count the sets of |λ| > 3: nothing is proved for them."""
+    """ZIP without the guard of `keepkv_paper.zip_merge`. Fallbacks count the sets of |λ| > 3, for which nothing is proved."""
     scored = keepkv_paper.Scored(keys, values, kept, log_score, 0.8)
     scale, odd = scored.log_mean / scored.pi_level, scored.groups.size > 1
     return scored.result(scale[:, None] * scored.groups.mean(keys, scored.pi), int(((scale.abs() > 3) & odd).sum()))
