@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from keepkv.budget import Budget
 from keepkv.errors import BudgetError
@@ -11,7 +13,8 @@ from keepkv.errors import BudgetError
 @pytest.mark.parametrize(
     ("text", "slots"),
     [("0.1", 2000), ("10%", 2000), (0.1, 2000), ("1e-1", 2000), ("512", 10240), (512, 10240), ("64kB", 640), ("64KiB", 655),
-     ("0.5MB", 5000), ("100%", 20000), ("1.0", 20000), (1.0, 20000), ("5000", 20000), ("9GB", 20000)],
+     ("0.5MB", 5000), ("1e2", 2000), ("1e+2", 2000), ("0.001", 80), ("100%", 20000), ("1.0", 20000), (1.0, 20000),
+     ("5000", 20000), ("9GB", 20000)],
 )  # fmt: skip
 def test_budgets_are_read_and_resolved(text: str | float, slots: int) -> None:
     assert Budget.parse(text).total_slots(tokens=1000, heads=20, slot_bytes=100) == slots
@@ -23,9 +26,23 @@ def test_unreadable_budgets_are_refused(text: str) -> None:
         Budget.parse(text)
 
 
-@pytest.mark.parametrize("text", ["0.001", "3", "1kB", "0"])
+@pytest.mark.parametrize("text", ["3", "1kB", "0"])
 def test_budgets_below_what_must_be_kept_are_refused_with_the_least_that_works(text: str) -> None:
     with pytest.raises(BudgetError, match="give at least") as caught:
         Budget.parse(text).total_slots(tokens=1000, heads=20, slot_bytes=100)
     least = str(caught.value).rsplit(" ", 1)[1]
     assert Budget.parse(least).total_slots(tokens=1000, heads=20, slot_bytes=100) >= 4 * 20
+
+
+def test_a_share_of_a_short_text_is_raised_to_the_least_that_must_be_kept() -> None:
+    assert [Budget.parse("10%").total_slots(tokens, 20, 100) for tokens in (0, 1, 4, 26, 40, 50)] == [0, 20, 80, 80, 80, 100]
+    assert [Budget.parse("10%").is_raised(tokens) for tokens in (0, 1, 26, 39, 40)] == [False, True, True, True, False]
+    assert not Budget.parse("512").is_raised(26)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_numbers_of_other_libraries_are_numbers(number: object) -> None:
+    assert Budget.parse(number).kind == "fraction"
+    assert Budget.parse_all(number) == (Budget.parse(number),)
+    assert Budget.parse_all([number, 512])[1].kind == "count"
+    assert Budget.parse(np.int64(512)).kind == Budget.parse(torch.tensor(512)).kind == "count"

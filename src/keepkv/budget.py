@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from keepkv.errors import BudgetError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 MIN_SLOTS = 4  # a KV head's least average: a sink, the newest tokens and one free choice
 TOLERANCE = 0.03  # of `auto`: the share of its outputs that a head may lose
@@ -34,7 +37,7 @@ class Budget:
 
     @staticmethod
     def parse(value: str | float | Budget) -> Budget:
-        """Reads 0.1, "0.1", "10%", 512, "512", "64MB" or "64MiB"; a Budget passes through.
+        """Reads 0.1, "0.1", "10%", 512, "512", "1e3", "64MB" or "64MiB", numbers of NumPy and PyTorch too; a Budget passes.
 
         Raises:
             BudgetError: for anything else.
@@ -45,15 +48,16 @@ class Budget:
         """
         if isinstance(value, Budget):
             return value
-        text = str(value).strip()
-        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?\s*(%|[kmg]?i?b)?", text, re.IGNORECASE)
+        text = str(value.item() if hasattr(value, "item") else value).strip()
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*(%|[kmg]?i?b)?", text, re.IGNORECASE)
         if match is None:
             raise BudgetError(f"budget {text!r} cannot be read: {_EXPECTED}")
         number = float(match[1] + (match[2] or ""))
         unit = (match[3] or "").upper()
         if unit.endswith("B"):
             return Budget("bytes", number * _BYTES[unit[:-1]], text)
-        if unit == "%" or "." in match[1] or match[2]:
+        exponent = (match[2] or "").lower().removeprefix("e")
+        if unit == "%" or "." in match[1] or exponent.startswith("-"):
             fraction = number / 100 if unit == "%" else number
             if not 0 < fraction <= 1:
                 raise BudgetError(f"budget {text!r} is outside its range: a fraction is above 0 and at most 1 (100%)")
@@ -63,14 +67,16 @@ class Budget:
     @staticmethod
     def parse_all(values: BudgetLike | Sequence[BudgetLike]) -> tuple[Budget, ...]:
         """One budget for all rows of a batch, or one for each. Raises BudgetError as `parse` does, and for no budget at all."""
-        if isinstance(values, BudgetLike | int):
+        if is_single(values):
             return (Budget.parse(values),)
-        if not values:
+        if not len(values):
             raise BudgetError("no budget: give one for all rows, or one for each")
         return tuple(map(Budget.parse, values))
 
     def total_slots(self, tokens: int, heads: int, slot_bytes: float) -> int:
         """The slots that one sequence gets over all layers and KV heads, at most one for each token and head.
+
+        A fraction of a short sequence that comes to less than MIN_SLOTS per head is MIN_SLOTS per head (`is_raised`).
 
         Args:
             tokens: The sequence's length.
@@ -78,7 +84,7 @@ class Budget:
             slot_bytes: Bytes of one slot.
 
         Raises:
-            BudgetError: if that is less than MIN_SLOTS per head on average, and the sequence has more tokens.
+            BudgetError: if a count or bytes come to less than MIN_SLOTS per head, and the sequence has more tokens.
 
         Example:
             >>> Budget.parse("10%").total_slots(tokens=1000, heads=12, slot_bytes=520)
@@ -89,17 +95,25 @@ class Budget:
             "count": self.amount * heads,
             "bytes": self.amount / slot_bytes,
         }[self.kind]
-        if total < min(MIN_SLOTS, tokens) * heads:
-            need = {
-                "fraction": f"{100 * MIN_SLOTS / tokens:.2g}%",
-                "count": str(MIN_SLOTS),
-                "bytes": f"{MIN_SLOTS * heads * slot_bytes / 1e6:.2g}MB",
-            }[self.kind]
+        least = min(MIN_SLOTS, tokens) * heads
+        if self.is_raised(tokens):
+            total = least
+        if total < least:
+            need = str(MIN_SLOTS) if self.kind == "count" else f"{MIN_SLOTS * heads * slot_bytes / 1e6:.2g}MB"
             raise BudgetError(
                 f"budget {self.text!r} is {total / heads:.2g} slots per KV head for {tokens} tokens, "
                 f"fewer than the {MIN_SLOTS} that must be kept: give at least {need}"
             )
         return min(int(total + 1e-6), tokens * heads)
 
+    def is_raised(self, tokens: int) -> bool:
+        """Whether this share of so many tokens is less than must be kept, so that the least that must be is kept instead."""
+        return self.kind == "fraction" and self.amount * tokens < min(MIN_SLOTS, tokens)
+
 
 BudgetLike = str | float | Budget  # what `Budget.parse` reads
+
+
+def is_single(values: BudgetLike | Sequence[BudgetLike]) -> TypeIs[BudgetLike]:
+    """Whether this is one budget, a number of any library among them, and no sequence of budgets."""
+    return isinstance(values, str | Budget) or not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0

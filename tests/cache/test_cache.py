@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 
@@ -221,6 +223,18 @@ def test_reading_in_pieces_is_reading_at_once() -> None:
             torch.testing.assert_close(a.slots.values, b.slots.values, rtol=1e-4, atol=1e-4)
 
 
+def test_a_copy_is_a_fork_and_pickling_says_what_to_do() -> None:
+    model = make_model("llama", torch.float32)
+    cache = read(model, tokens(1, 60), budget=0.3)
+    for twin in (copy.copy(cache), copy.deepcopy(cache)):
+        assert twin.layers[0].slots is cache.layers[0].slots
+        assert twin._projections[0] is cache._projections[0]
+        model(tokens(1, 2), past_key_values=twin)
+        assert (twin.get_seq_length(), cache.get_seq_length()) == (62, 60)
+    with pytest.raises(KeepKVError, match="cannot be pickled"):
+        pickle.dumps(cache)
+
+
 def test_forks_go_their_own_ways() -> None:
     model, ids = make_model(), tokens(1, 100)
     cache = read(model, ids, budget=0.2)
@@ -253,11 +267,28 @@ def test_reset_makes_it_new() -> None:
     assert torch.equal(cache.layers[0].slots.keys, slots.keys)
 
 
-def test_a_prompt_too_short_for_the_budget_stays_whole_with_a_warning() -> None:
+def test_a_share_of_a_short_prompt_keeps_the_least_that_must_be_kept_and_says_so() -> None:
+    cache = read(make_model(), tokens(1, 20), budget=0.1)
+    assert cache.report().slots_per_head == 4
+    assert cache.report().note == "0.1 of 20 tokens is fewer than the 4 slots per KV head that must be kept: 4 are"
+
+
+def test_a_short_row_does_not_keep_a_batch_whole() -> None:
+    """One row of 400 tokens and one of 30, at a tenth: neither is left as it is."""
+    model = make_model("llama", torch.float32)
+    mask = torch.ones(2, 400, dtype=torch.int64)
+    mask[1, :370] = 0
+    cache = KeepCache(model, 0.1)
+    model(tokens(2, 400), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+    assert [sum(map(sum, row)) / 6 for row in cache.report().kept] == [40, 4]
+    assert "0.1 of 30 tokens" in cache.report().note
+
+
+def test_a_count_too_small_for_any_prompt_leaves_it_whole_with_a_warning() -> None:
     model = make_model()
     with pytest.warns(UserWarning, match="stays whole"):
-        cache = read(model, tokens(1, 20), budget=0.1)
-    assert cache.report().note.startswith("left whole: budget '0.1' is 2 slots")
+        cache = read(model, tokens(1, 20), budget=3)
+    assert cache.report().note.startswith("left whole: budget '3' is 3 slots")
     with pytest.raises(KeepKVError, match="compressed already"):
         cache.compress()
 

@@ -15,7 +15,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -187,9 +187,23 @@ class BaseCache(Cache):
 
     def fork(self) -> Self:
         """A second cache that goes on from here on its own. It takes no memory: tensors are shared, and never changed."""
-        twin = copy.copy(self)
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
         twin.layers = [copy.copy(layer) for layer in self.layers]
         return twin
+
+    def __copy__(self) -> Self:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As `fork`: what is stored is never changed, and the model's weights, which it looks at, need no copy."""
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise KeepKVError(
+            "a KeepCache cannot be pickled, because it belongs to a model in memory: compile_text() and save() write a text's "
+            "cache into a file, and fork() copies a cache"
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest tokens, exactly.

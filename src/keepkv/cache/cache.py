@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keepkv import methods, render
-from keepkv.budget import BudgetLike
+from keepkv.budget import BudgetLike, is_single
 from keepkv.cache.base import BaseCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations, check_observed
@@ -106,7 +106,7 @@ class KeepCache(BaseCache):
     ) -> None:
         policy = Policy.of(budget, method, slot_dtype)
         recipe = Recipe(
-            budget=budget if isinstance(budget, BudgetLike | int) else tuple(budget),
+            budget=budget if is_single(budget) else tuple(budget),
             method=policy.method,
             slot_dtype=slot_dtype,
             chunk=chunk,
@@ -334,7 +334,8 @@ class KeepCache(BaseCache):
             The cache itself.
 
         Raises:
-            BudgetError: for a budget below what must be kept (a live cache waits for more tokens instead).
+            BudgetError: for a count or bytes below what must be kept (a live cache waits for more tokens instead). A share that
+                is less for a text as short as this is raised to the least that must be kept, and the report says so.
             KeepKVError: if nothing was read, if the cache is compressed already and not live, or if the method needs what was
                 not observed. The cache and its settings are then as before.
         """
@@ -374,11 +375,9 @@ class KeepCache(BaseCache):
         tokens = self._tokens()
         tails = self._tails()
         expected = self._expected or (0,) * len(tokens)
+        lengths = [max(counts) for counts in zip(tokens, expected, strict=True)]
         try:
-            totals = [
-                policy.total_slots(row, max(counts), self.keep_layers)
-                for row, counts in enumerate(zip(tokens, expected, strict=True))
-            ]
+            totals = [policy.total_slots(row, length, self.keep_layers) for row, length in enumerate(lengths)]
         except BudgetError:
             if not self.live:
                 raise
@@ -402,7 +401,7 @@ class KeepCache(BaseCache):
                 self.keep_layers, row, self.inv_freq, self._projections, policy.spans, tails[row], exact
             )
             rows.append(compress(observations, method, slots, partial(in_row, progress, row, len(totals)), policy.stored_as))
-        self._settle(policy, rows, time.perf_counter() - start, exact=exact)
+        self._settle(policy, rows, time.perf_counter() - start, policy.note(lengths), exact)
 
     def _check(self, policy: Policy) -> None:
         """Raises KeepKVError unless what is held can be compressed by the policy."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from keepkv import methods
-from keepkv.budget import Budget, BudgetLike
+from keepkv.budget import MIN_SLOTS, Budget, BudgetLike
 from keepkv.methods import Method
 from keepkv.slots.quantized import FLOAT, SlotDtype, slot_dtype_of
 
@@ -61,6 +61,17 @@ class Policy:
     def budget_text(self) -> str:
         """The budgets in words."""
         return ", ".join(map(str, self.budgets))
+
+    def note(self, tokens: Sequence[int]) -> str:
+        """What a report should say of the budget of rows of so many tokens; nothing as a rule."""
+        budgets = self.budgets * len(tokens) if len(self.budgets) == 1 else self.budgets
+        raised = [(b, n) for b, n in zip(budgets, tokens, strict=False) if b.is_raised(n)]
+        if not raised or self.method.keeps_all:
+            return ""
+        budget, count = raised[0]
+        return (
+            f"{budget} of {count:,} tokens is fewer than the {MIN_SLOTS} slots per KV head that must be kept: {MIN_SLOTS} are"
+        )
 
     def rows(self, which: Sequence[int]) -> Policy:
         """The policy of the given rows, in that order."""
