@@ -13,7 +13,7 @@
 # make site    the documentation site, built strictly into site/ (make site-serve shows it while you write)
 # make check-site  the site in a real browser, page by page (needs Chromium)
 # make bench   speed on this machine, into bench-results (about fifteen minutes; see docs/speed.md)
-# make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON must have torch and triton)
+# make bench-gpu  the kernel's tests and speed on a CUDA GPU, into gpu-results (PYTHON needs torch, triton and transformers; pytest, typer and rich for the tests)
 #
 # Each sets up what it needs in .venv the first time (a few minutes) and says nothing about it afterwards.
 

@@ -39,7 +39,7 @@ PAPER = methods.get("keepkv-paper")
 
 
 def as_printed(keys: Tensor, values: Tensor, kept: Tensor, log_score: Tensor) -> Merged:
-    """ZIP without the guard of `keepkv_paper.zip_merge`. Fallbacks count the sets of |λ| > 3, for which nothing is proved."""
+    """ZIP without the guard of `keepkv_paper.zip_merge`; fallbacks: sets of |λ| > 3, for which nothing is proved."""
     scored = keepkv_paper.Scored(keys, values, kept, log_score, 0.8)
     scale, odd = scored.log_mean / scored.pi_level, scored.groups.size > 1
     return scored.result(scale[:, None] * scored.groups.mean(keys, scored.pi), int(((scale.abs() > 3) & odd).sum()))
@@ -60,14 +60,10 @@ def observe(model: Any, ids: Tensor, tokens: int) -> tuple[list[Observation], li
     model(ids[:, :tokens], past_key_values=cache, logits_to_keep=1)
     later = cache.fork()
     model(ids[:, tokens:], past_key_values=later, logits_to_keep=1)
-    before, after = ([watched(layer) for layer in c.keep_layers] for c in (cache, later))
+    before, after = (list(each.observations()) for each in (cache, later))
     return before, [
         observation.queries[:, :, observation.query_positions >= tokens].double() * observation.scale for observation in after
     ]
-
-
-def watched(layer: Any) -> Observation:
-    return layer.watch.observation(0, layer.keys, layer.values, torch.empty(0))  # type: ignore[no-any-return]
 
 
 def one_by_one(keys: Tensor, values: Tensor, merged: Merged, target: Tensor) -> Iterator[tuple[Merged, Tensor]]:

@@ -1,17 +1,19 @@
 """Speed on a CUDA GPU, with nothing downloaded: the kernel's tests, the kernel beside the copy bandwidth, decoding of a model.
 
-    python benchmarks/gpu.py OUT            (torch >= 2.11, triton 3.6, transformers, pytest; made for under eight minutes)
-    python benchmarks/gpu.py OUT --tiny     (the same code at toy sizes on a CPU, the kernel in Triton's interpreter)
+    PYTHONPATH=src python benchmarks/gpu.py OUT            (made for under eight minutes)
+    PYTHONPATH=src python benchmarks/gpu.py OUT --tiny     (the same code at toy sizes on a CPU, in Triton's interpreter)
 
+Needs torch >= 2.11, triton 3.6 and transformers; the kernel's tests also pytest, typer and rich, and are left out without.
 Writes OUT/tests.log and OUT/gpu.json, after every step; times are medians and quartiles in seconds. `kernel`: one layer's
-attention over slots at batch 1, 16 and 64, ragged heads of 3,200 slots on average, 8 KV heads of size 128, 32 query heads: with
-its votes, with votes of nought (the same loads), in 8 and 4 bits, with votes in spare dimensions of the keys and stock flash
-attention; and the bytes it must read over the bandwidth of a large copy on the same GPU. The rest is a randomly initialized
-model of Llama-3.1-8B's shape in bfloat16 at 32,768 tokens: `decode`, one step at batch 16 or the largest that fits: keepkv at
-10%, DynamicCache as small, and whole (at the end once more with Qwen3-8B's shape); `fitting`, tokens per second with the
-largest batches that fit into what memory is free, at 10% and whole; `compression`, reading a random prompt plainly, reading it
-observed, and compressing it to 10%; `sweep`, tokens per second at 2,048 to 131,072 tokens, batch 1, 16 and 64, budgets of 50 to
-5%. The caches' content is random: only speed is measured. Not run on a GPU yet when this was written: only with --tiny.
+attention over slots at batch 1, 16 and 64, ragged heads of 3,200 slots on average, 8 KV heads of size 128, 32 query heads:
+with its votes, with votes of nought (the same loads), in 8 and 4 bits, with votes in spare dimensions of the keys and stock
+flash attention; and the bytes it must read over the bandwidth of a large copy on the same GPU. The rest is a randomly
+initialized model of Llama-3.1-8B's shape in bfloat16 at 32,768 tokens: `decode`, one step at batch 16 or the largest that
+fits: keepkv at 10%, DynamicCache as small, and whole (at the end once more with Qwen3-8B's shape); `fitting`, tokens per
+second with the largest batches that fit into what memory is free, at 10% and whole; `compression`, reading a random prompt
+plainly, reading it observed, and compressing it to 10%; `sweep`, tokens per second at 2,048 to 131,072 tokens, batch 1, 16
+and 64, budgets of 50 to 5%. The caches' content is random: only speed is measured. Not run on a GPU yet when this was
+written: only with --tiny.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +179,23 @@ def compression(model: Any, tokens: int, rounds: int) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": seconds}
 
 
+def run_tests(root: Path, log_file: Path, tiny: bool) -> int | str:
+    """The status of the kernel's tests, or why there is none."""
+    missing = [name for name in ("pytest", "typer", "rich") if find_spec(name) is None]
+    if missing:
+        return f"left out, without {', '.join(missing)}"
+    command = [sys.executable, "-m", "pytest", "-q", "tests/attend/test_triton_kernels.py"]
+    if tiny:
+        command += ["-k", "schedules or alone"]
+    paths = [str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        with log_file.open("w") as log:
+            return subprocess.run(command, cwd=root, stdout=log, stderr=log, timeout=240, env=environment).returncode
+    except subprocess.TimeoutExpired:
+        return "timed out"
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,23 +218,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {**machine(), "tiny": args.tiny, "backend": str(backend_for(device, dtype, 128))}
 
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "tests/attend/test_triton_kernels.py",
-        *(["-k", "schedules or alone"] if args.tiny else []),
-    ]
-    python_path = os.environ.get("PYTHONPATH")
-    paths = str(root / "src") + (os.pathsep + python_path if python_path else "")
-    try:
-        with (args.out / "tests.log").open("w") as log:
-            record["tests"] = subprocess.run(
-                command, cwd=root, stdout=log, stderr=log, timeout=240, env={**os.environ, "PYTHONPATH": paths}
-            ).returncode
-    except subprocess.TimeoutExpired:
-        record["tests"] = "timed out"
+    record["tests"] = run_tests(root, args.out / "tests.log", args.tiny)
     print(f"tests: {record['tests']}", flush=True)
     tokens, free = (40, 1e5) if args.tiny else (32768, 0.6 * torch.cuda.mem_get_info()[0])
     steps, lengths, batches = (2, (40,), (1, 2)) if args.tiny else (5, (2048, 8192, 32768, 131072), (1, 16, 64))

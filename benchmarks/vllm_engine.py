@@ -10,6 +10,7 @@ use; at the end the pages free and in all. Used by tests_vllm and benchmarks/vll
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -76,5 +77,6 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    report = run(json.load(sys.stdin))
-    Path(sys.argv[1]).write_text(json.dumps(report))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT.json")
+    parser.parse_args().out.write_text(json.dumps(run(json.load(sys.stdin))))

@@ -31,9 +31,9 @@ def library(
     while len(tokens) < count:
         before = cache.get_seq_length()
         logits = model(torch.tensor([todo[0]]), past_key_values=cache, logits_to_keep=1).logits[0, -1].log_softmax(-1)
-        seen = cache.get_seq_length()
-        if rule.covered(seen) > rule.covered(before):
-            cache.recipe = replace(cache.recipe, tail=seen - rule.covered(seen))
+        tokens_read = cache.get_seq_length()
+        if rule.covered(tokens_read) > rule.covered(before):
+            cache.recipe = replace(cache.recipe, tail=tokens_read - rule.covered(tokens_read))
             cache.compress()
         todo.pop(0)
         if not todo:

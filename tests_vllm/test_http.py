@@ -28,28 +28,28 @@ def metric(name: str) -> float:
 
 async def load(client: AsyncOpenAI, count: int) -> tuple[int, int]:
     """Requests of many lengths, eight at a time; every fifth is given up after a few tokens. How many ended, and were left."""
-    draw, gate, ended, left = random.Random(0), asyncio.Semaphore(8), 0, 0
+    draw, gate, ended, cancelled = random.Random(0), asyncio.Semaphore(8), 0, 0
     sizes = [(draw.randint(5, 900), draw.randint(2, 30)) for _ in range(count)]
 
     async def one(number: int) -> None:
-        nonlocal ended, left
-        length, most = sizes[number]
+        nonlocal ended, cancelled
+        length, limit = sizes[number]
         async with gate:
             stream = await client.completions.create(
-                model="tiny", prompt=prompt(length, number), max_tokens=most, temperature=0, stream=True,
+                model="tiny", prompt=prompt(length, number), max_tokens=limit, temperature=0, stream=True,
                 extra_body={"ignore_eos": True},
             )  # fmt: skip
-            seen = 0
+            received = 0
             async for _ in stream:
-                seen += 1
-                if number % 5 == 0 and seen > most // 2:
+                received += 1
+                if number % 5 == 0 and received > limit // 2:
                     await stream.close()
-                    left += 1
+                    cancelled += 1
                     return
             ended += 1
 
     await asyncio.gather(*(one(number) for number in range(count)))
-    return ended, left
+    return ended, cancelled
 
 
 def test_vllm_serve_answers_as_the_library_and_leaves_nothing_behind(folder: str, tmp_path: Path) -> None:
@@ -75,25 +75,25 @@ def test_vllm_serve_answers_as_the_library_and_leaves_nothing_behind(folder: str
         ids = prompt(1000)
 
         async def ask() -> list[float]:
-            told = await client.completions.create(
+            completion = await client.completions.create(
                 model="tiny", prompt=ids, max_tokens=30, temperature=0, logprobs=0, extra_body={"ignore_eos": True}
             )
-            return told.choices[0].logprobs.token_logprobs
+            return completion.choices[0].logprobs.token_logprobs
 
         async def whole() -> tuple[list[float], tuple[int, int]]:
             return await ask(), await load(client, 60)
 
-        chances, (ended, left) = asyncio.run(whole())
+        chances, (ended, cancelled) = asyncio.run(whole())
         _, expected = library(folder, ids, 30)
         assert max(abs(a - b) for a, b in zip(chances, expected, strict=True)) < 1e-4
-        assert (ended, left) == (48, 12)
+        assert (ended, cancelled) == (48, 12)
         until = time.time() + 30
         while metric("num_requests_running") + metric("kv_cache_usage_perc") and time.time() < until:
             time.sleep(0.5)
         assert metric("num_requests_running") == 0
         assert metric("num_requests_waiting") == 0
         assert metric("kv_cache_usage_perc") == 0
-        print(f"{ended} ended, {left} given up, {metric('num_preemptions_total'):.0f} preemptions, no page in use")
+        print(f"{ended} ended, {cancelled} given up, {metric('num_preemptions_total'):.0f} preemptions, no page in use")
     finally:
         process.terminate()
         process.wait(60)

@@ -33,16 +33,16 @@ def test_a_worker_killed_in_the_middle_costs_no_document(folder: str, tmp_path: 
     order = Order(Recipe("25%"), model=folder, device="cpu", resume=True)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
-        found, killed = {}, 0
+        outcomes, killed = {}, 0
         for doc, facts in with_ray(docs, targets, order, workers=2):
-            found[doc] = facts
+            outcomes[doc] = facts
             if not killed:
                 pids = subprocess.run(["pgrep", "-f", "ray::.*Map"], capture_output=True, text=True).stdout.split()
                 assert pids, "no worker of Ray Data is running"
                 os.kill(int(pids[0]), signal.SIGKILL)
                 killed = int(pids[0])
-        assert set(found) == set(docs)
-        assert "cannot be read" in found.pop(docs[3])
+        assert set(outcomes) == set(docs)
+        assert "cannot be read" in outcomes.pop(docs[3])
         assert not list(tmp_path.glob("*.tmp*"))
         again = dict(with_ray(docs, targets, order, workers=2))
         assert [facts["made"] for doc, facts in again.items() if doc != docs[3]] == [False] * 8
@@ -51,10 +51,10 @@ def test_a_worker_killed_in_the_middle_costs_no_document(folder: str, tmp_path: 
     here = Compiler(Order(Recipe("25%"), model=folder, device="cpu"))
     for doc, target in zip(docs, targets, strict=True):
         if doc != docs[3]:
-            made = target.read_bytes()
+            file_bytes = target.read_bytes()
             here.compile(doc, tmp_path / "here.keep")
-            ours, theirs = (json.loads(_header(raw)) for raw in ((tmp_path / "here.keep").read_bytes(), made))
-            assert ours["tensors"] == theirs["tensors"]
+            here_header, ray_header = (json.loads(_header(raw)) for raw in ((tmp_path / "here.keep").read_bytes(), file_bytes))
+            assert here_header["tensors"] == ray_header["tensors"]
 
 
 def _header(raw: bytes) -> str:
@@ -110,17 +110,17 @@ def test_ray_serve_llm_with_two_replicas(folder: str, tmp_path: Path) -> None:
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             assert time.time() < until, (tmp_path / "log").read_text()[-3000:]
             time.sleep(1)
-        plain = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for seed in range(4):
             ids = prompt(1000, seed)
             body = {"model": "tiny", "prompt": ids, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 0}
             request = urllib.request.Request(
                 "http://127.0.0.1:8419/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
             )
-            told = json.load(plain.open(request, timeout=240))
-            chances = told["choices"][0]["logprobs"]["token_logprobs"]
+            answer = json.load(opener.open(request, timeout=240))
+            chances = answer["choices"][0]["logprobs"]["token_logprobs"]
             _, expected = library(folder, ids, 40, settings=settings)
-            assert told["usage"]["completion_tokens"] == 40
+            assert answer["usage"]["completion_tokens"] == 40
             assert max(abs(a - b) for a, b in zip(chances, expected, strict=True)) < 1e-4
     finally:
         process.stdin.close()

@@ -32,6 +32,14 @@ def test_ask_prints_one_json_object(monkeypatch, capsys, folder: str, text: str)
     assert full["alike"] == 1.0
 
 
+def test_what_looks_like_markup_is_shown_as_it_is(monkeypatch, capsys, folder: str, text: str) -> None:
+    """Brackets are not read as rich's markup, which would hide them, or end the program."""
+    args = ["ask", text, "What is [bold]x[/red]?", "--model", folder, "--max-new-tokens", "2", "--budget", "20%"]
+    status, out, err = run(monkeypatch, capsys, *args)
+    assert (status, err) == (0, "")
+    assert "[bold]x[/red]?" in " ".join(out.split())
+
+
 def test_ask_finds_a_budget_and_the_others_get_as_much(monkeypatch, capsys, folder: str, text: str) -> None:
     args = ["ask", text, "Who jumps?", "--model", folder, "--compare", "full,snapkv", "--json", "--max-new-tokens", "2"]
     slots = []

@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from keepkv.cli.progress import out
-from keepkv.eval.report.cells import COLUMNS, cells
+from keepkv.eval.report.cells import COLUMNS, cells, informative_columns
 from keepkv.eval.summary import ALL, Summary
 
 
 def show(result: Summary) -> None:
     """One line per budget and method over all tasks, then the paired differences between methods."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    one_model = len({row.model for row in result.rows}) == 1
-    hidden = {"score", "model"} if one_model else {"score"}
-    columns = [i for i, name in enumerate(COLUMNS) if name not in hidden]
+    head, lines = informative_columns(COLUMNS, [cells(row) for row in result.rows if row.task == ALL])
+    columns = [i for i, name in enumerate(head) if name not in ("score", "vs full")]  # so that it fits 80 columns
     for i in columns:
-        table.add_column(COLUMNS[i], justify="left" if i < 3 else "right", no_wrap=True)
-    for row in result.rows:
-        if row.task == ALL:
-            words = cells(row)
-            table.add_row(*(words[i] for i in columns))
+        table.add_column(head[i], justify="left" if head[i] in ("model", "budget", "method") else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*(line[i] for i in columns))
     out.print(table)
     for versus in result.versus:
         if versus.budget != "100%":

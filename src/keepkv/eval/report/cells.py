@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from keepkv.eval.summary import FULL, SummaryRow
 from keepkv.render import size
 
@@ -36,3 +38,14 @@ def cells(row: SummaryRow) -> list[str]:
         f"{row.questions}",
         f"{row.failed or ''}",
     ]
+
+
+def informative_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The table without columns that are empty, and without the model or the task where there is only one."""
+
+    def informs(i: int) -> bool:
+        values = {row[i] for row in rows}
+        return any(values) and not (head[i] in ("model", "task") and len(values) == 1)
+
+    columns = [i for i in range(len(head)) if informs(i)]
+    return [head[i] for i in columns], [[row[i] for i in columns] for row in rows]

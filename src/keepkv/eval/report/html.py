@@ -8,8 +8,9 @@ from html import escape
 
 from keepkv.eval.records import Record
 from keepkv.eval.report import svg
+from keepkv.eval.report.cells import informative_columns
 from keepkv.eval.report.figures import Figure, Heat
-from keepkv.eval.report.markdown import HEAD, informative_columns, table_rows, versus_lines
+from keepkv.eval.report.markdown import HEAD, table_rows, versus_lines
 from keepkv.eval.report.worst import SHOWN, Texts, worst
 from keepkv.eval.summary import ALL, Summary, SummaryRow
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from keepkv.budget import Budget
 from keepkv.eval.records import Record
-from keepkv.eval.report.cells import COLUMNS, cells
+from keepkv.eval.report.cells import COLUMNS, cells, informative_columns
 from keepkv.eval.report.worst import SHOWN, file_of, worst
 from keepkv.eval.summary import ALL, FULL, Summary, SummaryRow
 
@@ -51,17 +51,6 @@ def table_rows(rows: Sequence[SummaryRow]) -> list[list[str]]:
         kl = f"{row.measures['kl']:.4f}" if "kl" in row.measures else ""
         lines.append([model, row.task, length, budget, method, rank, *rest, kl])
     return lines
-
-
-def informative_columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The table without columns that are empty, and without the model or the task where there is only one."""
-
-    def informs(i: int) -> bool:
-        values = {row[i] for row in rows}
-        return any(values) and not (head[i] in ("model", "task") and len(values) == 1)
-
-    columns = [i for i in range(len(head)) if informs(i)]
-    return [head[i] for i in columns], [[row[i] for i in columns] for row in rows]
 
 
 def retained(summary: Summary) -> str:
