@@ -20,6 +20,11 @@ def test_budgets_are_read_and_resolved(text: str | float, slots: int) -> None:
     assert Budget.parse(text).total_slots(tokens=1000, heads=20, slot_bytes=100) == slots
 
 
+def test_a_budget_to_be_found_is_refused_with_a_word_why() -> None:
+    with pytest.raises(BudgetError, match="only where one text is asked"):
+        Budget.parse("auto")
+
+
 @pytest.mark.parametrize("text", ["", "ten", "-1", "0.0", "0%", "101%", "1.5", "5 apples", "nan", "inf", "0x10", "1,5"])
 def test_unreadable_budgets_are_refused(text: str) -> None:
     with pytest.raises(BudgetError):

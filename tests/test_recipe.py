@@ -9,10 +9,16 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from helpers import make_model
+from helpers import FOX, make_model
 from keepkv import InputError, KeepCache, Method, Recipe
 from keepkv.cli.app import app
+from keepkv.inspection.anatomy import inspect as inspection
 from keepkv.methods import METHODS
+from keepkv.recipe import CONVERSATION, SERVER
+from keepkv.serving.transformers_server import PromptCaches
+from keepkv.text.ask import ask
+from keepkv.text.conversation import Conversation
+from keepkv.text.prompt import Prompt
 
 SETTINGS = {field.name: field.default for field in fields(Recipe)}
 
@@ -58,7 +64,11 @@ def test_a_cache_is_made_by_a_recipe() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"repeat": "recall"}, "repeat='recall'"), ({"backing": "tape"}, "expected 'cpu', 'disk' or None")],
+    [
+        ({"repeat": "recall"}, "repeat='recall'"),
+        ({"backing": "tape"}, "expected 'cpu', 'disk' or None"),
+        ({"keep": "a+"}, r"as in keep=\('a\+',\)"),
+    ],
 )
 def test_what_it_cannot_be_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -70,3 +80,21 @@ def test_long_texts_are_read_in_chunks_unless_a_budget_is_to_be_found() -> None:
     assert Recipe().settled(8193).chunk == 2048
     assert Recipe(budget="auto").settled(100_000).chunk == 0
     assert Recipe(chunk=64).settled(10).chunk == 64
+
+
+@pytest.mark.parametrize(
+    "unused", [{"keep": ("Miller",)}, {"exact": True}, {"repeat": "always"}, {"tolerance": 0.5}, {"chunk": 64}], ids=str
+)
+def test_what_would_be_ignored_is_refused(model_and_tokenizer, unused: dict) -> None:
+    model, tokenizer = model_and_tokenizer
+    (name,) = unused
+    refusing = {
+        "conversation": lambda: Conversation(model, tokenizer, replace(CONVERSATION, **unused)),
+        "server": lambda: PromptCaches(replace(SERVER, **unused)),
+        "inspection": lambda: inspection(model, tokenizer, Prompt(tokenizer, FOX), "", Recipe(**unused)),
+        "answers": lambda: ask(model, tokenizer, Prompt(tokenizer, FOX), ["?"], Recipe(**unused)),
+    }
+    by_setting = {"chunk": ["inspection"], "exact": list(refusing)}
+    for user in by_setting.get(name, ["conversation", "server"]):
+        with pytest.raises(InputError, match=f"{name}=.* has no effect on .*{user}"):
+            refusing[user]()

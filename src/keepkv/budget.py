@@ -49,6 +49,8 @@ class Budget:
         if isinstance(value, Budget):
             return value
         text = str(value.item() if hasattr(value, "item") else value).strip()
+        if text == "auto":
+            raise BudgetError('a budget is found ("auto") only where one text is asked, with keepkv ask: give a budget')
         match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*(%|[kmg]?i?b)?", text, re.IGNORECASE)
         if match is None:
             raise BudgetError(f"budget {text!r} cannot be read: {_EXPECTED}")

@@ -45,7 +45,7 @@ class Recipe:
         exact: Whether a document keeps every key and value beside the slots, so that joined documents can be repaired.
 
     Raises:
-        InputError: for a `repeat` or a `backing` that is none of those named.
+        InputError: for a `repeat` or a `backing` that is none of those named, and for a `keep` that is one string.
 
     Examples:
         >>> from dataclasses import replace
@@ -75,6 +75,8 @@ class Recipe:
             raise InputError(f"repeat={self.repeat!r}: {nearest(str(self.repeat), self.REPEAT_MODES)}")
         if self.backing not in (None, "cpu", "disk"):
             raise InputError(f"backing {self.backing!r}: expected 'cpu', 'disk' or None")
+        if isinstance(self.keep, str):  # its characters would be taken for regular expressions
+            raise InputError(f"keep={self.keep!r}: expected several regular expressions, as in keep=({self.keep!r},)")
 
     def __repr__(self) -> str:
         """The settings that are not the default."""
@@ -95,6 +97,12 @@ class Recipe:
     def method_name(self) -> str:
         """The method's name."""
         return self.method if isinstance(self.method, str) else self.method.name
+
+    def refuse(self, user: str, *names: str) -> None:
+        """Raises InputError if a setting that `user` would ignore is not the default."""
+        for name in names:
+            if getattr(self, name) != getattr(Recipe, name):
+                raise InputError(f"{name}={getattr(self, name)!r} has no effect on {user}: leave the setting out")
 
     def settled(self, tokens: int) -> Recipe:
         """The recipe for a text of so many tokens: `chunk` is CHUNK if there are more than LONG, unless it is set already."""

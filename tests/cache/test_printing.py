@@ -119,3 +119,13 @@ def test_the_figure_holds_at_its_edges(slots: list[list[int]]) -> None:
     assert page.tags.count("title") == sum(map(len, slots))
     assert "nan" not in drawn
     assert "inf" not in drawn
+
+
+def test_the_figure_numbers_layers_as_the_model_does() -> None:
+    model = make_model("gemma3", torch.float32)  # its first layer has a sliding window
+    cache = KeepCache(model, "25%")
+    model(tokens(1, 64), past_key_values=cache)
+    assert cache.report().layers == (1, 2)
+    figure = cache._repr_html_()
+    assert "layer 2, head 0" in figure
+    assert "layer 0, head 0" not in figure

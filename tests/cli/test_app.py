@@ -65,6 +65,8 @@ MISTAKES = [
     (["ask", "{text}", "?", "--keep", "("], "not a regular expression"),
     (["ask", "{text}", "?", "--budget", "auto", "--method", "snapkv"], "snapkv does not predict its own error"),
     (["ask", "{text}", "?", "--budget", "auto", "--tolerance", "2"], "tolerance 2: expected the share"),
+    (["ask", "{text}", "?", "--tolerance", "0.1"], "--tolerance is for --budget auto"),
+    (["ask", "nowhere.keep", "?", "--repair", "15%"], "--repair is for several compiled documents"),
     (["ask", "{text}", "?", "--budget", "1kB"], "give at least"),
     (["ask", "{text}", "?", "--model", "smollm3"], "did you mean 'smollm2'"),
     (["ask", "{text}", "?", "--model", "./nowhere"], "does not exist"),

@@ -81,6 +81,15 @@ def test_what_is_made_already_is_not_made_again(monkeypatch, capsys, folder: str
     assert made("--no-ids", "--budget", "30%") == [True] * 3
 
 
+def test_one_document_goes_into_a_folder_too(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    """As the README has it: keepkv compile report.txt -o compiled, then keepkv ask compiled/report.keep."""
+    text = tmp_path / "report.txt"
+    text.write_text(TEXT)
+    status, _, _ = run(monkeypatch, capsys, "compile", str(text), "-o", str(tmp_path / "compiled"), "--model", folder)
+    assert status == 0
+    assert (tmp_path / "compiled" / "report.keep").is_file()
+
+
 def test_ray_is_asked_for_by_name(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
     text = str(tmp_path / "text.txt")
     Path(text).write_text(TEXT)

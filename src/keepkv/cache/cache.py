@@ -458,7 +458,9 @@ class KeepCache(BaseCache):
             return Report(method, budget, (), note="nothing has been read yet")
         report = self._report or Report(method, budget, self._tokens(), note="not compressed yet")
         sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
-        return with_bytes_held(replace(report, repeat_seconds=self._repeat_seconds), self.keep_layers, sliding)
+        layers = tuple(index for index, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
+        report = replace(report, repeat_seconds=self._repeat_seconds, layers=layers)
+        return with_bytes_held(report, self.keep_layers, sliding)
 
     def __repr__(self) -> str:
         report = self.report()

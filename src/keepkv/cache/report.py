@@ -71,6 +71,7 @@ class Report:
         note: Why nothing was compressed, if so.
         backend: What attends to the slots, and why not the device's fast backend, if so.
         slot_dtype: How the slots' keys and values are stored: "float", "int8" or "int4".
+        layers: The model's layers that are compressed, those with full attention.
 
     Examples:
         >>> print(Report("keepkv", "10%", tokens=(1000,), kv_bytes=200_000, kv_bytes_full=2_000_000))
@@ -100,6 +101,7 @@ class Report:
     note: str = ""
     backend: str = ""
     slot_dtype: str = "float"
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         heads = self._all_heads
@@ -179,7 +181,7 @@ class Report:
 
     def figure(self) -> str:
         """The first row's slots per layer and head as an SVG image; nothing if nothing was compressed."""
-        return render.slots_figure(self.kept[0]) if self.heads else ""
+        return render.slots_figure(self.kept[0], self.layers or None) if self.heads else ""
 
 
 def with_bytes_held(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor]) -> Report:

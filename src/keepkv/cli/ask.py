@@ -93,10 +93,14 @@ def ask(
                     f"--{name.replace('_', '-')} is for texts, and {documents[0]} is compiled already: "
                     "leave the option out, or compile the text again with it"
                 )
+        if repair and len(documents) == 1:
+            raise InputError("--repair is for several compiled documents: keepkv ask A.keep B.keep QUESTION --repair 15%")
         model_name = model if was_typed(context, "model") else None
         return ask_compiled(documents, texts, model_name, device, dtype, max_new_tokens, repair, as_json)
     if repair:
         raise InputError("--repair is for several compiled documents: keepkv ask A.keep B.keep QUESTION --repair 15%")
+    if was_typed(context, "tolerance") and budget != "auto":
+        raise InputError(f"--tolerance is for --budget auto, and the budget is {budget}: leave one of the two out")
     recipe = Recipe(budget, method, slot_dtype, repeat, tuple(keep or ()), tolerance=tolerance, chunk=chunk, seed=seed)
     with bar(f"loading {model}") as line:
         from keepkv.cli import console

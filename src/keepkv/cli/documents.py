@@ -70,7 +70,7 @@ def compile(
     output: Annotated[
         Path | None,
         option(
-            "Where to write: a file, or a folder for several documents. The default is DOC.keep beside each text.",
+            "Where to write: a file (FILE.keep), or a folder, which is made. The default is DOC.keep beside each text.",
             "PATH",
             OUTPUT,
             "-o",
@@ -287,13 +287,12 @@ def targets(docs: Sequence[str], output: Path | None) -> list[Path]:
     stems = [Path("document" if doc == "-" else doc).with_suffix(SUFFIX) for doc in docs]
     if output is None:
         files = stems
-    elif len(docs) == 1 and not output.is_dir():
+    elif len(docs) == 1 and not output.is_dir() and (output.suffix or output.exists()):
         files = [output]
     else:
         if output.exists() and not output.is_dir():
             raise InputError(f"{str(output)!r} is a file, and there are {len(docs)} documents: give a folder")
-        if len(docs) > 1:
-            output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         files = [output / stem.name for stem in stems]
     if len(set(files)) < len(files):
         duplicate = next(file for file in files if files.count(file) > 1)

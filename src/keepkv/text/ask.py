@@ -118,6 +118,7 @@ def ask(
         BudgetError, MethodError, InputError: for a recipe that this text cannot be compressed with.
     """
     recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
+    recipe.refuse("answers, only on documents", "exact")
     table = [methods.get(name) for name in (recipe.method, *compare)]
     if recipe.auto_budget:
         check_tolerance(table[0], recipe.tolerance)
