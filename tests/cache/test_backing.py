@@ -56,6 +56,18 @@ def test_refreshing_brings_back_what_folds_lost() -> None:
     assert loss[1] < 0.5 * loss[0]
 
 
+def test_refresh_comes_while_a_prompt_is_read_in_chunks_too() -> None:
+    """As after as many forward passes: reading is no other way of folding."""
+    model, ids = make_model("llama", torch.float32), tokens(1, 257)
+    fed, read = (KeepCache(model, 20, chunk=32, backing="cpu", refresh=64) for _ in range(2))
+    for lo in range(0, 256, 32):
+        model(ids[:, lo : lo + 32], past_key_values=fed)
+    read.read(model, ids[:, :256])
+    assert fed._refreshed == read._refreshed == 256
+    pairs = zip(fed.keep_layers, read.keep_layers, strict=True)
+    assert all(torch.equal(a.slots.values, b.slots.values) for a, b in pairs)
+
+
 def test_refresh_comes_by_itself_and_only_with_a_backing() -> None:
     model = make_model()
     cache = KeepCache(model, 40, period=10, backing="disk", refresh=50)

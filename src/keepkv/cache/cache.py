@@ -161,11 +161,15 @@ class KeepCache(BaseCache):
                 warnings.warn(f"the prompt stays whole: {error}", stacklevel=2)
                 self._settle(self.policy, [], note=f"left whole: {error}")
         elif first or self._due:
-            refresh = self.recipe.refresh
-            if refresh is not None and self.get_seq_length() - self._refreshed >= refresh:
-                self.refresh()
-            else:
-                self.compress()
+            self._fold()
+
+    def _fold(self) -> None:
+        """Compresses what came since the last time, or, where that is due, rebuilds all from the backing."""
+        refresh = self.recipe.refresh
+        if refresh is not None and self.get_seq_length() - self._refreshed >= refresh:
+            self.refresh()
+        else:
+            self.compress()
 
     @torch.no_grad()
     def read(
@@ -233,7 +237,7 @@ class KeepCache(BaseCache):
                 if repeat is not None:
                     self.repeat(model, input_ids[:, lo:hi], repeat)
                 if self.live and (self._due or hi < length or lo or (auto and before == 0)):
-                    self.compress()
+                    self._fold()
                 lo = hi
                 progress(lo, length)
             if auto and not self.live and not exact:

@@ -9,6 +9,7 @@ from typing import Any
 from keepkv import allot
 from keepkv.errors import InputError, nearest
 from keepkv.methods import Method, get
+from keepkv.recipe import SERVER
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Settings:
     """
 
     budget: int = 1024
-    method: str = "keepkv"
+    method: str = SERVER.method_name
     window: int = 128
     step: int = 512
     references: int = 256
-    seed: int = 0
+    seed: int = SERVER.seed
 
     @classmethod
     def read(cls, config: object) -> Settings | None:
