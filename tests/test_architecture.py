@@ -79,7 +79,7 @@ def test_the_mathematics_knows_no_host() -> None:
 
 def test_the_library_comes_without_the_command_line_s_packages() -> None:
     """Every public name and every module outside cli/ that needs no extra."""
-    needs_extra = {"eval.lm_eval_model", *(name for name in FILES if name.startswith("serving.vllm."))}
+    needs_extra = {"attend.triton_kernels", "eval.lm_eval_model", *(name for name in FILES if name.startswith("serving.vllm."))}
     modules = [f"keepkv.{name}".removesuffix(".__init__") for name in FILES
                if room(name) not in ("cli", "__main__", "__init__") and name not in needs_extra]  # fmt: skip
     code = (
