@@ -190,7 +190,7 @@ METHODS = (
         recent=0.8,
         merge=by_similarity(zip_merge, moving_average),
         cost="32 queries' attention, and the cosine of every pair of a dropped and a kept key",
-        good="the query that it was computed for: it loses nothing",
+        good="a query with exactly the predicted scores: it loses nothing",
         bad="every other query: kept keys move",
     ),
     Method(
@@ -207,7 +207,7 @@ METHODS = (
     ),
     Method(
         name="keepkv-exact",
-        summary="as keepkv-paper, with convex-exact keys: lossless for its query without a pole",
+        summary="as keepkv-paper, with convex-exact keys: lossless for the predicted scores, without a pole",
         paper="KeepKV, arXiv 2504.09936; docs/theory.md 2.6",
         score=moving_average,
         allot=allot.cosine_layers,
