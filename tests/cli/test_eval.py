@@ -53,4 +53,4 @@ def test_the_defaults_that_the_help_names_are_those_of_the_settings() -> None:
     for name, default in named.items():
         value = getattr(Config(), name)
         assert default == (",".join(map(str, value)) if isinstance(value, tuple) else str(value)), name
-    assert {"tasks", "methods", "budgets", "lengths", "samples", "by", "repeat", "slot_dtype"} <= named.keys()
+    assert {"tasks", "methods", "budgets", "lengths", "samples", "by", "repeat", "slot_dtypes", "models"} <= named.keys()

@@ -24,19 +24,19 @@ def test_settings_are_toml_and_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("old", "new"), [("auto", "auto"), ("context", "never"), ("recall", "always")])
 def test_the_settings_of_a_run_of_an_older_keepkv_say_what_to_write_instead(tmp_path: Path, old: str, new: str) -> None:
     file = tmp_path / "config.toml"
-    file.write_text(to_toml(Config()).replace('repeat = "auto"\nslot_dtype = "float"', f'reference = "{old}"'))
+    file.write_text(to_toml(Config()).replace('repeat = "auto"\nslot_dtypes = ["float"]', f'reference = "{old}"'))
     with pytest.raises(InputError, match=f"'reference' .* is called 'repeat' now: write repeat = \"{new}\" instead") as error:
         load_config(file)
     assert str(error.value).startswith(str(file))
     file.write_text(file.read_text().replace(f'reference = "{old}"', f'repeat = "{new}"'))
-    assert load_config(file) == replace(Config(), repeat=new), "slot_dtype is new, and has a default"
+    assert load_config(file) == replace(Config(), repeat=new), "slot_dtypes is new, and has a default"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"repeat": "recall"}, "expected one of auto, always, never"),
-        ({"slot_dtype": "int9"}, "did you mean 'int8'"),
+        ({"slot_dtypes": ("float", "int9")}, "did you mean 'int8'"),
         ({"lengths": (12,)}, "each of at least 64 tokens"),
         ({"samples": 0}, "expected at least 1"),
         ({"methods": ()}, "at least one task"),

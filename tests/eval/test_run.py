@@ -17,6 +17,7 @@ from keepkv.eval import plan as running
 from keepkv.eval import records
 from keepkv.eval.config import Config
 from keepkv.eval.measure import Setup
+from keepkv.eval.plan import Variant
 from keepkv.eval.run import measured, sampled
 from keepkv.eval.tasks import registry
 
@@ -27,13 +28,13 @@ SMALL = {"haystack": str(LOG), "lengths": (300,), "samples": 1, "methods": ("sna
 def setup(folder: str) -> Setup:
     from keepkv.models import loading
 
-    return Setup(*loading.load(folder, "cpu", "auto"), Config(model=folder, **SMALL, written=40, period=64))
+    return Setup(*loading.load(folder, "cpu", "auto"), Config(models=(folder,), **SMALL, written=40, period=64))
 
 
 @pytest.mark.parametrize("name", registry.TASKS)
 def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, setup: Setup) -> None:
     config = replace(setup.config, tasks=(name,))
-    job = running.Job(name, 600, 0, tuple(running.variants(config)))
+    job = running.Job("tiny", name, 600, 0, tuple(running.variants(config)))
     found = {group[0].method: group for group in measured(setup._replace(config=config), job)}
     assert list(found) == ["full", "snapkv", "streaming"]
     assert not any(r.failed for group in found.values() for r in group)
@@ -55,7 +56,7 @@ def test_the_full_caches_likelihoods_are_those_of_plain_transformers(setup: Setu
     from keepkv.text.prompt import Prompt
 
     config = replace(setup.config, tasks=("needle",))
-    job = running.Job("needle", 600, 1, (("full", "100%"),))
+    job = running.Job("tiny", "needle", 600, 1, (running.FULL_CACHE,))
     (found,) = next(measured(setup._replace(config=config), job))
     sample = sampled(setup, registry.TASKS["needle"], 600, 1)
     prompt, question = Prompt(setup.tokenizer, sample.text), sample.questions[0]
@@ -67,22 +68,22 @@ def test_the_full_caches_likelihoods_are_those_of_plain_transformers(setup: Setu
 
 def test_question_aware_and_by_answer(setup: Setup) -> None:
     config = replace(setup.config, question_aware=True, by="answer", max_new_tokens=4)
-    (found,) = next(measured(setup._replace(config=config), running.Job("json", 500, 0, (("snapkv", "25%"),))))
+    (found,) = next(measured(setup._replace(config=config), running.Job("tiny", "json", 500, 0, (Variant("snapkv", "25%"),))))
     assert not found.failed
     assert set(found.measures) == {"name", "job", "town", "born"}
     plain = replace(config, question_aware=False)
-    (other,) = next(measured(setup._replace(config=plain), running.Job("json", 500, 0, (("snapkv", "25%"),))))
+    (other,) = next(measured(setup._replace(config=plain), running.Job("tiny", "json", 500, 0, (Variant("snapkv", "25%"),))))
     assert found.tokens > other.tokens + 100
     assert found.prompt == other.prompt
 
 
 def test_what_fails_is_recorded(setup: Setup) -> None:
-    job = running.Job("needle", 500, 0, (("full", "100%"), ("snapkv", "2"), ("streaming", "25%")))
+    job = running.Job("tiny", "needle", 500, 0, (running.FULL_CACHE, Variant("snapkv", "2"), Variant("streaming", "25%")))
     full, low, fine = (group[0] for group in measured(setup, job))
     assert (full.failed, fine.failed) == ("", "")
     assert low.failed.startswith("BudgetError: ")
     assert low.prompt == full.prompt
-    long = running.Job("needle", 10**6, 0, (("full", "100%"),))
+    long = running.Job("tiny", "needle", 10**6, 0, (running.FULL_CACHE,))
     assert next(measured(setup, long))[0].failed.startswith("InputError: the haystack has")
 
 

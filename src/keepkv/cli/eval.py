@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 TASKS = "Tasks"
 
 
-def _setting(help: str, metavar: str, panel: str, default: str = "") -> Any:
+def _setting(help: str, metavar: str, panel: str, default: str = "", *names: str) -> Any:
     """An option that is taken from the run's settings if it is not given."""
-    return option(f"{help} {shown_default(default)}" if default else help, metavar, panel, show_default=False)
+    return option(f"{help} {shown_default(default)}" if default else help, metavar, panel, *names, show_default=False)
 
 
 def evaluate(
@@ -75,7 +77,8 @@ def evaluate(
     methods: Annotated[
         str | None,
         _setting(
-            "Compression methods, separated by commas. The full cache is always measured too.",
+            'Compression methods, separated by commas. "all" is every one of keepkv methods, FILE.py:NAME is your own, and '
+            '"bm25" a rival: retrieval of as many tokens as plain text. The full cache is always measured too.',
             "NAMES",
             COMPRESSION,
             "keepkv,snapkv,h2o",
@@ -91,8 +94,15 @@ def evaluate(
         str | None,
         _setting("Whether to feed the text a second time before it is compressed.", "[auto|always|never]", COMPRESSION, "auto"),
     ] = None,
-    slot_dtype: Annotated[
-        str | None, _setting("How the kept keys and values are stored.", "[float|int8|int4]", COMPRESSION, "float")
+    slot_dtypes: Annotated[
+        str | None,
+        _setting(
+            "How the kept keys and values are stored: names, separated by commas. Each also stores the full cache in that way.",
+            "[float|int8|int4]",
+            COMPRESSION,
+            "float",
+            "--slot-dtype",
+        ),
     ] = None,
     chunk: Annotated[
         int | None,
@@ -103,15 +113,32 @@ def evaluate(
             "2048 for texts of more than 8,192 tokens, otherwise 0",
         ),
     ] = None,
-    model: Annotated[
+    models: Annotated[
         str | None,
-        _setting('"smollm2" (embedded, no network), a model folder, or a Hugging Face id.', "MODEL", MODEL, "smollm2"),
+        _setting(
+            'Models, separated by commas, one loaded after the other: "smollm2" (embedded, no network), a model folder, or a '
+            "Hugging Face id.",
+            "MODELS",
+            MODEL,
+            "smollm2",
+            "--model",
+        ),
     ] = None,
     dtype: Annotated[str | None, _setting('"float32", "bfloat16", "float16" or "auto".', "DTYPE", MODEL, "auto")] = None,
     device: Annotated[
         str, option('"auto", "cpu", or several devices, each with a process of its own: "cuda:0,cuda:1".', "DEVICES", MODEL)
     ] = "auto",
     workers: Annotated[int, option("Processes on each device.", "N", MODEL, min=1)] = 1,
+    minutes: Annotated[
+        float | None,
+        option(
+            "Stop after so many minutes, between two measurements. The same command goes on from there.",
+            "N",
+            OUTPUT,
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         _setting("Take the settings from a TOML file. Options at the command line come before it.", "FILE", OUTPUT),
@@ -119,13 +146,14 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure methods at budgets on tasks, and write the records into a folder.
+    """Measure models, methods, budgets and slot dtypes on tasks, and write the records into a folder.
 
     Every text is read once, compressed in every way, and asked only afterwards. A run that was stopped continues when it is
-    started again, and tasks, methods, budgets, lengths and samples may be added later.
+    started again, and models, tasks, methods, budgets, slot dtypes, lengths and samples may be added later.
 
     $ keepkv eval runs/first --tasks needle,facts,json --methods keepkv,snapkv --budgets 10%,5%
     $ keepkv eval runs/first    (continues a run that was stopped)
+    $ keepkv eval runs/kit --model smollm2,my/model --methods all,bm25 --slot-dtype float,int8 --by answer --minutes 60
     $ keepkv eval runs/xquad --data xquad.en.json --by answer --lengths 2048
     $ keepkv eval runs/big --model my/model --tasks all --lengths 4096,16384 --device cuda:0,cuda:1
     """
@@ -138,14 +166,13 @@ def evaluate(
         from keepkv.eval import config as settings
         from keepkv.eval import records, summary
         from keepkv.eval import run as running
-        from keepkv.eval.tasks import registry
 
         started = run / settings.FILE
         base = settings.load_config(started) if started.exists() else settings.Config()
         base = settings.load_config(config, base) if config else base
         options: dict[str, Any] = {
-            "model": model,
-            "tasks": list(registry.TASKS) if _names(tasks) == ["all"] else _names(tasks),
+            "models": _names(models),
+            "tasks": _names(tasks),
             "data": data,
             "methods": _names(methods),
             "budgets": _names(budgets),
@@ -154,7 +181,7 @@ def evaluate(
             "by": by,
             "question_aware": question_aware,
             "repeat": repeat,
-            "slot_dtype": slot_dtype,
+            "slot_dtypes": _names(slot_dtypes),
             "chunk": chunk,
             "haystack": haystack,
             "max_new_tokens": max_new_tokens,
@@ -167,23 +194,31 @@ def evaluate(
         typed = {name: value for name, value in options.items() if value is not None}
         run_config = settings.changed(base, typed, "the command line")
         devices = [place for place in device.split(",") for _ in range(workers)]
-        shown = line.phase("loading the model")
+        shown = line.phase("loading a model")
         last_printed = time.monotonic()
 
         def progress(finished: int, total: int, seconds_left: float) -> None:
             nonlocal last_printed
-            title = f"{finished:,} of {total:,} samples, about {_duration(seconds_left)} left"
+            title = f"{finished:,} of {total:,} measurements, about {_duration(seconds_left)} left"
             line.title(title)
             shown(finished, total)
             if not err.is_terminal and (time.monotonic() - last_printed > 30 or finished == total):
                 last_printed = time.monotonic()
                 err.print(title)
 
-        running.run(run, run_config, devices, progress)
+        made, left = running.run(run, run_config, devices, progress, minutes)
         run_records = records.load_records(run)
-        result = summary.summarize(run_records)
-        summary.write_summary(run, result)
+        if left and not summary.full_records(run_records):
+            result = summary.Summary((), ())
+        else:
+            result = summary.summarize(run_records)
+            summary.write_summary(run, result)
     _print(result, as_json)
+    if left:
+        err.print(
+            f"Stopped after {minutes:g} minutes: {made:,} measurements made, {left:,} are left. The same command continues.",
+            markup=False,
+        )
     failed = [record for record in run_records if record.failed]
     if failed:
         err.print(f"[yellow]{len(failed)} of {len(run_records)} answers failed.[/yellow] The first: {escape(failed[0].failed)}")
@@ -202,17 +237,40 @@ def report(
             show_default=False,
         ),
     ] = None,
+    leave_one_model_out: Annotated[
+        bool,
+        flag(
+            "Instead: pick the best variant on all models but one, and judge it on that one, for every model and budget.",
+            "--leave-one-model-out",
+            "Choosing",
+        ),
+    ] = False,
+    by_measure: Annotated[str, option("What is best: the highest score or the lowest KL.", "[score|kl]", "Choosing")] = "score",
+    among: Annotated[
+        str | None,
+        option(
+            "Choose among these methods only, separated by commas: for example your own with different constants.",
+            "NAMES",
+            "Choosing",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Turn records into tables and figures: report.md and report.html.
 
-    The HTML page makes no requests, and can be mailed as it is.
+    The HTML page makes no requests, and can be mailed as it is. With --leave-one-model-out nothing is written but
+    leave-one-model-out.json.
 
     $ keepkv report runs/first --png
     $ keepkv report runs/small runs/big --out comparison
     $ keepkv report runs/new --against benchmarks/results/eval-quick
+    $ keepkv report runs/kit --leave-one-model-out --by-measure kl --among keepkv-a,keepkv-b
     """
+    if leave_one_model_out:
+        _leave_one_model_out(runs, out or runs[0], by_measure, _names(among), as_json)
+        return
     with bar("reading the records"):
         from keepkv.eval import config as settings
         from keepkv.eval import records, summary
@@ -229,24 +287,19 @@ def report(
         run_settings = {str(run): settings.to_toml(settings.load_config(run / settings.FILE)) for run in runs}
         text = markdown.markdown_report(run_records, result, run_settings)
         page = html.html_report(run_records, result, drawings, run_settings, worst.texts_of(runs))
-        try:
-            target.mkdir(parents=True, exist_ok=True)
+        with _writing(target):
             (target / "report.md").write_text(text, encoding="utf-8")
             (target / "report.html").write_text(page, encoding="utf-8")
             if out is None and len(runs) == 1:
                 summary.write_summary(target, result)
             if png:
                 save_figures(drawings, target)
-        except OSError as error:
-            raise InputError(
-                f"{error.filename!r} cannot be written ({error.strerror}): give another folder with --out"
-            ) from error
     if against is not None:
         regressions = _regressions(run_records, records.load_records(against))
         if as_json:
             _print(result, True)
-        for name, budget, difference in regressions:
-            err.print(f"worse than {against}: {name} at {budget}, by {difference} of the score", markup=False)
+        for variant, difference in regressions:
+            err.print(f"worse than {against}: {variant}, by {difference} of the score", markup=False)
         if regressions:
             raise typer.Exit(1)
         err.print(f"no method is significantly worse than in {against}", markup=False)
@@ -255,7 +308,34 @@ def report(
     err.print(f"{target / 'report.html'}, {target / 'report.md'}", markup=False)
 
 
-def _regressions(records: list[Record], old_records: list[Record]) -> list[tuple[str, str, Interval]]:
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Makes the folder that a report is written to. Raises InputError if it cannot be written."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): give another folder with --out") from error
+
+
+def _leave_one_model_out(runs: Sequence[Path], target: Path, measure: str, among: Sequence[str] | None, as_json: bool) -> None:
+    with bar("reading the records"):
+        from keepkv.cli import eval_tables
+        from keepkv.eval import leave_one_out, records
+
+        held_out = leave_one_out.leave_one_model_out(
+            (record for run in runs for record in records.load_records(run)), measure, among
+        )
+        text = leave_one_out.to_json(held_out)
+        with _writing(target):
+            (target / leave_one_out.FILE).write_text(text, encoding="utf-8")
+    if as_json:
+        typer.echo(text, nl=False)
+    else:
+        eval_tables.show_held_out(held_out)
+
+
+def _regressions(records: list[Record], old_records: list[Record]) -> list[tuple[str, Interval]]:
     """Methods whose paired difference to the older run lies below 0 with its whole interval."""
     from keepkv.eval.summary import by_method, paired
 
@@ -266,7 +346,12 @@ def _regressions(records: list[Record], old_records: list[Record]) -> list[tuple
     pairs = {key: paired(new[key], old[key]) for key in common}
     if not any(pairs.values()):
         raise InputError("the two runs have no sample in common: compare runs of the same tasks and lengths")
-    return [(key[1], key[2], difference) for key, difference in pairs.items() if difference and difference.high < 0]
+    several = len({key[0] for key in common}) > 1
+    worse = {key: difference for key, difference in pairs.items() if difference and difference.high < 0}
+    return [
+        (f"{f'{model}, ' if several else ''}{method} at {budget} {slot_dtype}".removesuffix(" float"), difference)
+        for (model, _, method, budget, slot_dtype), difference in worse.items()
+    ]
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -299,10 +384,13 @@ def _list(as_json: bool) -> None:
     import json
 
     from keepkv.cli import eval_tables
+    from keepkv.eval.rivals.registry import RIVALS
     from keepkv.eval.tasks import registry
 
     rows = [{"name": task.name, "summary": task.summary, "source": task.source} for task in registry.TASKS.values()]
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False))
-    else:
-        eval_tables.show_tasks(rows)
+        return
+    eval_tables.show_tasks(rows)
+    rivals = [{"name": each.name, "summary": each.summary, "source": each.source} for each in RIVALS.values()]
+    eval_tables.show_tasks(rivals, "rival (--methods)")

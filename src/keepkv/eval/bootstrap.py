@@ -1,16 +1,22 @@
-"""Statistics over pairs: means and differences with bootstrap intervals, and rankings only where intervals separate."""
+"""Statistics over pairs: means, differences and ratios with bootstrap intervals, and rankings only where intervals separate.
+
+Several questions are asked of one text, and their answers are not independent: what is drawn is whole texts, with all their
+questions. A text that stands in several groups (tasks) is drawn in all of them together; other groups are drawn on their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 DRAWS = 2000
 DIFFERENCE = (-1.0, 1.0)  # the limits of a difference of scores
-Cluster = Sequence[tuple[float, float]]  # numerator and denominator of each question of one text
 LEVEL = 0.95
+Cluster = Sequence[tuple[float, float]]  # numerator and denominator of each question of one text
+Group = Sequence[Cluster] | Mapping[Hashable, Cluster]  # the texts of one task; a name is that of the same text everywhere
 
 
 class Interval(NamedTuple):
@@ -28,41 +34,121 @@ class Interval(NamedTuple):
         """Of a difference: whether 0 lies outside."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def mirrored(self) -> Interval:
+        """Of a difference: that of the second and the first."""
+        return Interval(0.0 - self.value, 0.0 - self.high, 0.0 - self.low)
 
-def combined(groups: Sequence[Sequence[Cluster]], limits: tuple[float, float] = (0.0, 1.0)) -> Interval | None:
+
+def combined(groups: Sequence[Group], limits: tuple[float, float] | None = (0.0, 1.0)) -> Interval | None:
     """Mean over groups of Σ numerators / Σ denominators, with a 95% percentile bootstrap.
 
-    A group is a task, a cluster is one text with all its questions, and a mean is a ratio whose denominators are 1. Whole
-    clusters are drawn, each within its group, from the n texts and one more that nobody has seen: its ratio is uniform within
-    the limits. So a few texts give a wide interval even if all agree, and one text says next to nothing.
+    A group is a task, a cluster is one text with all its questions, and a mean is a ratio whose denominators are 1. With
+    limits, whole clusters are drawn from the n texts and one more that nobody has seen: its ratio is uniform within the limits.
+    So a few texts give a wide interval even if all agree, and one text says next to nothing. Without, only the n texts are.
 
     Args:
         groups: For each task, for each text, (numerator, denominator) of each question.
-        limits: The least and the largest value that a ratio can have.
+        limits: The least and the largest value that a ratio can have; None if it has none.
 
     Returns:
         The interval; None if the denominators of all groups sum to 0 (a group whose denominators do is left out).
     """
-    sums = [np.array([[sum(x for x, _ in c), sum(y for _, y in c)] for c in clusters], dtype=float) for clusters in groups]
-    sums = [texts for texts in sums if len(texts) and texts[:, 1].sum() > 0]
-    if not sums:
+    used = [group for group in groups if sum(y for cluster in _clusters(group) for _, y in cluster) > 0]
+    if not used:
         return None
     rng = np.random.default_rng(0)
-    ratios = [texts[:, 0].sum() / texts[:, 1].sum() for texts in sums]
-    value = float(np.mean(ratios))
+    ratios: list[float] = []
     means = np.zeros(DRAWS)
-    for texts, ratio in zip(sums, ratios, strict=True):
-        n = len(texts)
-        mean_denominator = texts[:, 1].mean()
-        choices = rng.integers(0, n + 1, (DRAWS, n + 1))  # n stands for the unseen text
-        unseen = (choices == n).sum(1) * mean_denominator
-        total = np.concatenate([texts, [[0.0, 0.0]]])[choices].sum(1)
-        denominator = total[:, 1] + unseen
-        resampled = (total[:, 0] + unseen * rng.uniform(*limits, DRAWS)) / np.where(denominator > 0, denominator, 1)
-        means += np.where(denominator > 0, resampled, ratio) / len(sums)
-    means = np.clip(means + value - means.mean(), *limits)  # the unseen text widens, and does not pull to the middle
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    for stratum in _strata(used):
+        n = len(stratum[0].sums)
+        seen_and_unseen = n + (limits is not None)
+        choices = rng.integers(0, seen_and_unseen, (DRAWS, seen_and_unseen))  # n stands for the unseen text
+        times_unseen = (choices == n).sum(1)
+        of_unseen = rng.uniform(*limits, DRAWS) if limits else np.zeros(DRAWS)
+        for texts in stratum:
+            sums = texts.sums
+            ratios.append(sums[:, 0].sum() / sums[:, 1].sum())
+            unseen = times_unseen * (sums[:, 1].sum() / texts.own)
+            total = np.concatenate([sums, np.zeros((1, sums.shape[1]))])[choices].sum(1)
+            denominator = total[:, 1] + unseen
+            resampled = (total[:, 0] + unseen * of_unseen) / np.where(denominator > 0, denominator, 1)
+            means += np.where(denominator > 0, resampled, ratios[-1]) / len(used)
+    value = float(np.mean(ratios))
+    if limits:
+        means = np.clip(means + value - means.mean(), *limits)  # the unseen text widens, and does not pull to the middle
+    return _interval(value, means)
+
+
+def ratio_of_means(groups: Sequence[Group]) -> Interval | None:
+    """Mean numerator / mean denominator, with a 95% percentile bootstrap over texts.
+
+    Each mean is one over groups of a mean over questions. So of one group it is Σ numerators / Σ denominators, and with the KL
+    of two methods as numerator and denominator, it says how many times the first is as far from the full cache as the second.
+    A divergence has no upper limit, so no unseen text is drawn: with fewer than eight texts an interval is too narrow.
+
+    Args:
+        groups: For each task, for each text, (numerator, denominator) of each question.
+
+    Returns:
+        The interval; None if there is no question, or the denominators sum to 0.
+    """
+    used = [group for group in groups if any(len(cluster) for cluster in _clusters(group))]
+    rng = np.random.default_rng(0)
+    tops, bottoms = np.zeros(DRAWS), np.zeros(DRAWS)
+    top = bottom = 0.0
+    for stratum in _strata(used):
+        n = len(stratum[0].sums)
+        choices = rng.integers(0, n, (DRAWS, n))
+        for texts in stratum:
+            mean_top, mean_bottom, _ = texts.sums.sum(0) / texts.sums[:, 2].sum()
+            total = texts.sums[choices].sum(1)
+            drawn = total[:, 2]
+            tops += np.where(drawn > 0, total[:, 0] / np.where(drawn > 0, drawn, 1), mean_top)
+            bottoms += np.where(drawn > 0, total[:, 1] / np.where(drawn > 0, drawn, 1), mean_bottom)
+            top, bottom = top + float(mean_top), bottom + float(mean_bottom)
+    if bottom <= 0:
+        return None
+    return _interval(top / bottom, np.where(bottoms > 0, tops / np.where(bottoms > 0, bottoms, 1), top / bottom))
+
+
+def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(round(value, 6), round(float(low), 6), round(float(high), 6))
+
+
+class _Texts(NamedTuple):
+    """A group's texts among those of its stratum: [texts, 3] with Σ numerators, Σ denominators, questions; how many it has."""
+
+    sums: NDArray[np.float64]
+    own: int
+
+
+def _clusters(group: Group) -> list[Cluster]:
+    return list(group.values() if isinstance(group, Mapping) else group)
+
+
+def _strata(groups: Sequence[Group]) -> Iterator[list[_Texts]]:
+    """Groups that are drawn together, since they have texts in common; most are alone."""
+    named: list[Mapping[Hashable, Cluster]] = [
+        group if isinstance(group, Mapping) else {(i, j): cluster for j, cluster in enumerate(group)}
+        for i, group in enumerate(groups)
+    ]
+    waiting = list(range(len(named)))
+    while waiting:
+        members = [waiting.pop(0)]
+        names = dict.fromkeys(named[members[0]])
+        while common := [i for i in waiting if names.keys() & named[i].keys()]:
+            members += common
+            waiting = [i for i in waiting if i not in common]
+            names |= dict.fromkeys(name for i in common for name in named[i])
+        yield [_texts(named[i], list(names)) for i in sorted(members)]
+
+
+def _texts(group: Mapping[Hashable, Cluster], names: Sequence[Hashable]) -> _Texts:
+    clusters = [group.get(name, ()) for name in names]
+    sums = [[sum(x for x, _ in c), sum(y for _, y in c), len(c)] for c in clusters]
+    return _Texts(np.array(sums, dtype=float), len(group))
 
 
 def ranks(names: Sequence[str], difference: Mapping[tuple[str, str], Interval]) -> dict[str, int]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from keepkv.budget import Budget
 from keepkv.errors import InputError, nearest
-from keepkv.methods import get
 from keepkv.recipe import Recipe, RepeatMode
 from keepkv.slots.quantized import slot_dtype_of
 
@@ -24,6 +23,7 @@ else:
 FILE = "config.toml"
 RENAMED = {"reference": "repeat"}  # what settings of older runs are called now
 RENAMED_VALUES = {"context": "never", "recall": "always"}
+LISTED = {"model": "models", "slot_dtype": "slot_dtypes"}  # what had one value in older runs and is a list now
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,22 @@ class Config:
     A run can be continued only with the same settings, except for those in GROWING, which may be added to.
 
     Example:
-        >>> Config(samples=2, tasks=("needle",)).validate()
+        >>> Config(samples=2, tasks=("needle",), models=("smollm2", "gemma-3-270m")).validate()
         >>> Config(by="luck").validate()
         Traceback (most recent call last):
         keepkv.errors.InputError: by = 'luck': expected one of choice, answer
     """
 
-    model: str = "smollm2"
+    models: tuple[str, ...] = ("smollm2",)
     tasks: tuple[str, ...] = ("needle", "needles-4", "facts", "pairs", "variables", "json")
-    methods: tuple[str, ...] = ("keepkv", "snapkv", "h2o")
+    methods: tuple[str, ...] = ("keepkv", "snapkv", "h2o")  # and rivals; "all": every method of the table
     budgets: tuple[str, ...] = ("10%", "5%")
     lengths: tuple[int, ...] = (1024,)  # tokens of a text
     samples: int = 5  # of every task and length
     by: str = "choice"  # choice: the likeliest of the right and wrong answers; answer: what the model writes
     question_aware: bool = False  # the question stands in the text when it is compressed
     repeat: RepeatMode = Recipe.repeat
-    slot_dtype: str = Recipe.slot_dtype
+    slot_dtypes: tuple[str, ...] = (Recipe.slot_dtype,)
     chunk: int = -1  # tokens read at a time; 0: all at once; -1: at once up to 8,192 tokens, 2,048 at a time beyond
     period: int = 256  # tokens between the folds of live caches (turns, drift)
     written: int = 2000  # tokens that drift writes
@@ -62,17 +62,14 @@ class Config:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of every variant, but for its method and budget."""
-        return Recipe(
-            slot_dtype=self.slot_dtype, repeat=self.repeat, chunk=None if self.chunk < 0 else self.chunk, seed=self.seed
-        )
+        """The recipe of every variant, but for its method, budget and slot dtype."""
+        return Recipe(repeat=self.repeat, chunk=None if self.chunk < 0 else self.chunk, seed=self.seed)
 
     def validate(self) -> None:
         """Checks that a run with these settings can start.
 
         Raises:
             InputError: for a value that is out of range, or nothing to do.
-            MethodError: for an unknown method.
             BudgetError: for a budget that cannot be read.
         """
         for name, modes in (("by", ("choice", "answer")), ("repeat", Recipe.REPEAT_MODES)):
@@ -83,16 +80,17 @@ class Config:
                 raise InputError(f"{name} = {getattr(self, name)}: expected at least 1")
         if not self.lengths or min(self.lengths) < 64:
             raise InputError(f"lengths = {list(self.lengths)}: expected one length or several, each of at least 64 tokens")
-        if not self.methods or not self.budgets or not (self.tasks or self.data):
-            raise InputError("nothing to do: give at least one task (or a --data file), one method and one budget")
-        for method in self.methods:
-            get(method)
+        if not (self.models and self.methods and self.budgets and self.slot_dtypes and (self.tasks or self.data)):
+            raise InputError(
+                "nothing to do: give at least one task (or a --data file), one method, one budget, one model and one slot dtype"
+            )
         for budget in self.budgets:
             Budget.parse(budget)
-        slot_dtype_of(self.slot_dtype)
+        for slot_dtype in self.slot_dtypes:
+            slot_dtype_of(slot_dtype)
 
 
-GROWING = {"tasks", "methods", "budgets", "lengths", "samples", "data", "data_digests"}
+GROWING = {"models", "tasks", "methods", "budgets", "slot_dtypes", "lengths", "samples", "data", "data_digests"}
 
 
 def to_toml(config: Config) -> str:
@@ -118,6 +116,8 @@ def changed(config: Config, values: Mapping[str, Any], where: str = "") -> Confi
     for name, value in values.items():
         if name in RENAMED:
             raise InputError(_renamed(where, name, value))
+        if name in LISTED and isinstance(value, str):
+            name, value = LISTED[name], [value]
         if name not in defaults:
             raise InputError(f"{where}: unknown setting {name!r}: {nearest(name, defaults)}")
         default = defaults[name]

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from keepkv.cache import KeepCache
 from keepkv.eval.measure import Measure, Outcome, Setup, live
 from keepkv.eval.sample import Sample
-from keepkv.methods import Method
+from keepkv.methods import get
+from keepkv.recipe import Recipe
 
 STEP = 32  # tokens fed at once
 WINDOW = 500  # tokens over which a mean is taken
@@ -93,16 +94,16 @@ def prepare_drift(setup: Setup, sample: Sample) -> Measure:
     ids = setup.tokens(sample.text)
     full = memo(lambda: generate(model, ids, config.written, config.seed))
 
-    def measure(method: Method, budget: str) -> list[Outcome]:
+    def measure(recipe: Recipe) -> list[Outcome]:
         start = time.perf_counter()
         tokens = ids.shape[1] + config.written
         words, truth = full()
-        cache = live(setup, method, budget, tokens)
+        cache = live(setup, recipe, tokens)
         loss, same = follow(model, ids, words, truth, cache)
-        if method.keeps_all:
+        if get(recipe.method).keeps_all and recipe.slot_dtype == "float":
             own_words = words
         else:
-            own_words, _ = generate(model, ids, config.written, config.seed, live(setup, method, budget, tokens))
+            own_words, _ = generate(model, ids, config.written, config.seed, live(setup, recipe, tokens))
         measures = {"kl": float(loss.mean()), "repetition": repetition(own_words[0].tolist())}
         measures |= {f"kl-{WINDOW * (i + 1)}": float(part.mean()) for i, part in enumerate(torch.split(loss, WINDOW))}
         compress = cache.report().compress_seconds

@@ -1,4 +1,4 @@
-"""Measuring one sample: its text is read once, and every method at every budget starts from that same reading."""
+"""Measuring one sample: its text is read once, and every method, budget and slot dtype starts from that same reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keepkv.eval import fidelity
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
 from keepkv.methods import Method, get
-from keepkv.recipe import CHUNK
+from keepkv.recipe import CHUNK, Recipe
 from keepkv.text.ask import greedy
 from keepkv.text.conversation import turn_template
 from keepkv.text.prompt import Prompt
@@ -29,16 +29,12 @@ CONTINUATION = 192  # true next tokens of `fidelity`
 
 
 class Setup(NamedTuple):
-    """What every measurement of a run shares: a loaded model, its tokenizer, and the run's settings."""
+    """What every measurement of a run shares: a loaded model, its tokenizer, the run's settings and its methods."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: Config
-
-    @property
-    def methods(self) -> list[Method]:
-        """The methods of the run, without the full cache unless it is named."""
-        return [get(name) for name in self.config.methods]
+    methods: tuple[Method, ...] = ()
 
     def tokens(self, text: str) -> Tensor:
         """Token ids [1, n] without special tokens, on the model's device."""
@@ -48,7 +44,7 @@ class Setup(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured of one question with one variant (a method at a budget).
+    """What was measured of one question with one variant (a method at a budget, and how its slots are stored).
 
     Args:
         answer: What the model answered, or the likeliest of the answers it could choose from.
@@ -59,6 +55,8 @@ class Outcome:
         loglik: Mean log-probability of a token of the expected answer, in nats.
         chances: The same of every answer to choose from, the expected one first.
         measures: The task's further measures by name.
+        slots: Slots per KV head on average; None: the cache's.
+        kv_bytes: Bytes that were needed, and bytes of the full cache; None: the cache's.
     """
 
     answer: str
@@ -69,9 +67,11 @@ class Outcome:
     loglik: float | None = None
     chances: tuple[float, ...] = ()
     measures: dict[str, float] = field(default_factory=dict)
+    slots: float | None = None
+    kv_bytes: tuple[int, int] | None = None
 
 
-Measure = Callable[[Method, str], list[Outcome]]  # (method, budget) -> an outcome for each question
+Measure = Callable[[Recipe], list[Outcome]]  # a variant's recipe -> an outcome for each question
 
 
 class CompressedReading(NamedTuple):
@@ -89,47 +89,52 @@ def prepare_questions(setup: Setup, sample: Sample) -> Measure:
         prompt = Prompt(setup.tokenizer, sample.text)
         compress = _prepare_reading(setup, prompt)
 
-        def measure(method: Method, budget: str) -> list[Outcome]:
-            reading = compress(method, budget)
-            return [_answer(setup, reading, prompt.question(question.ask), question) for question in sample.questions]
+        def measure(recipe: Recipe) -> list[Outcome]:
+            reading = compress(recipe)
+            return [asked(setup, reading, prompt.question(question.ask), question) for question in sample.questions]
 
         return measure
     prompts = [Prompt(setup.tokenizer, f"{sample.text.strip()}\n\n{question.ask}") for question in sample.questions]
     readings = [_prepare_reading(setup, prompt) for prompt in prompts]
 
-    def measure_aware(method: Method, budget: str) -> list[Outcome]:
+    def measure_aware(recipe: Recipe) -> list[Outcome]:
         triples = zip(readings, prompts, sample.questions, strict=True)
-        return [
-            _answer(setup, compress(method, budget), prompt.question(""), question) for compress, prompt, question in triples
-        ]
+        return [asked(setup, compress(recipe), prompt.question(""), question) for compress, prompt, question in triples]
 
     return measure_aware
 
 
-def _prepare_reading(setup: Setup, prompt: Prompt) -> Callable[[Method, str], CompressedReading]:
+def _prepare_reading(setup: Setup, prompt: Prompt) -> Callable[[Recipe], CompressedReading]:
     """Reads at once, or, for long texts, in chunks: then once for every variant, which compresses on the way."""
     model, config = setup.model, setup.config
     ids = prompt.text.to(model.device)
     lead = prompt.question(REPEAT).to(model.device)
-    recipe = config.recipe.settled(ids.shape[1])
-    if recipe.chunk:
+    base = config.recipe.settled(ids.shape[1])
+    if base.chunk:
 
-        def in_chunks(method: Method, budget: str) -> CompressedReading:
-            reading = read_in_chunks(model, ids, method, replace(recipe, budget=budget), lead)
+        def in_chunks(recipe: Recipe) -> CompressedReading:
+            method = get(recipe.method)
+            reading = read_in_chunks(model, ids, method, replace(recipe, chunk=base.chunk), lead)
             compress = reading.cache.report().compress_seconds
             seconds = {"read": reading.seconds, "repeat": reading.repeat_cost(method), "compress": compress}
             return CompressedReading(reading.cache, ids, seconds)
 
         return in_chunks
-    reading = read(model, ids, setup.methods, recipe, lead)
+    reading = read(model, ids, setup.methods, base, lead)
 
-    def at_once(method: Method, budget: str) -> CompressedReading:
-        cache = reading.of(method).compress(budget, method)
+    def at_once(recipe: Recipe) -> CompressedReading:
+        method = get(recipe.method)
+        cache = compressed(reading.of(method), recipe)
         compress = cache.report().compress_seconds
         seconds = {"read": reading.seconds, "repeat": reading.repeat_cost(method), "compress": compress}
         return CompressedReading(cache, ids, seconds)
 
     return at_once
+
+
+def compressed(cache: KeepCache, recipe: Recipe) -> KeepCache:
+    """The cache, compressed by a variant's recipe."""
+    return cache.compress(recipe.budget, recipe.method, slot_dtype=recipe.slot_dtype)
 
 
 def prepare_turns(setup: Setup, sample: Sample) -> Measure:
@@ -139,10 +144,10 @@ def prepare_turns(setup: Setup, sample: Sample) -> Measure:
     turns = [turn.replace("\0", "") for turn in joined.split("\1")[:-1]]
     turn_ids = [setup.tokens(turn) for turn in turns]
 
-    def measure(method: Method, budget: str) -> list[Outcome]:
+    def measure(recipe: Recipe) -> list[Outcome]:
         start = time.perf_counter()
         ids = torch.cat(turn_ids, 1)
-        cache = live(setup, method, budget, ids.shape[1])
+        cache = live(setup, recipe, ids.shape[1])
         for turn in turn_ids:
             cache.read(setup.model, turn)
         if cache.keep_layers[0].tail:
@@ -151,21 +156,20 @@ def prepare_turns(setup: Setup, sample: Sample) -> Measure:
         seconds = {"read": time.perf_counter() - start - compress, "repeat": 0.0, "compress": compress}
         reading = CompressedReading(cache, ids, seconds)
         return [
-            _answer(setup, reading, setup.tokens(f"{between}{question.ask}{after}"), question) for question in sample.questions
+            asked(setup, reading, setup.tokens(f"{between}{question.ask}{after}"), question) for question in sample.questions
         ]
 
     return measure
 
 
-def live(setup: Setup, method: Method, budget: str, tokens: int) -> KeepCache:
+def live(setup: Setup, recipe: Recipe, tokens: int) -> KeepCache:
     """A cache that folds every `period` tokens; a share is that of all the tokens it will have read."""
-    limit = Budget.parse(budget)
-    count = str(max(1, int(limit.amount * tokens))) if limit.kind == "fraction" else budget
-    config = setup.config
-    return KeepCache.of(setup.model, replace(config.recipe, budget=count, method=method, chunk=CHUNK, period=config.period))
+    limit = Budget.parse(recipe.budget_text)
+    count = str(max(1, int(limit.amount * tokens))) if limit.kind == "fraction" else recipe.budget
+    return KeepCache.of(setup.model, replace(recipe, budget=count, chunk=CHUNK, period=setup.config.period))
 
 
-def _answer(setup: Setup, reading: CompressedReading, question_ids: Tensor, question: Question) -> Outcome:
+def asked(setup: Setup, reading: CompressedReading, question_ids: Tensor, question: Question) -> Outcome:
     """By choice: the likeliest, per token, of the right and the wrong answers; by answer: what the model writes."""
     start = time.perf_counter()
     question_ids = question_ids.to(setup.model.device)
@@ -216,8 +220,9 @@ def prepare_continuation(setup: Setup, sample: Sample) -> Measure:
     reading = read(setup.model, context, setup.methods, replace(setup.config.recipe, repeat="never"))
     full = memo(lambda: fidelity.log_probs(setup.model, reading.cache.fork().compress("100%"), future))
 
-    def measure(method: Method, budget: str) -> list[Outcome]:
-        cache = reading.of(method).compress(budget, method)
+    def measure(recipe: Recipe) -> list[Outcome]:
+        method = get(recipe.method)
+        cache = compressed(reading.of(method), recipe)
         start = time.perf_counter()
         ours = fidelity.log_probs(setup.model, cache, future)
         comparison = fidelity.compare(full(), ours, future[0, 1:], cache, reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +26,8 @@ class RecordKey(NamedTuple):
     question: int
     method: str
     budget: str
+    slot_dtype: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,13 @@ class Record:
         length: The tokens that the text should have; 0 where the task has texts of its own.
         sample: Which sample of its task and length.
         question: Which question of its sample.
-        method: The method's name.
+        method: The method's name, or a rival's.
         budget: The budget in words.
+        slot_dtype: How the slots' keys and values are stored. Older records have none: "float".
+        dtype: The model's own dtype. Older records have none: the run's, or "float32".
         of: How many questions the sample has.
         seed: The run's seed.
+        text: SHA-256 of the text, 16 hexadecimal digits. Older records have none.
         prompt: SHA-256 of the text, the question and the answers, 16 hexadecimal digits.
         ask: The question.
         expected: The right answer in words.
@@ -69,8 +75,11 @@ class Record:
     question: int
     method: str
     budget: str
+    slot_dtype: str = "float"
+    dtype: str = "float32"
     of: int = 1
     seed: int = 0
+    text: str = ""
     prompt: str = ""
     ask: str = ""
     expected: str = ""
@@ -124,10 +133,11 @@ def load_records(folder: Path) -> list[Record]:
         ) from error
     lines = content.split(b"\n")[:-1]  # what follows the last line's end is empty or unfinished
     names = {field.name for field in fields(Record)}
+    older = {"dtype": _dtype_of_older_records(folder)}
     groups: dict[RecordKey, dict[int, Record]] = defaultdict(dict)
     for number, line in enumerate(lines, 1):
         try:
-            values: dict[str, Any] = json.loads(line)
+            values: dict[str, Any] = older | json.loads(line)
             values["chances"] = tuple(values.get("chances", ()))
             record = Record(**{name: value for name, value in values.items() if name in names})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -137,6 +147,13 @@ def load_records(folder: Path) -> list[Record]:
         groups[record.group][record.question] = record
     complete = (group.values() for group in groups.values() if len(group) == next(iter(group.values())).of)
     return sorted((record for group in complete for record in group), key=lambda record: record.key)
+
+
+def _dtype_of_older_records(folder: Path) -> str:
+    """What a run's settings say of the dtype; "auto" was float32, unless the run had a GPU."""
+    settings = folder / "config.toml"
+    named = re.search(r'^dtype = "(\w+)"', settings.read_text(encoding="utf-8"), re.MULTILINE) if settings.exists() else None
+    return named[1] if named and named[1] != "auto" else Record.dtype
 
 
 def append(folder: Path, records: Sequence[Record]) -> None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from keepkv.eval.bootstrap import Interval
 from keepkv.eval.records import Record
-from keepkv.eval.summary import ALL, FULL, Summary
+from keepkv.eval.report.cells import title
+from keepkv.eval.summary import ALL, FULL, Summary, SummaryRow
 
 
 class Point(NamedTuple):
@@ -59,28 +60,36 @@ class Heat:
 
 
 Figure = Curves | Bars | Heat
+MOST_HEAT = 32  # heat maps of a model: of more variants nobody looks at all of them
 BANDS = (0.2, 0.4, 0.6, 0.8, 1.01)  # upper ends of the depths that a row of a heat map holds
 
 
 def all_of(records: Sequence[Record], summary: Summary) -> list[Figure]:
     """Quality against bytes, bars per budget, needles by depth, time against length; for every model that was run."""
     figures: list[Figure] = []
-    models = sorted({record.model for record in records})
-    for model in models:
-        name = f" · {model}" if len(models) > 1 else ""
-        of_model = [record for record in records if record.model == model]
-        figures.append(_pareto(summary, model, name))
-        figures += _bars(summary, model, name)
+    units = sorted({(record.model, record.dtype) for record in records})
+    for model, dtype in units:
+        name = f" · {title(model, dtype, [m for m, _ in units if sum(m == n for n, _ in units) > 1])}" if len(units) > 1 else ""
+        of_model = [record for record in records if (record.model, record.dtype) == (model, dtype)]
+        rows = [row for row in summary.rows if (row.model, row.dtype) == (model, dtype) and not row.left_out]
+        figures.append(_pareto(rows, name))
+        figures += _bars(rows, name)
         figures += _heat(of_model, name)
         figures += _time(of_model, name)
     return figures
 
 
-def _pareto(summary: Summary, model: str, name: str) -> Figure:
+def _label(method: str, slot_dtype: str) -> str:
+    """What a method is called in a figure: with its slot dtype, if that is not the model's."""
+    return f"{method} {slot_dtype}".removesuffix(" float")
+
+
+def _pareto(rows: Sequence[SummaryRow], name: str) -> Figure:
     series: dict[str, list[Point]] = defaultdict(list)
-    for row in summary.rows:
-        if row.model == model and row.task == ALL and row.retained and row.share:
-            series[row.method].append(Point(row.share, *row.retained, f"{row.method} at {row.budget}"))
+    for row in rows:
+        if row.task == ALL and row.retained and row.share:
+            label = _label(row.method, row.slot_dtype)
+            series[label].append(Point(row.share, *row.retained, f"{label} at {row.budget}"))
     return Curves(
         key=f"pareto{_slug(name)}",
         title=f"Quality against bytes{name}",
@@ -92,12 +101,12 @@ def _pareto(summary: Summary, model: str, name: str) -> Figure:
     )
 
 
-def _bars(summary: Summary, model: str, name: str) -> list[Figure]:
+def _bars(rows: Sequence[SummaryRow], name: str) -> list[Figure]:
     figures: list[Figure] = []
-    for budget in dict.fromkeys(row.budget for row in summary.rows if row.model == model and row.method != FULL):
+    for budget in dict.fromkeys(row.budget_and_slots for row in rows if not row.is_full):
         groups: dict[str, dict[str, Interval]] = defaultdict(dict)
-        for row in summary.rows:
-            if row.model == model and row.budget == budget and row.retained:
+        for row in rows:
+            if row.budget_and_slots == budget and row.retained:
                 label = f"{row.task}, {row.length:,} tokens" if row.length else row.task
                 groups[label][row.method] = row.retained
         note = "Retained share, with bootstrap intervals over texts. Where intervals overlap, see the paired differences."
@@ -108,22 +117,25 @@ def _bars(summary: Summary, model: str, name: str) -> list[Figure]:
 def _heat(records: Sequence[Record], name: str) -> list[Figure]:
     placed = [record for record in records if record.depth is not None and record.length and record.task != "turns"]
     lengths = sorted({record.length for record in placed})
-    variants = sorted({(record.method, record.budget) for record in placed}, key=lambda pair: (pair[0] != FULL, pair))
+    scores: dict[tuple[str, str, str], dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in placed:
+        if record.depth is not None:
+            band = next(i for i, end in enumerate(BANDS) if record.depth < end)
+            scores[record.method, record.budget, record.slot_dtype][band, record.length].append(record.score)
+    if len(scores) > MOST_HEAT:
+        return []
     figures: list[Figure] = []
-    for method, budget in variants:
-        scores: dict[tuple[int, int], list[float]] = defaultdict(list)
-        for record in placed:
-            if (record.method, record.budget) == (method, budget) and record.depth is not None:
-                band = next(i for i, end in enumerate(BANDS) if record.depth < end)
-                scores[band, record.length].append(record.score)
-        cells = [[fmean(scores[i, n]) if (i, n) in scores else None for n in lengths] for i in range(len(BANDS))]
+    for method, budget, slot_dtype in sorted(scores, key=lambda variant: (variant[0] != FULL, variant)):
+        means = {place: fmean(values) for place, values in scores[method, budget, slot_dtype].items()}
+        cells = [[means.get((i, n)) for n in lengths] for i in range(len(BANDS))]
         rows = [f"{20 * i}–{20 * i + 20}%" for i in range(len(BANDS))]
         note = (
             "Mean score by the depth of the answer in the text, and by the length of the text in tokens, of all tasks whose "
             "answer stands at one place."
         )
-        key = f"depth-{_slug(method)}-{_slug(budget)}{_slug(name)}"
-        figures.append(Heat(key, f"By depth: {method}, {budget}{name}", note, [f"{n:,}" for n in lengths], rows, cells))
+        label = _label(method, slot_dtype)
+        key = f"depth-{_slug(label)}-{_slug(budget)}{_slug(name)}"
+        figures.append(Heat(key, f"By depth: {label}, {budget}{name}", note, [f"{n:,}" for n in lengths], rows, cells))
     return figures
 
 
@@ -131,7 +143,8 @@ def _time(records: Sequence[Record], name: str) -> list[Figure]:
     seconds: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.question == 0 and not record.failed and record.seconds.get("read"):
-            label = record.method if record.method == FULL else f"{record.method}, {record.budget}"
+            method = _label(record.method, record.slot_dtype)
+            label = method if method == FULL else f"{method}, {record.budget}"
             length = record.length or 100 * round(record.tokens / 100)
             seconds[label][length].append(sum(record.seconds.get(part, 0.0) for part in ("read", "repeat", "compress")))
     series = {

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from keepkv.eval.records import Record
 from keepkv.eval.report import svg
-from keepkv.eval.report.cells import informative_columns
+from keepkv.eval.report.cells import (
+    UNDECIDED_NOTE,
+    by_model,
+    informative_columns,
+    is_undecided,
+    left_out_lines,
+    ratio_lines,
+    versus_lines,
+)
 from keepkv.eval.report.figures import Figure, Heat
-from keepkv.eval.report.markdown import HEAD, table_rows, versus_lines
-from keepkv.eval.report.worst import SHOWN, Texts, worst
+from keepkv.eval.report.markdown import EXPLAINED, HEAD, LEFT_OUT, table_rows
+from keepkv.eval.report.worst import SHOWN, Texts, variant_of, worst
 from keepkv.eval.summary import ALL, Summary, SummaryRow
 
 LONGEST = 20_000  # letters of a text that are shown
@@ -64,21 +72,21 @@ def html_report(
     failed = sum(bool(record.failed) for record in records)
     heat = [figure for figure in figures if isinstance(figure, Heat)]
     others = [figure for figure in figures if not isinstance(figure, Heat)]
-    per_task = [row for row in summary.rows if row.task != ALL]
+    out = left_out_lines(summary)
+    notes = [*([UNDECIDED_NOTE] if is_undecided(summary.rows) else []), *([LEFT_OUT, *out] if out else [])]
+    notes += [*versus_lines(summary), *ratio_lines(summary)]
+    per_task = _tables(summary, lambda row: row.task != ALL and not row.left_out)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>keepkv: {escape(models)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>Evaluation of {escape(models)}</h1>"
-        f"<p class=soft>{samples:,} texts, {len(records):,} answers, {failed:,} failed (and count as wrong). "
-        "<em>Retained</em>: the share of the full cache’s scores that the method keeps, Σ min(score, full’s) / Σ full’s. "
-        "<em>Of full</em>: bytes stored, as a share of the full cache’s. In brackets: bootstrap intervals "
-        "over texts, nominally 95% (with few texts they cover about 90%).</p>"
-        f"<h2>Over all tasks</h2>{_table([row for row in summary.rows if row.task == ALL])}"
-        f"{''.join(f'<p class=soft>{escape(line)}</p>' for line in versus_lines(summary))}"
+        f"<p class=soft>{samples:,} texts, {len(records):,} answers, {failed:,} failed. {escape(EXPLAINED)}</p>"
+        f"<h2>Over all tasks</h2>{_tables(summary, lambda row: row.task == ALL)}"
+        f"{''.join(f'<p class=soft>{escape(line)}</p>' for line in notes)}"
         f"<h2>Figures</h2><div class=figures>{''.join(map(_figure, others))}</div>"
         f"{_depths(heat)}<h2>Worst answers</h2><p class=soft>{escape(SHOWN)}</p>{_worst(records, texts)}"
-        f"<h2>All numbers</h2><details><summary>One row per task, budget and method</summary>{_table(per_task)}</details>"
+        f"<h2>All numbers</h2><details><summary>One row per task, budget and method</summary>{per_task}</details>"
         f"<h2>Settings</h2>{''.join(map(_settings, settings, settings.values()))}"
         f"<p class=soft>{escape(_provenance(records))}</p></main></body></html>\n"
     )
@@ -110,6 +118,15 @@ def _figure(figure: Figure) -> str:
     return f'<figure id="{escape(figure.key)}"><h3>{escape(figure.title)}</h3>{svg.draw(figure)}{caption}</figure>'
 
 
+def _tables(summary: Summary, wanted: Callable[[SummaryRow], bool]) -> str:
+    """A table for every model, with its name if there are several."""
+    tables = [(name, [row for row in rows if wanted(row)]) for name, rows in by_model(summary)]
+    tables = [(name, rows) for name, rows in tables if rows]
+    if len(tables) == 1:
+        return _table(tables[0][1])
+    return "".join(f"<h3>{escape(name)}</h3>{_table(rows)}" for name, rows in tables) or "<p>None.</p>"
+
+
 def _table(rows: Sequence[SummaryRow]) -> str:
     head, lines = informative_columns(HEAD, table_rows(rows))
     cells = ["".join(f"<th>{escape(name)}</th>" for name in head)]
@@ -125,7 +142,7 @@ def _worst(records: Sequence[Record], texts: Texts | None) -> str:
         if text is not None:
             excerpt = f"<dt>the text</dt><dd><div class=text tabindex=0>{_marked(text, record.expected)}</div></dd>"
         scores = f"{record.score:.2f} instead of {full.score:.2f}"
-        name = f"{record.task} {record.sample}, {record.method} at {record.budget}: {scores}"
+        name = f"{record.task} {record.sample}, {variant_of(record)}: {scores}"
         answers.append(
             f"<details><summary>{escape(name)}</summary><dl><dt>question</dt><dd>{escape(record.ask)}</dd><dt>expected</dt>"
             f"<dd>{escape(record.expected)}</dd><dt>{escape(record.method)}</dt>"

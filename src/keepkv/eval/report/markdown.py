@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from keepkv.budget import Budget
 from keepkv.eval.records import Record
-from keepkv.eval.report.cells import COLUMNS, cells, informative_columns
-from keepkv.eval.report.worst import SHOWN, file_of, worst
-from keepkv.eval.summary import ALL, FULL, Summary, SummaryRow
+from keepkv.eval.report.cells import (
+    COLUMNS,
+    UNDECIDED_NOTE,
+    by_model,
+    cells,
+    informative_columns,
+    is_undecided,
+    left_out_lines,
+    ratio_lines,
+    versus_lines,
+)
+from keepkv.eval.report.worst import SHOWN, file_of, variant_of, worst
+from keepkv.eval.summary import ALL, Summary, SummaryRow, by_size
 
-HEAD = ("model", "task", "tokens", *COLUMNS[1:], "KL")
+HEAD = ("task", "tokens", *COLUMNS)
+WIDEST = 8  # columns of variants; more of them are rows
+EXPLAINED = (
+    "Kept right: of the answers that the full cache gets right, the share that stays right. Loss: how much less likely a "
+    "token of the right answer became, in nats. KL: of the next tokens, from the full cache's. Retained: the share of the full "
+    "cache's scores that the method keeps, Σ min(score, full's) / Σ full's. Of full: bytes stored, as a share of the full "
+    "cache's. In brackets: bootstrap intervals over texts, nominally 95% (with few texts they cover about 90%). What failed "
+    "counts as wrong. Rank: one more than the number of methods that are better beyond the interval of the paired difference."
+)
+LEFT_OUT = "Tasks that are left out, since the full cache scores less than guessing + 0.1:"
 
 
 def markdown_report(records: Sequence[Record], summary: Summary, settings: Mapping[str, str]) -> str:
@@ -23,17 +41,15 @@ def markdown_report(records: Sequence[Record], summary: Summary, settings: Mappi
         summary: Of the same records.
         settings: The settings of every run, as TOML, by its name.
     """
-    overall = [row for row in summary.rows if row.task == ALL]
-    per_task = [row for row in summary.rows if row.task != ALL]
+    out = left_out_lines(summary)
     parts = [
-        "# Evaluation\n\nRetained: the share of the full cache's scores that the method keeps, Σ min(score, full's) / "
-        "Σ full's. Of full: bytes stored, as a share of the full cache's. In brackets: bootstrap intervals over texts, "
-        "nominally 95% (with few texts they cover about 90%). What failed counts as wrong. Rank: one more than the number of "
-        "methods that are better beyond the interval of the paired difference.",
-        f"## Over all tasks\n\n{_table(*informative_columns(HEAD, table_rows(overall)))}",
-        "\n".join(f"* {line}" for line in versus_lines(summary)),
+        f"# Evaluation\n\n{EXPLAINED}",
+        f"## Over all tasks\n\n{_tables(summary, lambda row: row.task == ALL)}",
+        UNDECIDED_NOTE if is_undecided(summary.rows) else "",
+        f"{LEFT_OUT}\n\n{_list(out)}" if out else "",
+        _list([*versus_lines(summary), *ratio_lines(summary)]),
         f"## Retained per task\n\n{retained(summary)}",
-        f"## All numbers\n\n{_table(*informative_columns(HEAD, table_rows(per_task)))}",
+        f"## All numbers\n\n{_tables(summary, lambda row: row.task != ALL and not row.left_out)}",
         f"## Seconds\n\nMeans over texts. They depend on the machine and its load.\n\n{_seconds(records)}",
         f"## Worst answers\n\n{SHOWN}\n\n{_worst(records)}",
         *(f"## Settings: {name}\n\n```toml\n{text}```" for name, text in settings.items()),
@@ -41,73 +57,89 @@ def markdown_report(records: Sequence[Record], summary: Summary, settings: Mappi
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _tables(summary: Summary, wanted: Callable[[SummaryRow], bool]) -> str:
+    """A table for every model, with its name if there are several."""
+    tables = [(name, [row for row in rows if wanted(row)]) for name, rows in by_model(summary)]
+    tables = [(name, rows) for name, rows in tables if rows]
+    if not tables:
+        return "None."
+    texts = [_table(*informative_columns(HEAD, table_rows(rows))) for _, rows in tables]
+    return _with_names([name for name, _ in tables], texts)
+
+
+def _with_names(names: Sequence[str], texts: Sequence[str]) -> str:
+    if len(names) == 1:
+        return texts[0]
+    return "\n\n".join(f"### {name}\n\n{text}" for name, text in zip(names, texts, strict=True))
+
+
 def table_rows(rows: Sequence[SummaryRow]) -> list[list[str]]:
     """The words of every row, one for each column of HEAD."""
-    lines = []
-    for row in rows:
-        model, budget, method, rank, *rest = cells(row)
-        length = f"{row.length:,}" if row.length else ""
-        rank = rank if row.task == ALL else ""  # ranks are over all tasks
-        kl = f"{row.measures['kl']:.4f}" if "kl" in row.measures else ""
-        lines.append([model, row.task, length, budget, method, rank, *rest, kl])
-    return lines
+    return [[row.task, f"{row.length:,}" if row.length else "", *cells(row)] for row in rows]
 
 
 def retained(summary: Summary) -> str:
-    """The retained share: a row for every task, a column for every method at every budget."""
-    columns = list(dict.fromkeys((row.budget, row.method) for row in summary.rows if row.method != FULL and row.task == ALL))
-    columns.sort(key=lambda pair: (_size(pair[0]), pair[1] != "keepkv", pair[1]))
-    by_key = {(row.model, row.task, row.length, row.budget, row.method): row for row in summary.rows}
-    lines = []
-    for model, task, length in dict.fromkeys((row.model, row.task, row.length) for row in summary.rows):
-        full = by_key.get((model, task, length, "100%", FULL))
-        line = [
-            model,
-            f"**{task}**" if task == ALL else task,
-            f"{length:,}" if length else "",
-            f"{full.full:.2f}" if full else "",
+    """The retained share of every model: a row for every task, a column for every variant, or the other way round."""
+    tables = [(name, _retained([row for row in rows if not row.left_out])) for name, rows in by_model(summary)]
+    return _with_names(*zip(*tables, strict=True))
+
+
+def _retained(rows: Sequence[SummaryRow]) -> str:
+    variants = sorted(
+        {(row.budget, row.slot_dtype, row.method) for row in rows if not row.is_full},
+        key=lambda v: (by_size(v[0]), v[1] != "float", v[1], v[2] != "keepkv", v[2]),
+    )
+    tasks = sorted({(row.task, row.length) for row in rows}, key=lambda place: (place[0] == ALL, place))
+    by_key = {(row.task, row.length, row.budget, row.slot_dtype, row.method): row for row in rows}
+    full = {(row.task, row.length): f"{row.score.value:.2f}" for row in rows if row.is_full and row.score}
+
+    def cell(place: tuple[str, int], variant: tuple[str, str, str]) -> str:
+        row = by_key.get((*place, *variant))
+        interval = row.retained if row else None
+        return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]" if interval else "–"
+
+    names = [f"{method}, {f'{budget} {slots}'.removesuffix(' float')}" for budget, slots, method in variants]
+    if len(variants) <= WIDEST:
+        head = ["task", "tokens", "full's score", *names]
+        lines = [
+            [f"**{task}**" if task == ALL else task, f"{length:,}" if length else "", full.get((task, length), "")]
+            + [cell((task, length), variant) for variant in variants]
+            for task, length in tasks
         ]
-        for budget, method in columns:
-            row = by_key.get((model, task, length, budget, method))
-            interval = row.retained if row else None
-            line.append(f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]" if interval else "–")
-        lines.append(line)
-    head = ["model", "task", "tokens", "full's score", *(f"{method}, {budget}" for budget, method in columns)]
-    return _table(*informative_columns(head, lines))
-
-
-def _size(budget: str) -> tuple[bool, float]:
-    """Sorts budgets: shares first, the largest first."""
-    parsed = Budget.parse(budget)
-    return parsed.kind != "fraction", -parsed.amount
-
-
-def versus_lines(summary: Summary) -> list[str]:
-    """Paired differences of methods at one budget, in words."""
-    not_significant = ", not significant (the interval includes 0)"
-    return [
-        f"{v.first} − {v.second} at {v.budget}: {v.difference}{'' if v.apart else not_significant}"
-        for v in summary.versus
-        if v.budget != "100%"
-    ]
+        return _table(*informative_columns(head, lines))
+    head = ["variant", *(f"{task}, {length:,}" if length else task for task, length in tasks)]
+    lines = [["full's score", *(full.get(place, "") for place in tasks)]]
+    lines += [[name, *(cell(place, v) for place in tasks)] for name, v in zip(names, variants, strict=True)]
+    return _table(head, lines)
 
 
 def _seconds(records: Sequence[Record]) -> str:
-    seconds: dict[tuple[str, str, int], list[dict[str, float]]] = defaultdict(list)
+    seconds: dict[tuple[str, str, str, str, str, int], list[dict[str, float]]] = defaultdict(list)
     for record in records:
         if not record.failed:
-            seconds[record.method, record.budget, record.length].append(record.seconds)
+            key = (record.model, record.dtype, record.method, record.budget, record.slot_dtype, record.length)
+            seconds[key].append(record.seconds)
+    models = {key[0] for key in seconds}
+    dtypes = {key[1] for key in seconds}
     names = ("read", "repeat", "compress", "answer")
     lines = []
-    for (method, budget, length), of_records in sorted(seconds.items()):
+    for (model, dtype, method, budget, slots, length), of_records in sorted(seconds.items(), key=lambda item: item[0]):
         means = (fmean(times.get(name, 0.0) for times in of_records) for name in names)
-        lines.append([method, budget, f"{length:,}", *(f"{mean:.2f}" for mean in means)])
-    return _table(["method", "budget", "tokens", "reading", "repeating", "compressing", "a question"], lines)
+        place = [model if len(models) > 1 else "", dtype if len(dtypes) > 1 else ""]
+        lines.append(
+            [*place, method, f"{budget} {slots}".removesuffix(" float"), f"{length:,}", *(f"{mean:.2f}" for mean in means)]
+        )
+    head = ["model", "dtype", "method", "budget", "tokens", "reading", "repeating", "compressing", "a question"]
+    return _table(*informative_columns(head, lines))
 
 
 def _worst(records: Sequence[Record]) -> str:
     return "\n".join(
-        f"* [{record.task} {record.sample}]({file_of(record)}), {record.method} at {record.budget}: {record.ask!r}; expected "
+        f"* [{record.task} {record.sample}]({file_of(record)}), {variant_of(record)}: {record.ask!r}; expected "
         f"{record.expected!r}, answered {(record.failed or record.answer)!r} (full cache: {full.answer!r})"
         for record, full in worst(records)
     )

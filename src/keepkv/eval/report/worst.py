@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from keepkv.eval.records import Record
-from keepkv.eval.summary import FULL, full_key
+from keepkv.eval.summary import full_key, full_records, tasks_left_out
 
 Texts = Callable[[Record], "str | None"]
 MOST = 12
@@ -17,8 +17,13 @@ SHOWN = (
 
 def worst(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     """Answers of compressed caches that score less than the full cache's, with the full cache's."""
-    full = {full_key(record): record for record in records if record.method == FULL}
-    pairs = [(record, full[full_key(record)]) for record in records if record.method != FULL and full_key(record) in full]
+    full = full_records(records)
+    left_out = tasks_left_out(full)
+    pairs = [
+        (record, full[full_key(record)])
+        for record in records
+        if full_key(record) in full and (record.model, record.dtype, record.task, record.length) not in left_out
+    ]
     losses = [(record, truth) for record, truth in pairs if record.score < truth.score]
     losses.sort(key=lambda pair: (pair[0].score - pair[1].score, _gain(*pair), pair[0].key))
     selection: list[tuple[Record, Record]] = []
@@ -32,9 +37,15 @@ def _gain(record: Record, full: Record) -> float:
     return (record.loglik or 0.0) - (full.loglik or 0.0)
 
 
+def variant_of(record: Record) -> str:
+    """A record's method, budget and slot dtype in words."""
+    return f"{record.method} at {record.budget} {record.slot_dtype}".removesuffix(" float")
+
+
 def file_of(record: Record) -> str:
-    """Where a run keeps the text of a sample."""
-    return f"texts/{record.task}-{record.length}-{record.sample}.txt"
+    """Where a run keeps the text of a sample: a model's tokenizer decides how long it is."""
+    folder = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in record.model).strip(".-")
+    return f"texts/{folder}/{record.task}-{record.length}-{record.sample}.txt"
 
 
 def texts_of(folders: Sequence[Path]) -> Texts:
@@ -43,8 +54,9 @@ def texts_of(folders: Sequence[Path]) -> Texts:
     def find(record: Record) -> str | None:
         for folder in folders:
             file = folder / file_of(record)
-            if file.exists():
-                return file.read_text(encoding="utf-8")
+            for place in (file, file.parent.parent / file.name):  # older runs have no folder for a model
+                if place.exists():
+                    return place.read_text(encoding="utf-8")
         return None
 
     return find

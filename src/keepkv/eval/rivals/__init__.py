@@ -1,0 +1,1 @@
+"""Rivals: what else could be done with the same bytes, measured on the same questions. See `registry` for the list."""
