@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from keepkv.errors import InputError
-from keepkv.eval.config import Config, changed, load_config, to_toml
+from keepkv.eval.config import Config, changed, continues, load_config, to_toml
 
 
 def test_settings_are_toml_and_come_back(tmp_path: Path) -> None:
@@ -45,3 +45,15 @@ def test_the_settings_of_a_run_of_an_older_keepkv_say_what_to_write_instead(tmp_
 def test_what_cannot_be_run_is_refused_before_it_starts(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(Config(), **changes).validate()
+
+
+def test_settings_that_had_one_value_are_lists_now(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('model = "gemma"\nslot_dtype = "int8"\n')
+    assert load_config(file) == replace(Config(), models=("gemma",), slot_dtypes=("int8",))
+    with pytest.raises(InputError, match="unknown setting 'model': did you mean 'models'"):
+        changed(Config(), {"model": 3})
+    before, now = Config(models=("a",)), Config(models=("a", "b"), slot_dtypes=("float", "int4"))
+    continues(before, now, "run")
+    with pytest.raises(InputError, match="has seed = 0, not 1"):
+        continues(before, replace(now, seed=1), "run")

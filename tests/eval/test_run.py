@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,3 +139,78 @@ def test_two_processes_come_to_the_same_summary(monkeypatch, capsys, folder: str
     for name, more in (("one", []), ("two", ["--workers", "2", "--device", "cpu"])):
         assert run(monkeypatch, capsys, "eval", str(tmp_path / name), *args, *more)[0] == 0
     assert (tmp_path / "one" / "summary.json").read_bytes() == (tmp_path / "two" / "summary.json").read_bytes()
+
+
+def test_models_slot_dtypes_and_own_methods_are_measured_in_one_run_piece_by_piece(
+    monkeypatch, capsys, folder: str, tmp_path: Path
+) -> None:
+    """--minutes 0 makes one measurement a time; the pieces end as the run that was not stopped."""
+    second = tmp_path / "second"
+    shutil.copytree(folder, second)
+    own = tmp_path / "own.py"
+    own.write_text(
+        'from dataclasses import replace\nfrom keepkv.methods import get\nMINE = replace(get("snapkv"), name="mine")\n'
+    )
+    args = ["--model", f"{folder},{second}", "--haystack", str(LOG), "--tasks", "needle", "--methods", f"{own}:MINE,streaming"]
+    args += ["--budgets", "25%", "--slot-dtype", "float,int8", "--lengths", "300", "--samples", "1"]
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert run(monkeypatch, capsys, "eval", str(whole), *args)[0] == 0
+    found = records.load_records(whole)
+    assert not any(record.failed for record in found)
+    assert len({record.key for record in found}) == 12
+    assert {(r.model, r.method, r.slot_dtype) for r in found} == {
+        (model, method, slots)
+        for model in (folder, str(second)) for method in ("full", "mine", "streaming") for slots in ("float", "int8")
+    }  # fmt: skip
+    assert {record.dtype for record in found} == {"float32"}
+    held = {(record.method, record.slot_dtype): record.kv_bytes for record in found}
+    assert held["mine", "int8"] < held["mine", "float"] / 2
+    for left in (11, 10):
+        status, _, said = run(monkeypatch, capsys, "eval", str(pieces), *args, "--minutes", "0")
+        assert status == 0
+        assert f"1 measurements made, {left} are left. The same command continues." in " ".join(said.split())
+        assert len(records.load_records(pieces)) == 12 - left
+    status, _, said = run(monkeypatch, capsys, "eval", str(pieces), "--minutes", "60")
+    assert status == 0
+    assert "are left" not in said
+    assert (pieces / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+    assert len(list((whole / "texts").rglob("*.txt"))) == 2
+    workers = ["--workers", "2", "--device", "cpu"]
+    for minutes in (["--minutes", "0"], []):
+        assert run(monkeypatch, capsys, "eval", str(tmp_path / "two"), *args, *workers, *minutes)[0] == 0
+    assert (tmp_path / "two" / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+    out = run(monkeypatch, capsys, "report", str(whole))[1]
+    assert str(second) in out.replace("\n", "")
+
+
+def test_a_run_of_an_older_keepkv_goes_on(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    args = ["--model", folder, "--haystack", str(LOG), "--tasks", "needle", "--methods", "snapkv", "--budgets", "25%"]
+    assert run(monkeypatch, capsys, "eval", str(tmp_path), *args, "--lengths", "300", "--samples", "1")[0] == 0
+    settings, lines = tmp_path / "config.toml", tmp_path / "records.jsonl"
+    text = settings.read_text().replace(f'models = ["{folder}"]', f'model = "{folder}"')
+    settings.write_text(text.replace('slot_dtypes = ["float"]', 'slot_dtype = "float"'))
+    assert "models" not in settings.read_text()
+    older = [json.loads(line) for line in lines.read_text().splitlines()]
+    new = ("slot_dtype", "dtype", "text")
+    lines.write_text("".join(json.dumps({k: v for k, v in each.items() if k not in new}) + "\n" for each in older))
+    before, summary = records.load_records(tmp_path), (tmp_path / "summary.json").read_bytes()
+    assert run(monkeypatch, capsys, "eval", str(tmp_path))[0] == 0
+    assert records.load_records(tmp_path) == before, "nothing is measured again"
+    assert (tmp_path / "summary.json").read_bytes() == summary
+
+
+def test_bfloat16_and_float32_runs_stand_in_one_table(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
+    args = ["--model", folder, "--haystack", str(LOG), "--tasks", "fidelity", "--methods", "snapkv", "--budgets", "25%"]
+    for dtype in ("float32", "bfloat16"):
+        more = ["--dtype", dtype, "--lengths", "300", "--samples", "1"]
+        assert run(monkeypatch, capsys, "eval", str(tmp_path / dtype), *args, *more)[0] == 0
+    both = [str(tmp_path / "float32"), str(tmp_path / "bfloat16")]
+    status, out, _ = run(monkeypatch, capsys, "report", *both, "--out", str(tmp_path / "both"), "--json")
+    assert status == 0
+    rows = [row for row in json.loads(out)["rows"] if row["task"] == "all tasks"]
+    assert sorted((row["dtype"], row["method"]) for row in rows) == [
+        (dtype, method) for dtype in ("bfloat16", "float32") for method in ("full", "snapkv")
+    ]
+    full = {row["dtype"]: row["kv_bytes"] for row in rows if row["method"] == "full"}
+    assert full["float32"] == 2 * full["bfloat16"]
+    assert f"### {folder}, bfloat16" in (tmp_path / "both" / "report.md").read_text()
