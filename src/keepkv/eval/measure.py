@@ -18,9 +18,9 @@ from keepkv.errors import InputError
 from keepkv.eval import fidelity
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
+from keepkv.eval.writing import write
 from keepkv.methods import Method, get
 from keepkv.recipe import CHUNK, Recipe
-from keepkv.text.ask import greedy
 from keepkv.text.conversation import turn_template
 from keepkv.text.prompt import Prompt
 from keepkv.text.reading import REPEAT, read, read_in_chunks
@@ -91,7 +91,7 @@ def prepare_questions(setup: Setup, sample: Sample) -> Measure:
 
         def measure(recipe: Recipe) -> list[Outcome]:
             reading = compress(recipe)
-            return [asked(setup, reading, prompt.question(question.ask), question) for question in sample.questions]
+            return asked(setup, reading, [prompt.question(question.ask) for question in sample.questions], sample.questions)
 
         return measure
     prompts = [Prompt(setup.tokenizer, f"{sample.text.strip()}\n\n{question.ask}") for question in sample.questions]
@@ -99,7 +99,11 @@ def prepare_questions(setup: Setup, sample: Sample) -> Measure:
 
     def measure_aware(recipe: Recipe) -> list[Outcome]:
         triples = zip(readings, prompts, sample.questions, strict=True)
-        return [asked(setup, compress(recipe), prompt.question(""), question) for compress, prompt, question in triples]
+        return [
+            outcome
+            for compress, prompt, question in triples
+            for outcome in asked(setup, compress(recipe), [prompt.question("")], [question])
+        ]
 
     return measure_aware
 
@@ -155,9 +159,8 @@ def prepare_turns(setup: Setup, sample: Sample) -> Measure:
         compress = cache.report().compress_seconds
         seconds = {"read": time.perf_counter() - start - compress, "repeat": 0.0, "compress": compress}
         reading = CompressedReading(cache, ids, seconds)
-        return [
-            asked(setup, reading, setup.tokens(f"{between}{question.ask}{after}"), question) for question in sample.questions
-        ]
+        question_ids = [setup.tokens(f"{between}{question.ask}{after}") for question in sample.questions]
+        return asked(setup, reading, question_ids, sample.questions)
 
     return measure
 
@@ -169,38 +172,65 @@ def live(setup: Setup, recipe: Recipe, tokens: int) -> KeepCache:
     return KeepCache.of(setup.model, replace(recipe, budget=count, chunk=CHUNK, period=setup.config.period))
 
 
-def asked(setup: Setup, reading: CompressedReading, question_ids: Tensor, question: Question) -> Outcome:
+def asked(
+    setup: Setup, reading: CompressedReading, question_ids: Sequence[Tensor], questions: Sequence[Question]
+) -> list[Outcome]:
     """By choice: the likeliest, per token, of the right and the wrong answers; by answer: what the model writes."""
+    placed = [ids.to(setup.model.device) for ids in question_ids]
+    if setup.config.by == "answer":
+        return _written(setup, reading, placed, questions)
+    return [_chosen(setup, reading, ids, question) for ids, question in zip(placed, questions, strict=True)]
+
+
+def _chosen(setup: Setup, reading: CompressedReading, question_ids: Tensor, question: Question) -> Outcome:
+    """The likeliest, per token, of the right and the wrong answers."""
     start = time.perf_counter()
-    question_ids = question_ids.to(setup.model.device)
-    by_choice = setup.config.by == "choice"
-    if by_choice and not question.wrong:
+    if not question.wrong:
         raise InputError("this task has no wrong answers to choose from: measure what the model writes, with --by answer")
-    options = (question.expected, *question.wrong) if by_choice else (question.expected,)
+    options = (question.expected, *question.wrong)
     chances = likelihoods(setup, reading.cache, question_ids, options)
-    if by_choice:
-        best = max(range(len(options)), key=lambda i: chances[i])
-        text = options[best]
-        score = float(chances[0] > max(chances[1:]))
-        measures = {}
-    else:
-        limit = setup.config.max_new_tokens
-        cache = reading.cache.fork()
-        text = greedy(setup.model, setup.tokenizer, cache, reading.ids, question_ids, question.ask, limit).answer
-        score = question.score(text)
-        measures = {name: rule(text) for name, rule in question.more.items()}
+    text = options[max(range(len(options)), key=lambda i: chances[i])]
+    score = float(chances[0] > max(chances[1:]))
     seconds = {**reading.seconds, "answer": time.perf_counter() - start}
-    return Outcome(text, score, reading.cache, reading.ids.shape[1], seconds, chances[0], tuple(chances), measures)
+    return Outcome(text, score, reading.cache, reading.ids.shape[1], seconds, chances[0], tuple(chances))
+
+
+def _written(
+    setup: Setup, reading: CompressedReading, question_ids: Sequence[Tensor], questions: Sequence[Question]
+) -> list[Outcome]:
+    """What the model writes, greedily, to all questions together."""
+    start = time.perf_counter()
+    expected = [setup.tokens(_lead(setup) + question.expected) for question in questions]
+    limit = setup.config.max_new_tokens
+    answers = write(setup.model, setup.tokenizer, reading.cache, question_ids, expected, limit)
+    seconds = {**reading.seconds, "answer": (time.perf_counter() - start) / max(1, len(questions))}
+    return [
+        Outcome(
+            answer=text,
+            score=question.score(text),
+            cache=reading.cache,
+            tokens=reading.ids.shape[1],
+            seconds=seconds,
+            loglik=loglik,
+            chances=(loglik,),
+            measures={name: rule(text) for name, rule in question.more.items()},
+        )
+        for question, (text, loglik) in zip(questions, answers, strict=True)
+    ]
+
+
+def _lead(setup: Setup) -> str:
+    """What stands between a question and its answer."""
+    return "" if setup.tokenizer.chat_template else " "
 
 
 def likelihoods(setup: Setup, cache: KeepCache, question_ids: Tensor, answers: Sequence[str]) -> list[float]:
     """Mean log-probability per token, in nats, of each answer after the question, which is read once."""
     after = cache.fork()
     first = setup.model(question_ids, past_key_values=after, logits_to_keep=1).logits[0]
-    lead = "" if setup.tokenizer.chat_template else " "
     means = []
     for text in answers:
-        answer = setup.tokens(lead + text)
+        answer = setup.tokens(_lead(setup) + text)
         logits = first
         if answer.shape[1] > 1:
             rest = setup.model(answer[:, :-1], past_key_values=after.fork()).logits[0]

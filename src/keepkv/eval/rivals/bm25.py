@@ -133,7 +133,7 @@ def _asked(setup: Setup, passages: Sequence[str], question: Question, tokens: in
     start = time.perf_counter()
     setup.model(ids, past_key_values=cache, logits_to_keep=1)
     reading = CompressedReading(cache, ids, {"read": time.perf_counter() - start, "repeat": 0.0, "compress": 0.0})
-    outcome = asked(setup, reading, prompt.question(question.ask), question)
+    (outcome,) = asked(setup, reading, [prompt.question(question.ask)], [question])
     read = sum(map(count, passages))
     held = full_bytes(setup, read), full_bytes(setup, tokens)
     return replace(outcome, tokens=tokens, slots=float(read), kv_bytes=held)
