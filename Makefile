@@ -7,6 +7,7 @@
 # make notebook  runs examples/quickstart.ipynb and stores what its cells give (about a minute)
 # make eval    the evaluation of docs/results.md, into runs/eval-full (twenty minutes on two quiet cores)
 # make eval-quick  the small one, compared with benchmarks/results/eval-quick: fails if a method got worse
+# make eval-kit  every method, and retrieval, on three models, small: into runs/eval-kit (under an hour; needs make models, continues)
 # make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
 # make models  the models that keepkv is measured on, into its cache folder (1.2 GB fetched, 3.1 GB kept; for developers)
 # make nightly  what takes hours, with a record of each stage (STAGES="kill mutate" for some, SHORT=1 to try them; see .ci/nightly)
@@ -30,7 +31,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help models demo test check test-min test-vllm wheel nightly picture notebook eval eval-quick site site-serve check-site bench bench-gpu clean
+.PHONY: help models demo test check test-min test-vllm wheel nightly picture notebook eval eval-quick eval-kit site site-serve check-site bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -103,6 +104,10 @@ eval-quick: .venv/ready
 	@rm -rf runs/eval-quick
 	@OMP_NUM_THREADS=1 .venv/bin/keepkv eval runs/eval-quick --config benchmarks/eval/quick.toml --workers 2
 	@.venv/bin/keepkv report runs/eval-quick --against benchmarks/results/eval-quick
+
+eval-kit: .venv/ready
+	@OMP_NUM_THREADS=1 .venv/bin/keepkv eval runs/eval-kit --config benchmarks/eval/kit.toml --workers 2
+	@.venv/bin/keepkv report runs/eval-kit
 
 models: .venv/ready
 	@.venv/bin/python $(PIP) -c constraints.txt accelerate
