@@ -13,7 +13,7 @@ from helpers import Page, run
 from keepkv.eval import records, summary
 from keepkv.eval.config import Config, to_toml
 from keepkv.eval.records import Record
-from keepkv.eval.report import figures, html, markdown, svg
+from keepkv.eval.report import cells, figures, html, markdown, svg, worst
 from keepkv.eval.report.figures import Bars, Curves, Heat
 
 NASTY = "<script>alert('&')</script> \"q\" "
@@ -115,3 +115,38 @@ def test_the_tasks_are_listed(monkeypatch, capsys) -> None:
     assert "RULER" in run(monkeypatch, capsys, "eval", "--list")[1]
     assert len(json.loads(run(monkeypatch, capsys, "eval", "--list", "--json")[1])) == 18
     assert markdown.retained(summary.summarize(made())).count("\n") == 6
+
+
+def test_texts_are_found_in_the_folder_of_their_model_and_where_older_runs_have_them(tmp_path: Path) -> None:
+    first = made()[0]
+    find = worst.texts_of([tmp_path])
+    assert find(first) is None
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "needle-512-0.txt").write_text("older")
+    assert find(first) == "older"
+    file = tmp_path / worst.file_of(first)
+    assert file.parent.parent == tmp_path / "texts"
+    file.parent.mkdir()
+    file.write_text("its own")
+    assert find(first) == "its own"
+    assert worst.file_of(replace(first, model="../..")) == "texts/model/needle-512-0.txt"
+
+
+def test_a_report_groups_by_model_and_marks_what_cannot_decide() -> None:
+    weak = [replace(r, model="weak", task="hard", score=0.0) for r in made() if r.task == "json"]
+    found = [*made(), *(replace(r, model="other") for r in made()), *weak]
+    result = summary.summarize(found)
+    told = markdown.markdown_report(found, result, {})
+    overall = told.split("## Over all tasks")[1].split("## Retained")[0]
+    assert [line for line in overall.splitlines() if line.startswith("#")] == ["### other", "### tiny|model"]
+    assert "| 10% | keepkv | 10.0% | 1 | 0.833 [" in overall
+    assert "]† | 24 in 24 texts |" in overall
+    assert "cannot decide between 90 and 98%" in overall
+    assert "* weak: hard, 512 tokens: the full cache scores 0.00, guessing 0.00 (6 questions)" in overall
+    shown = html.html_report(found, result, figures.all_of(found, result), {})
+    assert Page(shown).words.count("weak: hard, 512 tokens") == 1
+    assert "hard" not in told.split("## All numbers")[1]
+    many = [replace(r, method=f"{r.method}-{i}") for i in range(4) for r in made() if r.method != "full"]
+    lines = cells.versus_lines(summary.summarize([*made(), *many]))
+    assert len(lines) == 9, "of ten methods, each is compared with the best one"
+    assert all(line.startswith("keepkv") for line in lines)

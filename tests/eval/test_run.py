@@ -197,6 +197,17 @@ def test_a_run_of_an_older_keepkv_goes_on(monkeypatch, capsys, folder: str, tmp_
     assert run(monkeypatch, capsys, "eval", str(tmp_path))[0] == 0
     assert records.load_records(tmp_path) == before, "nothing is measured again"
     assert (tmp_path / "summary.json").read_bytes() == summary
+    second = tmp_path / "second"
+    shutil.copytree(folder, second)
+    assert (
+        run(monkeypatch, capsys, "eval", str(tmp_path), "--model", f"{folder},{second}", "--slot-dtype", "float,int4")[0] == 0
+    )
+    grown = records.load_records(tmp_path)
+    assert all(record in grown for record in before)
+    assert {(r.model, r.method, r.slot_dtype) for r in grown if r not in before} == {
+        *((folder, method, "int4") for method in ("full", "snapkv")),
+        *((str(second), method, slots) for method in ("full", "snapkv") for slots in ("float", "int4")),
+    }
 
 
 def test_bfloat16_and_float32_runs_stand_in_one_table(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:

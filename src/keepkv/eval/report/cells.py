@@ -23,6 +23,7 @@ COLUMNS = (
     "rank",
     "score",
     "kept right",
+    "of right answers",
     "loss",
     "KL",
     "retained",
@@ -48,6 +49,7 @@ def cells(row: SummaryRow) -> list[str]:
         "" if row.is_full or row.task != ALL else f"{row.rank}",  # ranks are over all tasks
         str(row.score or "–"),
         kept(row),
+        f"{row.kept_questions:,} in {row.kept_texts:,} texts" if row.kept else "",
         f"{row.loss.value:.3f}" if row.loss and not row.is_full else "",
         f"{row.measures['kl']:.4f}" if "kl" in row.measures else "",
         "" if row.is_full else str(row.retained or "–"),

@@ -45,7 +45,7 @@ def variant_of(record: Record) -> str:
 def file_of(record: Record) -> str:
     """Where a run keeps the text of a sample: a model's tokenizer decides how long it is."""
     folder = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in record.model).strip(".-")
-    return f"texts/{folder}/{record.task}-{record.length}-{record.sample}.txt"
+    return f"texts/{folder or 'model'}/{record.task}-{record.length}-{record.sample}.txt"
 
 
 def texts_of(folders: Sequence[Path]) -> Texts:
