@@ -7,6 +7,7 @@ questions. A text that stands in several groups (tasks) is drawn in all of them 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -57,20 +58,16 @@ def combined(groups: Sequence[Group], limits: tuple[float, float] | None = (0.0,
     used = [group for group in groups if sum(y for cluster in _clusters(group) for _, y in cluster) > 0]
     if not used:
         return None
-    rng = np.random.default_rng(0)
     ratios: list[float] = []
     means = np.zeros(DRAWS)
-    for stratum in _strata(used):
-        n = len(stratum[0].sums)
-        seen_and_unseen = n + (limits is not None)
-        choices = rng.integers(0, seen_and_unseen, (DRAWS, seen_and_unseen))  # n stands for the unseen text
-        times_unseen = (choices == n).sum(1)
-        of_unseen = rng.uniform(*limits, DRAWS) if limits else np.zeros(DRAWS)
+    strata = list(_strata(used))
+    for stratum, draws in zip(strata, _drawn(tuple(len(stratum[0].sums) for stratum in strata), limits), strict=True):
+        of_unseen = draws.of_unseen
         for texts in stratum:
             sums = texts.sums
             ratios.append(sums[:, 0].sum() / sums[:, 1].sum())
-            unseen = times_unseen * (sums[:, 1].sum() / texts.own)
-            total = np.concatenate([sums, np.zeros((1, sums.shape[1]))])[choices].sum(1)
+            unseen = draws.times_unseen * (sums[:, 1].sum() / texts.own)
+            total = draws.times @ sums
             denominator = total[:, 1] + unseen
             resampled = (total[:, 0] + unseen * of_unseen) / np.where(denominator > 0, denominator, 1)
             means += np.where(denominator > 0, resampled, ratios[-1]) / len(used)
@@ -94,15 +91,13 @@ def ratio_of_means(groups: Sequence[Group]) -> Interval | None:
         The interval; None if there is no question, or the denominators sum to 0.
     """
     used = [group for group in groups if any(len(cluster) for cluster in _clusters(group))]
-    rng = np.random.default_rng(0)
     tops, bottoms = np.zeros(DRAWS), np.zeros(DRAWS)
     top = bottom = 0.0
-    for stratum in _strata(used):
-        n = len(stratum[0].sums)
-        choices = rng.integers(0, n, (DRAWS, n))
+    strata = list(_strata(used))
+    for stratum, draws in zip(strata, _drawn(tuple(len(stratum[0].sums) for stratum in strata), None), strict=True):
         for texts in stratum:
             mean_top, mean_bottom, _ = texts.sums.sum(0) / texts.sums[:, 2].sum()
-            total = texts.sums[choices].sum(1)
+            total = draws.times @ texts.sums
             drawn = total[:, 2]
             tops += np.where(drawn > 0, total[:, 0] / np.where(drawn > 0, drawn, 1), mean_top)
             bottoms += np.where(drawn > 0, total[:, 1] / np.where(drawn > 0, drawn, 1), mean_bottom)
@@ -115,6 +110,29 @@ def ratio_of_means(groups: Sequence[Group]) -> Interval | None:
 def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(round(value, 6), round(float(low), 6), round(float(high), 6))
+
+
+class _Draws(NamedTuple):
+    """How often each draw has each text, [DRAWS, texts], and the unseen one, [DRAWS]; and the unseen one's ratio, [DRAWS]."""
+
+    times: NDArray[np.float64]
+    times_unseen: NDArray[np.int64]
+    of_unseen: NDArray[np.float64]
+
+
+@lru_cache(64)
+def _drawn(sizes: tuple[int, ...], limits: tuple[float, float] | None) -> list[_Draws]:
+    """The draws of strata of so many texts: the same whenever they are asked for, and random only once."""
+    rng = np.random.default_rng(0)
+    strata = []
+    for n in sizes:
+        drawn = n + (limits is not None)  # the last one stands for the unseen text
+        choices = rng.integers(0, drawn, (DRAWS, drawn))
+        times = (choices[:, :, None] == np.arange(drawn)).sum(1)
+        of_unseen = rng.uniform(*limits, DRAWS) if limits else np.zeros(DRAWS)
+        unseen = times[:, n] if limits else np.zeros(DRAWS, dtype=np.int64)
+        strata.append(_Draws(times[:, :n].astype(np.float64), unseen, of_unseen))
+    return strata
 
 
 class _Texts(NamedTuple):

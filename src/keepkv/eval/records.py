@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,10 +101,15 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
 
-    @property
+    @cached_property
     def key(self) -> RecordKey:
         """What the record is about."""
         return RecordKey(*(getattr(self, name) for name in RecordKey._fields))
+
+    @cached_property
+    def asked(self) -> RecordKey:
+        """The key without the variant: what was asked."""
+        return self.key._replace(method="", budget="", slot_dtype="")
 
     @property
     def group(self) -> RecordKey:

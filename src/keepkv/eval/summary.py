@@ -217,8 +217,8 @@ def full_records(records: Iterable[Record]) -> dict[RecordKey, Record]:
 
 
 def full_key(record: Record) -> RecordKey:
-    """The key of the full cache's record of the same question, without its budget."""
-    return record.key._replace(method=FULL, budget="", slot_dtype="")
+    """The key of the full cache's record of the same question, without its variant."""
+    return record.asked
 
 
 def by_size(budget: str) -> tuple[bool, float]:
@@ -345,12 +345,12 @@ def paired(cells: Cells, other_cells: Cells) -> Interval | None:
     Raises:
         InputError: if a question that should be the same is not.
     """
-    others = {_asked(record): record for cell in other_cells for record in cell}
+    others = {record.asked: record for cell in other_cells for record in cell}
     groups = []
     for cell in cells:
         ratios: RatiosByText = defaultdict(list)
         for record in cell:
-            other = others.get(_asked(record))
+            other = others.get(record.asked)
             if other is not None and not (record.failed and other.failed):
                 if other.prompt != record.prompt and other.prompt and record.prompt:
                     raise InputError(
@@ -364,18 +364,13 @@ def paired(cells: Cells, other_cells: Cells) -> Interval | None:
 
 def divergences(cell: Sequence[Record], other_cell: Sequence[Record]) -> RatiosByText:
     """For every text, the KL of two methods on one task, where both were measured; nothing on a task that has none."""
-    others = {_asked(record): record for record in other_cell}
+    others = {record.asked: record for record in other_cell}
     pairs: RatiosByText = defaultdict(list)
     for record in cell:
-        other = others.get(_asked(record))
+        other = others.get(record.asked)
         if other is not None and not (record.failed or other.failed) and DIVERGENCE in record.measures:
             pairs[text_of(record)].append((record.measures[DIVERGENCE], other.measures[DIVERGENCE]))
     return pairs
-
-
-def _asked(record: Record) -> RecordKey:
-    """A record's key without its variant: what was asked."""
-    return record.key._replace(method="", budget="", slot_dtype="")
 
 
 def by_method(records: Iterable[Record]) -> dict[tuple[str, str, str, str, str], list[list[Record]]]:
