@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import product
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
-from keepkv.eval.bootstrap import Interval, combined, ratio_of_means
+from keepkv.eval.bootstrap import Interval, combined, ratio_of_means, tail
 
 
 def test_a_mean_lies_in_its_interval_as_often_as_it_should() -> None:
@@ -50,8 +51,8 @@ def test_the_ends_are_quantiles_of_all_draws_of_whole_texts() -> None:
     draws = [_sums(TEXTS, which) for which in product(range(3), repeat=3)]
     found = combined([TEXTS], None)
     assert found.value == pytest.approx(3 / 6)
-    assert _is_quantile([x / y for x, y in draws], found.low, 0.025)
-    assert _is_quantile([x / y for x, y in draws], found.high, 0.975)
+    assert _is_quantile([x / y for x, y in draws], found.low, tail([3]))
+    assert _is_quantile([x / y for x, y in draws], found.high, 1 - tail([3]))
 
 
 def test_the_unseen_text_is_uniform_within_the_limits() -> None:
@@ -84,8 +85,8 @@ def test_a_text_that_stands_in_two_tasks_is_drawn_in_both_together() -> None:
         x, y = _sums(TEXTS, which)
         a, b = _sums([[], *DIVERGENCES[1:]], which)
         exact.append((x / y + (a / b if b else whole)) / 2)
-    assert _is_quantile(exact, some.low, 0.025)
-    assert _is_quantile(exact, some.high, 0.975)
+    assert _is_quantile(exact, some.low, tail([3]))
+    assert _is_quantile(exact, some.high, 1 - tail([3]))
 
 
 def test_the_ratio_of_means_is_numpys_and_its_ends_are_quantiles_of_all_draws() -> None:
@@ -93,8 +94,8 @@ def test_the_ratio_of_means_is_numpys_and_its_ends_are_quantiles_of_all_draws() 
     found = ratio_of_means([DIVERGENCES])
     assert found.value == pytest.approx(pairs[:, 0].mean() / pairs[:, 1].mean(), abs=1e-6)
     draws = [_sums(DIVERGENCES, which) for which in product(range(3), repeat=3)]
-    assert _is_quantile([x / y for x, y in draws], found.low, 0.025)
-    assert _is_quantile([x / y for x, y in draws], found.high, 0.975)
+    assert _is_quantile([x / y for x, y in draws], found.low, tail([3]))
+    assert _is_quantile([x / y for x, y in draws], found.high, 1 - tail([3]))
     turned = ratio_of_means([[[(y, x) for x, y in text] for text in DIVERGENCES]])
     assert [turned.low, turned.high] == pytest.approx([1 / found.high, 1 / found.low], rel=1e-2)
     two = ratio_of_means([DIVERGENCES, [[(1.0, 3.0)], [(2.0, 5.0)]]])
@@ -125,4 +126,13 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         pairs = [[(0.5 * x * rng.lognormal(-0.045, 0.3), x)] for x in base]
         found = ratio_of_means([pairs])
         hits += found.low <= 0.5 <= found.high
-    assert 0.85 <= hits / 200 <= 0.98
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_few_texts_expand_an_interval_as_students_t_does() -> None:
+    for n, t in ((6, 2.5706), (8, 2.3646), (12, 2.2010), (21, 2.0860), (1001, 1.9623)):
+        assert tail([n]) == pytest.approx(NormalDist().cdf(-t * (n / (n - 1)) ** 0.5), rel=0.02)
+    assert tail([4, 4]) < tail([8]), "a mean of each task is estimated"
+    assert tail([1, 1]) == 0, "one text a task: all draws"
+    five = [[[(x, 1.0)] for x in (0.1, 0.5, 0.2, 0.9, 0.4)]]
+    assert combined(five, None).low < np.quantile([np.mean(x) for x in product((0.1, 0.5, 0.2, 0.9, 0.4), repeat=5)], 0.025)
