@@ -2,8 +2,8 @@
 
     python benchmarks/coverage.py --json benchmarks/results/coverage.json
 
-Kept right: texts differ in how likely their answers stay right (a beta distribution), and five questions are asked of each. A ratio
-of means: the KL of one method is log-normal over texts, and that of the other is half of it, times log-normal noise.
+Kept right: texts differ in how likely their answers stay right (a beta distribution), and five questions are asked of each. A
+ratio of means: the KL of one method is log-normal over texts, and that of the other is half of it, times log-normal noise.
 """
 
 from __future__ import annotations
