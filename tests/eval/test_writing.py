@@ -17,9 +17,22 @@ class Words:
     """A tokenizer that writes numbers."""
 
     eos_token_id = 1
+    chat_template = "{{ messages }}"
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return " ".join(map(str, ids))
+
+
+class Asking(Words):
+    """One that writes the next question in place of one number, and has no chat template."""
+
+    chat_template = ""
+
+    def __init__(self, number: str) -> None:
+        self.number = number
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join("\nQuestion:" if str(i) == self.number else str(i) for i in ids)
 
 
 @pytest.mark.parametrize("options", [
@@ -54,7 +67,9 @@ def test_an_answer_ends_where_the_model_ends_it() -> None:
     whole = [one.text.split() for one in write(model, Words(), cache, questions, expected, 8)]
     assert [len(words) for words in whole] == [8, 8]
     end = whole[0][3]
+    asked = [one.text.split() for one in write(model, Asking(end), cache, questions, expected, 8)]
     model.generation_config.eos_token_id = [int(end), 96]
     cut = [one.text.split() for one in write(model, Words(), cache, questions, expected, 8)]
     assert cut[0] == whole[0][: whole[0].index(end)]
     assert cut[1] == (whole[1][: whole[1].index(end)] if end in whole[1] else whole[1])
+    assert asked == cut, "what follows the answer is no answer"

@@ -20,6 +20,7 @@ from keepkv.models.families import layer_kinds
 
 MOST_BYTES = 2 << 30  # of the caches of a batch
 MOST_ROWS = 16
+NEXT = "\nQuestion:"  # without a chat template, a model that has answered writes the next question
 
 
 class Written(NamedTuple):
@@ -37,7 +38,7 @@ def write(
     expected: Sequence[Tensor],
     limit: int,
 ) -> list[Written]:
-    """Answers questions from a cache that has read a text.
+    """Answers questions from a cache that has read a text. An answer ends where the model ends it, or asks the next question.
 
     Args:
         model: Any supported model.
@@ -93,6 +94,7 @@ def _write(
     first = state.read(ids, own, logits=1)
     logliks = _logliks(state.fork(), first, expected)
     ends = _ends(model)
+    stop = "" if tokenizer.chat_template else NEXT
     words: list[list[int]] = [[] for _ in questions]
     open_rows = set(range(rows))
     logits = first
@@ -103,10 +105,13 @@ def _write(
                 open_rows.discard(row)
             elif row in open_rows:
                 words[row].append(word)
+                if stop and stop in tokenizer.decode(words[row]):
+                    open_rows.discard(row)
         if not open_rows or max(map(len, words)) == limit:
             break
         logits = state.read(newest[:, None], torch.ones_like(newest[:, None]))
-    texts = (str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in words)
+    texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in words)
+    texts = (text.split(stop)[0].strip() if stop else text.strip() for text in texts)
     return [Written(text, loglik) for text, loglik in zip(texts, logliks, strict=True)]
 
 
