@@ -24,7 +24,7 @@ from keepkv.errors import BudgetError
 from keepkv.merge.merged import Merged, evict
 from keepkv.methods import Method
 from keepkv.slots.layer_pairs import LayerPairs
-from keepkv.slots.quantized import FLOAT, SlotDtype
+from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 from keepkv.slots.slots import BESIDE, Slots
 from keepkv.types import Observation, Plan, References
 
@@ -86,9 +86,9 @@ def compress(
         with_references = replace(observation, references=scored.references[layer])
         scored.references[layer] = None  # they are large, and not needed any more
         choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
-        if slot_dtype.bits and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
-            with_references = replace(with_references, keys=slot_dtype.round(observation.keys))
         kept.append(tuple(choice.kept for choice in choices))
+        if slot_dtype.rounds and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
+            with_references = replace(with_references, keys=slot_dtype.round_keys(observation.keys, kept[-1]))
         merged.append(tuple(method.merge(with_references, choices)))
         slots.append(_stored(observation, kept[-1], merged[-1], slot_dtype))
         step()
@@ -183,12 +183,13 @@ def _corrected(
 
 def _stored(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], slot_dtype: SlotDtype) -> Slots:
     """A layer's slots, flat, its heads one after the other."""
+    counts = [len(head) for head in kept]
     return Slots(
-        keys=slot_dtype.store(torch.cat([head.keys for head in merged]).to(observation.keys.dtype)),
-        values=slot_dtype.store(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
+        keys=slot_dtype.store_keys(torch.cat([head.keys for head in merged]).to(observation.keys.dtype), counts),
+        values=slot_dtype.store_values(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
         bias=torch.cat([head.bias for head in merged]).float(),
         positions=torch.cat([observation.positions[head, entries] for head, entries in enumerate(kept)]).int(),
-        offsets=(0, *accumulate(len(head) for head in kept)),
+        offsets=(0, *accumulate(counts)),
     )
 
 

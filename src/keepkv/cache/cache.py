@@ -29,7 +29,7 @@ from keepkv.errors import BudgetError, InputError, KeepKVError
 from keepkv.methods import Method
 from keepkv.observe.repetition import Piece, Repeat
 from keepkv.recipe import BackingKind, Recipe
-from keepkv.slots.quantized import FLOAT
+from keepkv.slots.slot_dtype import FLOAT
 from keepkv.slots.slots import Slots
 
 if TYPE_CHECKING:
@@ -55,10 +55,12 @@ class KeepCache(BaseCache):
 
     Args:
         model: Any supported transformers model with `sdpa` attention. It is not changed, and the cache does not hold it.
-        budget: See `Recipe`. A share is that of the tokens read so far. A list has one budget for each row of the batch.
+        budget: See `Recipe`. A share is that of a cache of the tokens read so far. A list has one budget for each row of the
+            batch.
         method: See `Recipe`.
         slot_dtype: See `Recipe`. Everything that is compressed is rounded, also where the budget holds every token. Newer
             tokens and the method "full" stay exact.
+        full_dtype: See `Recipe`.
         period: Tokens after which a live cache folds the newer ones. None: the cache is not live, unless a chunk is given.
         chunk: Tokens of a forward pass, at most. None or 0: a prompt is read at once.
         tail: How many of the newest tokens are left out of every compression, on top of the budget, so that `crop` can forget
@@ -84,7 +86,7 @@ class KeepCache(BaseCache):
         >>> cache = KeepCache(model, "25%")
         >>> output = model(torch.arange(80)[None], past_key_values=cache)  # or model.generate(..., past_key_values=cache)
         >>> cache
-        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=20.0, tail=0, bytes=10.9 kB, live=False)
+        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=18.8, tail=0, bytes=10.2 kB, live=False)
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class KeepCache(BaseCache):
         method: str | Method = Recipe.method,
         *,
         slot_dtype: str = Recipe.slot_dtype,
+        full_dtype: str = Recipe.full_dtype,
         period: int | None = Recipe.period,
         chunk: int | None = Recipe.chunk,
         tail: int = Recipe.tail,
@@ -104,10 +107,9 @@ class KeepCache(BaseCache):
         column_mass: bool | None = None,
         auto: bool = True,
     ) -> None:
-        policy = Policy.of(budget, method, slot_dtype)
         recipe = Recipe(
             budget=budget if is_single(budget) else tuple(budget),
-            method=policy.method,
+            method=methods.get(method),
             slot_dtype=slot_dtype,
             chunk=chunk,
             period=period,
@@ -116,7 +118,9 @@ class KeepCache(BaseCache):
             refresh=refresh,
             references=references,
             seed=seed,
+            full_dtype=full_dtype,
         )
+        policy = Policy.of(budget, method, slot_dtype, full_dtype)
         sizes = {"period": period, "chunk": chunk or None, "tail": tail + 1, "refresh": refresh, "references": references}
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -135,6 +139,7 @@ class KeepCache(BaseCache):
             recipe.budget,
             recipe.method,
             slot_dtype=recipe.slot_dtype,
+            full_dtype=recipe.full_dtype,
             period=recipe.period,
             chunk=recipe.chunk,
             tail=recipe.tail,
@@ -391,7 +396,7 @@ class KeepCache(BaseCache):
         else:
             held = [self._entries(row) for row in range(len(tokens))]
         roomy = all(total >= own for total, own in zip(totals, held, strict=True))
-        if roomy and not exact and not policy.stored_as.bits:
+        if roomy and not exact and not policy.stored_as.rounds:
             if not self.live:
                 self._settle(policy, [], note="left whole: the budget holds every token")
             return
@@ -405,7 +410,7 @@ class KeepCache(BaseCache):
                 self.keep_layers, row, self.inv_freq, self._projections, policy.spans, tails[row], exact
             )
             rows.append(compress(observations, method, slots, partial(in_row, progress, row, len(totals)), policy.stored_as))
-        self._settle(policy, rows, time.perf_counter() - start, policy.note(lengths), exact)
+        self._settle(policy, rows, time.perf_counter() - start, policy.note(lengths, self.keep_layers), exact)
 
     def _check(self, policy: Policy) -> None:
         """Raises KeepKVError unless what is held can be compressed by the policy."""
@@ -464,7 +469,7 @@ class KeepCache(BaseCache):
         sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
         layers = tuple(index for index, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
         report = replace(report, repeat_seconds=self._repeat_seconds, layers=layers)
-        return with_bytes_held(report, self.keep_layers, sliding)
+        return with_bytes_held(report, self.keep_layers, sliding, self.policy.full_dtype)
 
     def __repr__(self) -> str:
         report = self.report()

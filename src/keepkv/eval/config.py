@@ -13,7 +13,7 @@ from keepkv.budget import Budget
 from keepkv.errors import InputError, nearest
 from keepkv.methods import get
 from keepkv.recipe import Recipe, RepeatMode
-from keepkv.slots.quantized import slot_dtype_of
+from keepkv.slots.slot_dtype import slot_dtype_of
 
 if sys.version_info >= (3, 11):
     import tomllib
