@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ class Compressed:
     slots: tuple[Slots, ...]
     merged: tuple[tuple[Merged, ...], ...]
 
+    @property
+    def error(self) -> float:
+        """The share of a head's output that is lost on held-out queries, a mean over heads; 0 if the method holds none out."""
+        return fmean(head.error for layer in self.merged for head in layer)
+
 
 def compress(
     observations: Sequence[Observation],
@@ -68,8 +74,9 @@ def compress(
     if total == 0:  # a row of padding
         return _unmerged(observations, [observation.present & False for observation in observations], slot_dtype)
     entries = sum(sum(observation.counts) for observation in observations)
-    if total >= entries and not method.layer_pairs:
+    if total >= entries and not method.layer_pairs and not (method.judged and slot_dtype.rounds):
         return _unmerged(observations, [observation.present for observation in observations], slot_dtype)
+    total = min(total, entries)
     step = _stepper(progress, len(observations) * (3 if method.trial else 2))
 
     scored = _score(observations, method, step)
@@ -88,7 +95,8 @@ def compress(
         choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
         kept.append(tuple(choice.kept for choice in choices))
         if slot_dtype.rounds and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
-            with_references = replace(with_references, keys=slot_dtype.round_keys(observation.keys, kept[-1]))
+            keys = slot_dtype.round_keys(observation.keys, kept[-1])
+            with_references = replace(with_references, keys=keys, stored_as=slot_dtype)
         merged.append(tuple(method.merge(with_references, choices)))
         slots.append(_stored(observation, kept[-1], merged[-1], slot_dtype))
         step()

@@ -288,9 +288,59 @@ def test_what_cannot_be_is_refused() -> None:
         KeepCache(model, slot_dtype="int")
     cache = KeepCache(model, 0.5, auto=False)
     model(tokens(1, 60), past_key_values=cache)
-    with pytest.raises(InputError, match="known: float, bfloat16, int8, int4, int2"):
+    with pytest.raises(InputError, match="known: auto, float, bfloat16, int8, int4, int2"):
         cache.compress(slot_dtype="nf")
     with pytest.raises(KeepKVError, match="minicache stores the slots of two layers together"):
         cache.compress(0.5, "minicache", slot_dtype="int8")
     assert not cache.compressed
     assert cache.policy.slot_dtype.name == "float"
+
+
+# --- auto ---
+
+
+def test_auto_takes_the_format_that_loses_least() -> None:
+    """By the error that every format would report, were it asked for."""
+    model, ids = make_model("llama", torch.float32), tokens(1, 400, seed=2)
+    whole = KeepCache(model, auto=False, full_dtype="bfloat16")
+    model(ids, past_key_values=whole)
+    taken = set()
+    for budget in ("4%", "15%", "60%"):
+        errors = {name: whole.fork().compress(budget, slot_dtype=name).report().error for name in ("int8", "int4")}
+        report = whole.fork().compress(budget, slot_dtype="auto").report()
+        assert report.slot_dtype == min(errors, key=errors.get)
+        assert report.error == errors[report.slot_dtype]
+        assert report.kv_bytes <= report.kv_bytes_full * float(budget[:-1]) / 100
+        taken.add(report.slot_dtype)
+    assert len(taken) > 1
+    assert whole.fork().compress("100%", slot_dtype="auto").report().note.startswith("left whole")
+
+
+@pytest.mark.parametrize(("method", "name"), [("snapkv", "int8"), ("full", "float"), ("minicache", "float"), ("kivi", "float")])
+def test_auto_without_an_error_to_go_by(method: str, name: str) -> None:
+    model, ids = make_model("llama", torch.float32), tokens(1, 200)
+    cache = KeepCache(model, 0.2, method, slot_dtype="auto")
+    model(ids, past_key_values=cache)
+    assert cache.report().slot_dtype == name
+    live = KeepCache(model, 50, "keepkv", slot_dtype="auto", period=30)
+    model(ids, past_key_values=live)
+    assert live.report().slot_dtype == "int8"
+
+
+def test_keys_with_a_bias_are_no_harm(family: str) -> None:
+    """As in Qwen 2.5: a few channels of every key lie around a large number. Keys by vector made the fit fail there."""
+    model, ids = make_model(family, torch.float32), tokens(1, 460, seed=2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("k_proj.bias"):
+                weight[::8] += 60
+    whole = KeepCache(model, auto=False)
+    model(ids[:, :400], past_key_values=whole)
+    full = model(ids[:, 400:], past_key_values=whole.fork().compress("100%")).logits.double().log_softmax(-1)
+    losses = []
+    for name in ("float", "int4"):
+        for budget in (10, 40, 150):
+            cache = whole.fork().compress(budget, slot_dtype=name)
+            ours = model(ids[:, 400:], past_key_values=cache).logits.double().log_softmax(-1)
+            losses.append(float((full.exp() * (full - ours)).sum(-1).mean()))
+    assert max(losses[3:]) < 2 * max(losses[:3]) + 1e-3

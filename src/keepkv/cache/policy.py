@@ -12,7 +12,7 @@ from keepkv import methods
 from keepkv.budget import MIN_SLOTS, Budget, BudgetLike
 from keepkv.methods import Method
 from keepkv.recipe import Recipe
-from keepkv.slots.slot_dtype import FLOAT, Price, SlotDtype, slot_dtype_of
+from keepkv.slots.slot_dtype import AUTO, FLOAT, Price, SlotDtype, slot_dtype_of
 
 if TYPE_CHECKING:
     from keepkv.cache.layer import KeepLayer
@@ -62,8 +62,10 @@ class Policy:
 
     @property
     def stored_as(self) -> SlotDtype:
-        """How slots are stored: not as the user wants for a method that is always exact."""
-        return FLOAT if self.method.always_exact else self.slot_dtype
+        """How slots are stored: not as the user wants for a method that is always exact. AUTO: it is still to be found."""
+        if self.method.always_exact or (self.method.layer_pairs and self.slot_dtype == AUTO):
+            return FLOAT
+        return self.slot_dtype
 
     @property
     def budget_text(self) -> str:
