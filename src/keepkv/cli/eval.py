@@ -84,7 +84,7 @@ def evaluate(
     budgets: Annotated[
         str | None,
         _setting(
-            "Budgets, separated by commas: shares of the tokens, slots per KV head, or bytes.", "BUDGETS", COMPRESSION, "10%,5%"
+            "Budgets, separated by commas: shares of the full cache, slots per KV head, or bytes.", "BUDGETS", COMPRESSION, "10%,5%"
         ),
     ] = None,
     repeat: Annotated[
