@@ -36,7 +36,7 @@ from filled import compact, dense, ragged, timed
 from keepkv import KeepCache
 from keepkv.attend import bias_in_keys
 from keepkv.attend.dispatch import attend_slots, backend_for
-from keepkv.slots.quantized import SLOT_DTYPES
+from keepkv.slots.slot_dtype import SLOT_DTYPES
 from throughput import fitting, measured
 from timing import interleaved, machine, ratio, summary, write
 

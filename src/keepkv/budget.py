@@ -12,19 +12,21 @@ from keepkv.errors import BudgetError
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+    from keepkv.slots.slot_dtype import Price
+
 MIN_SLOTS = 4  # a KV head's least average: a sink, the newest tokens and one free choice
 TOLERANCE = 0.03  # of `auto`: the share of its outputs that a head may lose
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_EXPECTED = 'expected a fraction ("0.1", "10%"), a number of slots per KV head ("512") or bytes ("64MB", "64MiB")'
+_EXPECTED = 'expected a share of the cache ("0.1", "10%"), a number of slots per KV head ("512") or bytes ("64MB", "64MiB")'
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows: a fraction of the tokens, a count of slots per KV head on average, or bytes.
+    """What the user allows: a share of the full cache's bytes, a count of slots per KV head on average, or bytes.
 
     Args:
         kind: Which of the three.
-        amount: The fraction (above 0, at most 1), the slots per KV head, or the bytes.
+        amount: The share (above 0, at most 1), the slots per KV head, or the bytes.
         text: As it was written, for reports and errors.
     """
 
@@ -75,42 +77,50 @@ class Budget:
             raise BudgetError("no budget: give one for all rows, or one for each")
         return tuple(map(Budget.parse, values))
 
-    def total_slots(self, tokens: int, heads: int, slot_bytes: float) -> int:
+    def total_slots(self, tokens: int, heads: int, price: Price) -> int:
         """The slots that one sequence gets over all layers and KV heads, at most one for each token and head.
 
-        A fraction of a short sequence that comes to less than MIN_SLOTS per head is MIN_SLOTS per head (`is_raised`).
+        A share, and bytes, buy as many slots as surely fit, whichever heads they go to; a share of 1 is every token. A share of
+        a short sequence that comes to less than MIN_SLOTS per head is MIN_SLOTS per head (`is_raised`).
 
         Args:
             tokens: The sequence's length.
             heads: Layers × KV heads.
-            slot_bytes: Bytes of one slot.
+            price: Of a slot.
 
         Raises:
             BudgetError: if a count or bytes come to less than MIN_SLOTS per head, and the sequence has more tokens.
 
         Example:
-            >>> Budget.parse("10%").total_slots(tokens=1000, heads=12, slot_bytes=520)
-            1200
+            >>> from keepkv.slots.slot_dtype import SLOT_DTYPES
+            >>> price = SLOT_DTYPES["int4"].price(64, 64, element=2)
+            >>> Budget.parse("10%").total_slots(tokens=1000, heads=12, price=price)
+            3855
         """
-        total = {
-            "fraction": self.amount * tokens * heads,
-            "count": self.amount * heads,
-            "bytes": self.amount / slot_bytes,
-        }[self.kind]
+        total = self._slots(tokens, heads, price)
         least = min(MIN_SLOTS, tokens) * heads
-        if self.is_raised(tokens):
-            total = least
         if total < least:
-            need = str(MIN_SLOTS) if self.kind == "count" else f"{MIN_SLOTS * heads * slot_bytes / 1e6:.2g}MB"
+            if self.kind == "fraction":
+                return least
+            need = str(MIN_SLOTS) if self.kind == "count" else f"{(MIN_SLOTS * price.slot + price.head) * heads / 1e6:.2g}MB"
             raise BudgetError(
-                f"budget {self.text!r} is {total / heads:.2g} slots per KV head for {tokens} tokens, "
+                f"budget {self.text!r} is {max(0, total) / heads:.2g} slots per KV head for {tokens} tokens, "
                 f"fewer than the {MIN_SLOTS} that must be kept: give at least {need}"
             )
         return min(int(total + 1e-6), tokens * heads)
 
-    def is_raised(self, tokens: int) -> bool:
+    def is_raised(self, tokens: int, heads: int, price: Price) -> bool:
         """Whether this share of so many tokens is less than must be kept, so that the least that must be is kept instead."""
-        return self.kind == "fraction" and self.amount * tokens < min(MIN_SLOTS, tokens)
+        return self.kind == "fraction" and self._slots(tokens, heads, price) < min(MIN_SLOTS, tokens) * heads
+
+    def _slots(self, tokens: int, heads: int, price: Price) -> float:
+        """What is paid for, in slots over all layers and heads."""
+        if self.kind == "count":
+            return self.amount * heads
+        if self.kind == "fraction" and self.amount == 1:
+            return tokens * heads
+        paid = self.amount if self.kind == "bytes" else self.amount * tokens * heads * price.token
+        return (paid - heads * price.head) / price.slot
 
 
 BudgetLike = str | float | Budget  # what `Budget.parse` reads

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from keepkv.errors import BudgetError
 from keepkv.merge.merged import Merged, evict
 from keepkv.methods import Method
 from keepkv.slots.layer_pairs import LayerPairs
-from keepkv.slots.quantized import FLOAT, SlotDtype
+from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 from keepkv.slots.slots import BESIDE, Slots
 from keepkv.types import Observation, Plan, References
 
@@ -44,6 +45,11 @@ class Compressed:
     plan: Plan
     slots: tuple[Slots, ...]
     merged: tuple[tuple[Merged, ...], ...]
+
+    @property
+    def error(self) -> float:
+        """The share of a head's output that is lost on held-out queries, a mean over heads; 0 if the method holds none out."""
+        return fmean(head.error for layer in self.merged for head in layer)
 
 
 def compress(
@@ -68,8 +74,9 @@ def compress(
     if total == 0:  # a row of padding
         return _unmerged(observations, [observation.present & False for observation in observations], slot_dtype)
     entries = sum(sum(observation.counts) for observation in observations)
-    if total >= entries and not method.layer_pairs:
+    if total >= entries and not method.layer_pairs and not (method.judged and slot_dtype.rounds):
         return _unmerged(observations, [observation.present for observation in observations], slot_dtype)
+    total = min(total, entries)
     step = _stepper(progress, len(observations) * (3 if method.trial else 2))
 
     scored = _score(observations, method, step)
@@ -86,9 +93,10 @@ def compress(
         with_references = replace(observation, references=scored.references[layer])
         scored.references[layer] = None  # they are large, and not needed any more
         choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
-        if slot_dtype.bits and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
-            with_references = replace(with_references, keys=slot_dtype.round(observation.keys))
         kept.append(tuple(choice.kept for choice in choices))
+        if slot_dtype.rounds and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
+            keys = slot_dtype.round_keys(observation.keys, kept[-1])
+            with_references = replace(with_references, keys=keys, stored_as=slot_dtype)
         merged.append(tuple(method.merge(with_references, choices)))
         slots.append(_stored(observation, kept[-1], merged[-1], slot_dtype))
         step()
@@ -183,12 +191,13 @@ def _corrected(
 
 def _stored(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], slot_dtype: SlotDtype) -> Slots:
     """A layer's slots, flat, its heads one after the other."""
+    counts = [len(head) for head in kept]
     return Slots(
-        keys=slot_dtype.store(torch.cat([head.keys for head in merged]).to(observation.keys.dtype)),
-        values=slot_dtype.store(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
+        keys=slot_dtype.store_keys(torch.cat([head.keys for head in merged]).to(observation.keys.dtype), counts),
+        values=slot_dtype.store_values(torch.cat([head.values for head in merged]).to(observation.values.dtype)),
         bias=torch.cat([head.bias for head in merged]).float(),
         positions=torch.cat([observation.positions[head, entries] for head, entries in enumerate(kept)]).int(),
-        offsets=(0, *accumulate(len(head) for head in kept)),
+        offsets=(0, *accumulate(counts)),
     )
 
 

@@ -27,10 +27,13 @@ class Recipe:
     """How a text is compressed: everything that decides, beside the model and the text, what a compact cache holds.
 
     Args:
-        budget: What the cache may hold. A share of the tokens (0.1, "10%"), slots per KV head on average (512), bytes for all
-            rows ("64MB"), or "auto": the smallest budget within `tolerance`. A tuple has one for each row of a batch.
+        budget: What the cache may hold. A share of the full cache's bytes (0.1, "10%"), slots per KV head on average (512),
+            bytes for all rows ("64MB"), or "auto": the smallest budget within `tolerance`. A tuple has one for each row of a
+            batch.
         method: A name from the table (`keepkv methods`), FILE.py:NAME, package.module:NAME, or a `Method`.
-        slot_dtype: How the slots' keys and values are stored: "float" (in the model's dtype), "int8" or "int4".
+        slot_dtype: How the slots' keys and values are stored: "float" (in the model's dtype), "bfloat16",
+            "int8", "int4", "int2" (integers, keys by channel and values by vector), or "auto": int8 or int4, whichever loses
+            less (a live cache takes int8).
         repeat: Whether the text is repeated over its own cache before it is compressed, so that details survive. "always"
             costs about one more reading, "never" costs nothing, and "auto" repeats where that fits into the trained length.
         keep: Regular expressions. What they match in the text stays verbatim in every head.
@@ -43,9 +46,11 @@ class Recipe:
         references: How many of each layer's queries are remembered, at most, for the next compression.
         seed: Of everything that is drawn at random.
         exact: Whether a document keeps every key and value beside the slots, so that joined documents can be repaired.
+        full_dtype: The dtype in which the full cache is counted, for shares and ratios: "float32", "bfloat16", "float16", or
+            "auto", that in which the model runs.
 
     Raises:
-        InputError: for a `repeat` or a `backing` that is none of those named, and for a `keep` that is one string.
+        InputError: for a `repeat`, `full_dtype` or `backing` that is none of those named, and for a `keep` that is one string.
 
     Examples:
         >>> from dataclasses import replace
@@ -67,12 +72,16 @@ class Recipe:
     references: int = 2048
     seed: int = 0
     exact: bool = False
+    full_dtype: str = "auto"
 
     REPEAT_MODES: ClassVar[tuple[str, ...]] = ("auto", "always", "never")
+    FULL_DTYPES: ClassVar[tuple[str, ...]] = ("auto", "float32", "bfloat16", "float16")
 
     def __post_init__(self) -> None:
         if self.repeat not in self.REPEAT_MODES:
             raise InputError(f"repeat={self.repeat!r}: {nearest(str(self.repeat), self.REPEAT_MODES)}")
+        if self.full_dtype not in self.FULL_DTYPES:
+            raise InputError(f"full_dtype={self.full_dtype!r}: {nearest(str(self.full_dtype), self.FULL_DTYPES)}")
         if self.backing not in (None, "cpu", "disk"):
             raise InputError(f"backing {self.backing!r}: expected 'cpu', 'disk' or None")
         if isinstance(self.keep, str):  # its characters would be taken for regular expressions

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from keepkv.ops.ragged import Ragged
+from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ReferenceRows(NamedTuple):
         bias: [T] or None, as in `Observation`.
         positions: [T] int64, as in `Observation`.
         repeat_share: [T], as in `References`.
+        stored_as: How the slots will be stored, no tensor.
     """
 
     queries: Tensor
@@ -59,6 +61,7 @@ class ReferenceRows(NamedTuple):
     bias: Tensor | None
     positions: Tensor
     repeat_share: Tensor
+    stored_as: SlotDtype = FLOAT
 
     def take(self, which: Tensor) -> ReferenceRows:
         """Only the rows `which`, int64 [m]."""
@@ -72,7 +75,8 @@ class ReferenceRows(NamedTuple):
     def share(self, entries: Tensor) -> Tensor:
         """The exact softmax share A_qj = exp(q·k_j + b_j - ln Z_q) that every row gives to some entries.
 
-        It is 0 where the row does not see the entry. `docs/theory.md 6.1`.
+        It is 0 where the row does not see the entry, and at most 1, but for keys that were rounded: of these e^20 at most, so
+        that sums of squares stay finite. `docs/theory.md 6.1`.
 
         Args:
             entries: Indices, int64 [n], or [h, n] for several heads.
@@ -83,7 +87,7 @@ class ReferenceRows(NamedTuple):
         logits = self.queries @ self.keys.take_along_dim(entries[..., None], -2).mT
         if self.bias is not None:
             logits += self.bias.gather(-1, entries)[..., None, :]
-        share = logits.sub_(self.log_z[..., None]).exp_()
+        share = logits.sub_(self.log_z[..., None]).clamp_(max=20).exp_()
         return share.masked_fill_(self.positions.gather(-1, entries)[..., None, :] >= self.visible[:, None], 0)
 
     def on(self, slots: Ragged) -> Tensor:
@@ -115,6 +119,7 @@ class Observation:
             with a bias of -inf. None where every entry is one token, as are the next two.
         key_positions: [H, T] int64, ascending, the token each key comes from. Use `positions`, which is never None.
         read: How many tokens were read. Use `tokens`, which is never None.
+        stored_as: How the slots will be stored. Before a merge, the kept keys are rounded to what will be read.
     """
 
     keys: Tensor
@@ -134,6 +139,7 @@ class Observation:
     bias: Tensor | None = None
     key_positions: Tensor | None = None
     read: int | None = None
+    stored_as: SlotDtype = FLOAT
 
     @property
     def heads(self) -> int:
@@ -200,6 +206,7 @@ class Observation:
             bias=self.head_bias(head),
             positions=self.positions[head],
             repeat_share=references.repeat_share[head],
+            stored_as=self.stored_as,
         )
 
 

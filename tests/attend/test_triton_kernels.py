@@ -17,7 +17,9 @@ from attend import interpreter
 from keepkv.attend.dispatch import attend_slots, backend_for
 from keepkv.attend.states import exact
 from keepkv.errors import BackendError
-from keepkv.slots.quantized import SLOT_DTYPES, Quantized
+from keepkv.slots.by_channel import QuantizedByChannel
+from keepkv.slots.by_vector import QuantizedByVector
+from keepkv.slots.slot_dtype import SLOT_DTYPES
 from keepkv.slots.slots import Slots
 
 pytest.importorskip("triton")
@@ -81,7 +83,7 @@ def test_ragged_heads_in_one_launch(size: int, value_size: int, rows: int, dtype
     assert mass <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int2", "keys by vector"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "value_size", "rows"), [(64, 64, 3), (80, 96, 1), (17, 24, 20), (256, 256, 4)])
 def test_quantized_slots_are_read_as_they_are_stored(
@@ -89,9 +91,13 @@ def test_quantized_slots_are_read_as_they_are_stored(
 ) -> None:
     """As exact as plain slots that hold what is read; but the query is turned, and rounded once more."""
     query, plain = case(size, value_size, rows, dtype)
-    slots = replace(plain, keys=SLOT_DTYPES[name].store(plain.keys), values=SLOT_DTYPES[name].store(plain.values))
+    if name == "keys by vector":  # as in files of format 4
+        slots = replace(plain, keys=QuantizedByVector.of(plain.keys, 4), values=QuantizedByVector.of(plain.values, 4))
+    else:
+        slots = SLOT_DTYPES[name].stored(plain)
     with monkeypatch.context() as patch:
-        patch.setattr(Quantized, "unrotated", None)
+        patch.setattr(QuantizedByVector, "unrotated", None)
+        patch.setattr(QuantizedByChannel, "unrotated", None)
         got = attend_slots(query, slots, 0.2, "triton")
     ours, eager, mass = errors(query, slots.read(), got)
     room = 2 if dtype == torch.bfloat16 else 1
@@ -168,7 +174,7 @@ def test_it_compiles_for_gpus_that_are_not_there() -> None:
     script = Path(__file__).parent / "ahead_of_time.py"
     said = subprocess.run([sys.executable, script], env=bare, capture_output=True, text=True, check=True).stdout
     variants = [json.loads(line) for line in said.splitlines()]
-    assert len(variants) == 27
+    assert len(variants) == 36
     assert [variant for variant in variants if variant["failed"]] == []
 
 

@@ -280,7 +280,7 @@ def test_a_short_row_does_not_keep_a_batch_whole() -> None:
     mask[1, :370] = 0
     cache = KeepCache(model, 0.1)
     model(tokens(2, 400), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
-    assert [sum(map(sum, row)) / 6 for row in cache.report().kept] == [40, 4]
+    assert [sum(map(sum, row)) / 6 for row in cache.report().kept] == [225 / 6, 4]
     assert "0.1 of 30 tokens" in cache.report().note
 
 
@@ -344,14 +344,14 @@ def test_spans_stay_in_every_head(method: str) -> None:
                 assert layer.slots.bias[at].eq(0).all()
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.21])  # of 300 tokens, 60 of which must stay
+@pytest.mark.parametrize("budget", [0.3, 0.22])  # of 300 tokens, 60 of which must stay
 def test_more_tokens_than_a_trial_holds_can_stay(budget: float) -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 300)
     cache = KeepCache(model, budget, auto=False)
     model(ids, past_key_values=cache)
     cache.compress(keep=[(100, 160)])
     slots = sum(sum(layer.slots.counts) for layer in cache.keep_layers)
-    assert slots == int(budget * 300) * sum(layer.heads for layer in cache.keep_layers)
+    assert slots == int(budget * 300 * sum(layer.heads for layer in cache.keep_layers) * 128 / 136)
     for layer in cache.keep_layers:
         for head in range(layer.heads):
             lo, hi = layer.slots.offsets[head : head + 2]
@@ -362,7 +362,7 @@ def test_spans_that_do_not_fit_or_name_no_row_are_refused() -> None:
     model = make_model("llama", torch.float32)
     cache = KeepCache(model, 0.1, auto=False)
     model(tokens(1, 200), past_key_values=cache)
-    with pytest.raises(BudgetError, match="100 tokens must stay in every head, but there are only 20 slots"):
+    with pytest.raises(BudgetError, match="100 tokens must stay in every head, but there are only 18 slots"):
         cache.fork().compress(keep=[(50, 150)])
     batch = KeepCache(model, 0.1, auto=False)
     model(tokens(2, 200), past_key_values=batch)

@@ -61,7 +61,7 @@ def test_reading_takes_no_more_than_budget_and_chunk_whatever_the_length() -> No
     layer = cache.keep_layers[0]
     heads = sum(layer.heads for layer in cache.keep_layers)
     queries = 3 * 4 * 16 * 4 * (64 + 96)  # a bank and a chunk's queries of three layers with four query heads
-    assert short <= (64 + 96) * heads * layer.slot_bytes() + 2 * queries
+    assert short <= (64 + 96) * heads * layer.price().slot + 2 * queries
 
 
 def test_writing_takes_no_more_memory_the_longer_it_is() -> None:
@@ -81,7 +81,7 @@ def test_writing_takes_no_more_memory_the_longer_it_is() -> None:
 def test_a_fraction_of_a_prompt_read_in_chunks_is_of_the_whole_prompt() -> None:
     model = make_model("llama", torch.float32)
     cache = KeepCache(model, 0.25, chunk=50, references=64).read(model, tokens(1, 400))
-    assert cache.report().slots_per_head == 100
+    assert cache.report().slots_per_head == 0.25 * 400 * 6 * 128 // 136 / 6
 
 
 def test_a_budget_that_holds_everything_is_bit_identical_as_long_as_it_does() -> None:

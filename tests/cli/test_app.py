@@ -23,8 +23,8 @@ def test_slots_may_be_quantized_by_every_command(monkeypatch, capsys, folder: st
     ask = ["ask", text, "Who jumps?", *tail, "--max-new-tokens", "2", "--compare", "full"]
     plain, small = (json.loads(run(monkeypatch, capsys, *ask, "--slot-dtype", name)[1]) for name in ("float", "int4"))
     assert (small["slot_dtype"], small["compare"][0]["slot_dtype"]) == ("int4", "float")
-    assert small["slots_per_head"] == plain["slots_per_head"]
-    assert small["kv_bytes"] < 0.3 * plain["kv_bytes"]
+    assert small["slots_per_head"] > 2.5 * plain["slots_per_head"]  # a share is one of bytes
+    assert small["kv_bytes"] <= plain["kv_bytes"]
     file = str(tmp_path / "text.keep")
     status, out, err = run(monkeypatch, capsys, "compile", text, "-o", file, *tail, "--slot-dtype", "int8")
     assert (status, err, json.loads(out)["slot_dtype"]) == (0, "", "int8")
@@ -32,7 +32,7 @@ def test_slots_may_be_quantized_by_every_command(monkeypatch, capsys, folder: st
     assert (loaded["slot_dtype"], loaded["kv_bytes"]) == ("int8", json.loads(out)["kv_bytes"])
     assert "--slot-dtype is for texts" in run(monkeypatch, capsys, "ask", file, "Who?", "--slot-dtype", "int8")[2]
     measure = ["fidelity", text, *tail, "--methods", "snapkv", "--segments", "1", "--context-tokens", "64"]
-    status, out, err = run(monkeypatch, capsys, *measure, "--slot-dtype", "float,int8,int4", "--budgets", "25%")
+    status, out, err = run(monkeypatch, capsys, *measure, "--slot-dtype", "float,int8,int4", "--budgets", "16")
     assert (status, err) == (0, "")
     sizes = {record["slot_dtype"]: record["kv_bytes"] for record in json.loads(out)}
     assert list(sizes) == ["float", "int8", "int4"]
@@ -50,7 +50,7 @@ MISTAKES = [
     (["ask", "{text}", "?", "--method", "snapkw"], "did you mean 'snapkv'"),
     (["ask", "{text}", "?", "--compare", "full,nothing"], "unknown method 'nothing'"),
     (["ask", "{text}", "?", "--budget", "1.5"], "outside its range"),
-    (["ask", "{text}", "?", "--budget", "lots"], "cannot be read: expected a fraction"),
+    (["ask", "{text}", "?", "--budget", "lots"], "cannot be read: expected a share"),
     (["ask", "{text}", "?", "--budget", "3"], "fewer than the 4 that must be kept"),
     (["ask", "{text}", "?", "--budget", "0"], "fewer than the 4 that must be kept: give at least 4"),
     (["ask", "{text}", "?", "--method", "own.py"], "name the method in it too, as in own.py:NAME"),
@@ -78,7 +78,7 @@ MISTAKES = [
     (["ask", "{text}"], "Missing argument"),
     (["ask", "{text}", "?", " "], "one of the questions is empty"),
     (["ask", "{text}", "?", "--chunk", "64", "--budget", "auto"], "--chunk 0"),
-    (["chat", "--budget", "lots"], "cannot be read: expected a fraction"),
+    (["chat", "--budget", "lots"], "cannot be read: expected a share"),
     (["chat", "--load", "{folder}/nowhere.json"], "cannot be read (No such file"),
     (["inspect", "{text}", "--budget", "100%"], "there is nothing to inspect (left whole"),
     (["inspect", "{text}", "--html", "{folder}/nowhere/page.html"], "expected a file name in a folder that exists"),

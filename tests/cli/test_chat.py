@@ -32,7 +32,7 @@ def test_every_command_does_what_it_says(model_and_tokenizer, capsys, tmp_path: 
     assert "held: 20 slots per KV head" in said.out
     assert "1 turns" in said.out
     assert "Hello" in said.out
-    for message in ("did you mean 'report'", "the file name is missing", "cannot be read: expected a fraction", "nowhere.json"):
+    for message in ("did you mean 'report'", "the file name is missing", "cannot be read: expected a share", "nowhere.json"):
         assert message in said.err
     assert len(chat.talk.turns) == 1
 

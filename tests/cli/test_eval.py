@@ -17,7 +17,7 @@ MISTAKES = [
     (["eval"], "the folder of the run is missing"),
     (["eval", "{there}", "--tasks", "needel"], "did you mean 'needle'"),
     (["eval", "{there}", "--methods", "snapkw"], "did you mean 'snapkv'"),
-    (["eval", "{there}", "--budgets", "lots"], "cannot be read: expected a fraction"),
+    (["eval", "{there}", "--budgets", "lots"], "cannot be read: expected a share"),
     (["eval", "{there}", "--lengths", "many"], "expected whole numbers"),
     (["eval", "{there}", "--by", "chance"], "expected one of choice, answer"),
     (["eval", "{there}", "--data", "nowhere.json"], "cannot be read (No such file"),

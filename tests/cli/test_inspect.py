@@ -18,7 +18,7 @@ def test_the_command_prints_and_writes(monkeypatch, capsys, folder: str, tmp_pat
     assert (status, err) == (0, "")
     joined = " ".join(out.split())
     assert "largest vote" in joined
-    assert "Smaller: 4." in joined
+    assert "Smaller: 5.0" in joined
     assert NASTY.strip() in Page(target.read_text()).words
 
     status, out, err = run(monkeypatch, capsys, *args[:-2], "--json", "--repeat", "always")

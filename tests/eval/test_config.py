@@ -38,6 +38,7 @@ def test_the_settings_of_a_run_of_an_older_keepkv_say_what_to_write_instead(tmp_
         ({"repeat": "recall"}, "expected one of auto, always, never"),
         ({"slot_dtypes": ("float", "int9")}, "did you mean 'int8'"),
         ({"lengths": (12,)}, "each of at least 64 tokens"),
+        ({"full_dtype": "int9"}, "full_dtype"),
         ({"samples": 0}, "expected at least 1"),
         ({"methods": ()}, "at least one task"),
     ],

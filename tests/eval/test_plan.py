@@ -19,13 +19,13 @@ from keepkv.methods import METHODS
 CONFIG = Config(tasks=("needle",), methods=("snapkv", "full"), budgets=("10%", "5%"), samples=2)
 
 
-def test_the_full_cache_comes_first_and_in_every_slot_dtype() -> None:
+def test_the_full_cache_comes_first_and_quantized_to_every_slot_dtype() -> None:
     assert plan.variants(CONFIG) == [FULL_CACHE, Variant("snapkv", "10%"), Variant("snapkv", "5%")]
     rounded = replace(CONFIG, slot_dtypes=("int8", "int4"), budgets=("10%",))
     assert plan.variants(rounded) == [
         FULL_CACHE,
-        Variant("full", "100%", "int8"),
-        Variant("full", "100%", "int4"),
+        Variant("kivi", "100%", "int8"),
+        Variant("kivi", "100%", "int4"),
         Variant("snapkv", "10%", "int8"),
         Variant("snapkv", "10%", "int4"),
     ]
@@ -36,7 +36,7 @@ def test_the_full_cache_comes_first_and_in_every_slot_dtype() -> None:
 def test_all_is_every_method_of_the_table() -> None:
     config = settled(replace(CONFIG, methods=("all", "snapkv"), haystack=str(LOG)))
     assert config.methods == tuple(METHODS)
-    assert {v.method for v in plan.variants(config)} == set(METHODS)
+    assert {v.method for v in plan.variants(config)} == {*METHODS} - {"kivi"}, "nothing is quantized"
     assert plan.named(("bm25", "all", "snapkv"), METHODS) == ("bm25", *METHODS)
     assert len(settled(replace(CONFIG, tasks=("all",), haystack=str(LOG))).tasks) > 10
 
@@ -67,7 +67,9 @@ def test_own_methods_are_told_apart_by_their_names(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(OWN)
     found = plan.contenders([f"{file}:FIRST", f"{file}:SECOND", "snapkv", f"{file}:FIRST"])
-    assert [(name, one.recent) for name, one in found.items()] == [("full", 32), ("first", 16), ("second", 8), ("snapkv", 32)]
+    assert [(name, one.recent) for name, one in found.items()] == [
+        ("full", 32), ("kivi", 32), ("first", 16), ("second", 8), ("snapkv", 32),
+    ]  # fmt: skip
     with pytest.raises(MethodError, match="two methods are called 'first'"):
         plan.contenders([f"{file}:FIRST", f"{file}:SAME"])
     with pytest.raises(MethodError, match="unknown method or rival 'bm24': did you mean 'bm25'"):

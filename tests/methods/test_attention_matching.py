@@ -59,5 +59,7 @@ def test_votes_are_fitted_around_verbatim_slots() -> None:
     assert merged.bias[fixed].eq(0).all()
     assert torch.equal(merged.values[fixed], values[kept][fixed])
     missing = 1 - share[:, fixed].sum(1)
-    best = torch.linalg.lstsq(share[:, ~fixed], missing[:, None]).solution[:, 0]
-    torch.testing.assert_close(merged.bias[~fixed].exp().double(), best, rtol=1e-3, atol=0)
+    # Tokens 1 and 9 are equal, so that only rounding tells their votes apart: what is determined is the mass of all.
+    best = torch.linalg.pinv(share[:, ~fixed], rtol=1e-4) @ missing
+    mass = share[:, ~fixed] @ merged.bias[~fixed].exp().double()
+    torch.testing.assert_close(mass, share[:, ~fixed] @ best, rtol=1e-3, atol=0)

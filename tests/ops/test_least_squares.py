@@ -29,3 +29,27 @@ def test_elimination_is_greedy_least_squares() -> None:
             gram[None], target[None], fixed[None], [12], [count], rounds=12 - count, strength=strength
         )
         assert stay[0].nonzero().flatten().tolist() == left
+
+
+def test_columns_of_unlike_size_do_not_end_in_an_error() -> None:
+    """A Gram matrix summed in float32, one column 10^6 times the others: not positive any more, and solved all the same."""
+    columns = torch.randn(200, 60, generator=torch.Generator().manual_seed(0))
+    columns[:, 1:30] = columns[:, 31:] + 1e-6 * columns[:, 1:30]  # and nearly equal ones
+    columns[:, 0] *= 1e6
+    gram = (columns.T @ columns)[None]
+    target = columns.T @ columns[:, 5:6].repeat(1, 3)
+    assert int(torch.linalg.cholesky_ex(gram.double() + 1e-9 * torch.eye(60))[1]) > 0
+    solution = least_squares.ridge(gram, target[None], 1e-12)
+    assert solution.isfinite().all()
+    assert (columns @ solution[0] - columns[:, 5:6]).square().mean() < 0.1
+
+
+def test_what_is_not_finite_harms_nobody_else() -> None:
+    grams = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    grams = grams @ grams.mT
+    target = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(1))
+    alone = least_squares.ridge(grams[2:], target[2:], 1e-3)
+    grams[1, 2, 3] = torch.nan
+    grams[0] = torch.inf
+    solution = least_squares.ridge(grams, target, 1e-3)
+    torch.testing.assert_close(solution[2:], alone)

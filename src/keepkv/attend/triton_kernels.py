@@ -19,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from keepkv.attend.states import AttentionState, exact
-from keepkv.slots.quantized import SLOT_DTYPES, Quantized
+from keepkv.slots.by_channel import TILE, QuantizedByChannel, tile_starts
+from keepkv.slots.by_vector import QuantizedByVector
+from keepkv.slots.slot_dtype import SLOT_DTYPES
 from keepkv.slots.slots import Slots
 from keepkv.slots.vectors import Stack
 
@@ -77,15 +79,16 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
     log_mass = torch.empty(batch, heads, rows, dtype=torch.float32, device=device)
     if not output.numel():
         return output, log_mass
-    keys, key_steps, key_bits = _stored(slots.keys)
+    keys, key_steps, key_lows, key_bits, first_tiles = _stored_keys(slots)
     values, value_steps, value_bits = _stored(slots.values)
     tiles = triton.cdiv(rows, plan.block_rows)
     wide_values = max(16, triton.next_power_of_2(value_size))
     _attend[(batch * heads, tiles, plan.splits)](
-        query, keys, values, key_steps, value_steps, slots.bias, slots.bounds, parts, masses, scale,
+        query, keys, values, key_steps, key_lows, value_steps, slots.bias, slots.bounds, first_tiles, parts, masses, scale,
         heads, rows, size, value_size, *query.stride(), *keys.stride(), *values.stride(),
         BLOCK_R=plan.block_rows, BLOCK_N=plan.block_keys, BLOCK_D=max(16, triton.next_power_of_2(size)), BLOCK_V=wide_values,
-        KEY_BITS=key_bits, VALUE_BITS=value_bits, WIDEN=device.type != "cuda", num_warps=plan.warps,
+        KEY_BITS=key_bits, BY_CHANNEL=key_lows is not key_steps, TILE=TILE, VALUE_BITS=value_bits,
+        WIDEN=device.type != "cuda", num_warps=plan.warps,
     )  # fmt: skip
     _join[(batch * heads, tiles)](
         parts, masses, output, log_mass, rows, value_size, batch * heads, plan.splits,
@@ -94,10 +97,19 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, plan: Schedule | Non
     return output, log_mass
 
 
+def _stored_keys(slots: Slots) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """As `_stored`, with the lows of keys by channel beside their steps (otherwise both are the same), and first tiles."""
+    stack = slots.keys
+    if isinstance(stack, QuantizedByChannel) and stack.starts == tile_starts(slots.counts):
+        return stack.codes, stack.steps, stack.lows, stack.bits, slots.first_tiles
+    keys, steps, bits = _stored(stack)
+    return keys, steps, steps, bits, slots.bounds
+
+
 def _stored(stack: Stack) -> tuple[Tensor, Tensor, int]:
     """What the kernel reads of a stack: vectors, or integers and their steps; and the bits of an integer (0: vectors)."""
-    if isinstance(stack, Quantized):
-        return stack.codes, stack.steps, stack.slot_dtype.bits
+    if isinstance(stack, QuantizedByVector):
+        return stack.codes, stack.steps, stack.bits
     plain = stack[:]
     return plain, plain, 0
 
@@ -113,7 +125,7 @@ def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) 
     bias = torch.rand(len(keys), generator=generator).to(device)
     for slot_dtype in SLOT_DTYPES.values():
         positions = torch.arange(len(keys), device=device).int()
-        slots = Slots(slot_dtype.store(keys), slot_dtype.store(values), bias, positions, (0, *accumulate(counts)))
+        slots = slot_dtype.stored(Slots(keys, values, bias, positions, (0, *accumulate(counts))))
         case = f"on {device} for {dtype}, sizes {size} and {value_size}, and {slot_dtype.name} slots"
         try:
             output, log_mass = attend_slots(query, slots, size**-0.5)
@@ -130,10 +142,11 @@ def trial(device: torch.device, dtype: torch.dtype, size: int, value_size: int) 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, key_steps, value_steps, bias, bounds, parts, masses, scale, heads, rows, size, value_size,
+    query, keys, values, key_steps, key_lows, value_steps, bias, bounds, first_tiles, parts, masses, scale,
+    heads, rows, size, value_size,
     query_b, query_h, query_r, query_d, key_n, key_d, value_n, value_d,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, WIDEN: tl.constexpr,
+    KEY_BITS: tl.constexpr, BY_CHANNEL: tl.constexpr, TILE: tl.constexpr, VALUE_BITS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One head, BLOCK_R rows, one stretch of its slots. WIDEN: products of float32, as the interpreter has none of bfloat16."""
     head = tl.program_id(0).to(tl.int64)
@@ -143,6 +156,7 @@ def _attend(  # type: ignore[no-untyped-def]
     real_row, real_column, real_value = row < rows, column < size, value_column < value_size
 
     start, end = tl.load(bounds + head), tl.load(bounds + head + 1)
+    origin, first_tile = start, tl.load(first_tiles + head)
     stretch = tl.cdiv(tl.cdiv(end - start, BLOCK_N), tl.num_programs(2)) * BLOCK_N
     start += split * stretch
     end = tl.minimum(end, start + stretch)
@@ -161,8 +175,9 @@ def _attend(  # type: ignore[no-untyped-def]
         slot = first + tl.arange(0, BLOCK_N).to(tl.int64)
         real = slot < end
         k = _tile(
-            keys, key_steps, slot[None, :], column[:, None], real[None, :], real_column[:, None], key_n, key_d, size, KEY_BITS
-        ).to(q.dtype)
+            keys, key_steps, slot[None, :], column[:, None], real[None, :], real_column[:, None], key_n, key_d, size, KEY_BITS,
+            key_lows, first_tile + (slot[None, :] - origin) // TILE, BY_CHANNEL,
+        ).to(q.dtype)  # fmt: skip
         logits = tl.dot(q, k, input_precision="ieee") * scale
         logits += tl.load(bias + slot, mask=real, other=float("-inf"))[None, :]
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -171,7 +186,7 @@ def _attend(  # type: ignore[no-untyped-def]
         fade = tl.exp(top - level)
         v = _tile(
             values, value_steps, slot[:, None], value_column[None, :], real[:, None], real_value[None, :], value_n, value_d,
-            value_size, VALUE_BITS,
+            value_size, VALUE_BITS, value_steps, slot[:, None], False,
         ).to(q.dtype)  # fmt: skip
         summed = summed * fade[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(share, 1)
@@ -188,19 +203,26 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    stack, steps, slot, column, real_slot, real_column, stride_n, stride_d, size, BITS: tl.constexpr
-):
-    """Vectors of some slots, as a tile that slot and column broadcast to. Quantized ones: see `Quantized.unrotated`."""
+    stack, steps, slot, column, real_slot, real_column, stride_n, stride_d, size, BITS: tl.constexpr,
+    lows, grid, BY_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """Vectors of some slots, as a tile that slot and column broadcast to.
+
+    Quantized ones: see `QuantizedByVector.unrotated` and `QuantizedByChannel.unrotated`; there `grid` says which grids.
+    """
     if BITS == 0:
         tile = tl.load(stack + slot * stride_n + column * stride_d, mask=real_slot & real_column, other=0.0)
     else:
-        half = (size + 1) // 2
-        place = tl.where(column < half, column, column - half) if BITS == 4 else column
-        code = tl.load(stack + slot * stride_n + place * stride_d, mask=real_slot & real_column, other=0).to(tl.int32)
-        if BITS == 4:
-            code = tl.where(column < half, code, code >> 4) & 15
-        step = tl.load(steps + slot, mask=real_slot, other=0.0).to(tl.float32)
-        tile = (code.to(tl.float32) - (2**BITS - 1) / 2) * step
+        width = (size * BITS + 7) // 8
+        code = tl.load(stack + slot * stride_n + column % width * stride_d, mask=real_slot & real_column, other=0).to(tl.int32)
+        code = (code >> (column // width * BITS)) & (2**BITS - 1)
+        if BY_CHANNEL:
+            place = grid * size + column
+            step = tl.load(steps + place, mask=real_slot & real_column, other=0.0).to(tl.float32)
+            tile = code.to(tl.float32) * step + tl.load(lows + place, mask=real_slot & real_column, other=0.0).to(tl.float32)
+        else:
+            step = tl.load(steps + slot, mask=real_slot, other=0.0).to(tl.float32)
+            tile = (code.to(tl.float32) - (2**BITS - 1) / 2) * step
     return tile  # one return: Triton wants one type of a function, also where only one branch is compiled
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from keepkv.errors import BudgetError, InputError, KeepKVError
 from keepkv.methods import Method
 from keepkv.observe.repetition import Piece, Repeat
 from keepkv.recipe import BackingKind, Recipe
-from keepkv.slots.quantized import FLOAT
+from keepkv.slots.slot_dtype import AUTO, AUTO_FORMATS, FLOAT
 from keepkv.slots.slots import Slots
 
 if TYPE_CHECKING:
@@ -55,10 +56,12 @@ class KeepCache(BaseCache):
 
     Args:
         model: Any supported transformers model with `sdpa` attention. It is not changed, and the cache does not hold it.
-        budget: See `Recipe`. A share is that of the tokens read so far. A list has one budget for each row of the batch.
+        budget: See `Recipe`. A share is that of a cache of the tokens read so far. A list has one budget for each row of the
+            batch.
         method: See `Recipe`.
         slot_dtype: See `Recipe`. Everything that is compressed is rounded, also where the budget holds every token. Newer
             tokens and the method "full" stay exact.
+        full_dtype: See `Recipe`.
         period: Tokens after which a live cache folds the newer ones. None: the cache is not live, unless a chunk is given.
         chunk: Tokens of a forward pass, at most. None or 0: a prompt is read at once.
         tail: How many of the newest tokens are left out of every compression, on top of the budget, so that `crop` can forget
@@ -84,7 +87,7 @@ class KeepCache(BaseCache):
         >>> cache = KeepCache(model, "25%")
         >>> output = model(torch.arange(80)[None], past_key_values=cache)  # or model.generate(..., past_key_values=cache)
         >>> cache
-        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=20.0, tail=0, bytes=10.9 kB, live=False)
+        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=18.8, tail=0, bytes=10.2 kB, live=False)
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class KeepCache(BaseCache):
         method: str | Method = Recipe.method,
         *,
         slot_dtype: str = Recipe.slot_dtype,
+        full_dtype: str = Recipe.full_dtype,
         period: int | None = Recipe.period,
         chunk: int | None = Recipe.chunk,
         tail: int = Recipe.tail,
@@ -104,10 +108,9 @@ class KeepCache(BaseCache):
         column_mass: bool | None = None,
         auto: bool = True,
     ) -> None:
-        policy = Policy.of(budget, method, slot_dtype)
         recipe = Recipe(
             budget=budget if is_single(budget) else tuple(budget),
-            method=policy.method,
+            method=methods.get(method),
             slot_dtype=slot_dtype,
             chunk=chunk,
             period=period,
@@ -116,7 +119,9 @@ class KeepCache(BaseCache):
             refresh=refresh,
             references=references,
             seed=seed,
+            full_dtype=full_dtype,
         )
+        policy = Policy.of(budget, method, slot_dtype, full_dtype)
         sizes = {"period": period, "chunk": chunk or None, "tail": tail + 1, "refresh": refresh, "references": references}
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -135,6 +140,7 @@ class KeepCache(BaseCache):
             recipe.budget,
             recipe.method,
             slot_dtype=recipe.slot_dtype,
+            full_dtype=recipe.full_dtype,
             period=recipe.period,
             chunk=recipe.chunk,
             tail=recipe.tail,
@@ -377,35 +383,58 @@ class KeepCache(BaseCache):
         start = time.perf_counter()
         self._check(policy)
         tokens = self._tokens()
-        tails = self._tails()
         expected = self._expected or (0,) * len(tokens)
         lengths = [max(counts) for counts in zip(tokens, expected, strict=True)]
         try:
-            totals = [policy.total_slots(row, length, self.keep_layers) for row, length in enumerate(lengths)]
+            ways = self._ways(policy, lengths, exact)
         except BudgetError:
             if not self.live:
                 raise
             return  # too few tokens as yet
-        if exact:
-            held = [(count - tails[row]) * self.heads for row, count in enumerate(tokens)]
-        else:
-            held = [self._entries(row) for row in range(len(tokens))]
-        roomy = all(total >= own for total, own in zip(totals, held, strict=True))
-        if roomy and not exact and not policy.stored_as.bits:
+        first, totals = ways[0]
+        if self._are_held(totals, exact) and not exact and not first.stored_as.rounds:
             if not self.live:
-                self._settle(policy, [], note="left whole: the budget holds every token")
+                self._settle(first, [], note="left whole: the budget holds every token")
             return
 
         self._bank()
+        tried = [(way, self._rows(way, totals, progress, exact)) for way, totals in ways]
+        taken, rows = min(tried, key=lambda way: fmean(row.error for row in way[1]))  # of equals the first
+        self._settle(taken, rows, time.perf_counter() - start, taken.note(lengths, self.keep_layers), exact)
+
+    def _ways(self, policy: Policy, lengths: Sequence[int], exact: bool) -> list[tuple[Policy, list[int]]]:
+        """The policy and every row's slots; with slot_dtype "auto" in every format that may lose least. Raises BudgetError."""
+
+        def way(policy: Policy) -> tuple[Policy, list[int]]:
+            return policy, [policy.total_slots(row, length, self.keep_layers) for row, length in enumerate(lengths)]
+
+        if policy.stored_as != AUTO:
+            return [way(policy)]
+        whole = way(replace(policy, slot_dtype=FLOAT))
+        if self._are_held(whole[1], exact):
+            return [whole]
+        formats = AUTO_FORMATS if policy.method.judged and not self.live else AUTO_FORMATS[:1]
+        return [way(replace(policy, slot_dtype=slot_dtype)) for slot_dtype in formats]
+
+    def _are_held(self, totals: Sequence[int], exact: bool) -> bool:
+        """Whether every row's slots are enough for all its entries, see `_held`."""
+        return all(total >= held for total, held in zip(totals, self._held(exact), strict=True))
+
+    def _held(self, exact: bool) -> list[int]:
+        """Entries of every row over all layers and heads, without the tail; exact: as if nothing had been compressed."""
+        if not exact:
+            return [self._entries(row) for row in range(len(self._tokens()))]
+        return [(count - tail) * self.heads for count, tail in zip(self._tokens(), self._tails(), strict=True)]
+
+    def _rows(self, policy: Policy, totals: Sequence[int], progress: Progress, exact: bool) -> list[Compressed]:
+        """Every row, compressed to so many slots."""
         method = policy.method.in_the_middle if self._ahead else policy.method
-        rows: list[Compressed] = []
-        for row, total in enumerate(totals):
-            slots = min(total, held[row]) + tails[row] * self.heads
-            observations = Observations(
-                self.keep_layers, row, self.inv_freq, self._projections, policy.spans, tails[row], exact
-            )
+        rows = []
+        for row, (total, held, tail) in enumerate(zip(totals, self._held(exact), self._tails(), strict=True)):
+            slots = min(total, held) + tail * self.heads
+            observations = Observations(self.keep_layers, row, self.inv_freq, self._projections, policy.spans, tail, exact)
             rows.append(compress(observations, method, slots, partial(in_row, progress, row, len(totals)), policy.stored_as))
-        self._settle(policy, rows, time.perf_counter() - start, policy.note(lengths), exact)
+        return rows
 
     def _check(self, policy: Policy) -> None:
         """Raises KeepKVError unless what is held can be compressed by the policy."""
@@ -415,7 +444,7 @@ class KeepCache(BaseCache):
                 f"this cache {state}: read a prompt into a new KeepCache, and fork() it before compressing; "
                 "KeepCache(..., period=n) can be compressed again"
             )
-        check_observed(policy.method, self.keep_layers, policy.slot_dtype)
+        check_observed(policy.method, self.keep_layers, policy.stored_as)
         rows = len(self._tokens())
         if policy.spans and rows > 1:
             raise KeepKVError("keep names tokens of one text: this cache has read a batch")
@@ -464,7 +493,7 @@ class KeepCache(BaseCache):
         sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
         layers = tuple(index for index, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
         report = replace(report, repeat_seconds=self._repeat_seconds, layers=layers)
-        return with_bytes_held(report, self.keep_layers, sliding)
+        return with_bytes_held(report, self.keep_layers, sliding, self.policy.full_dtype)
 
     def __repr__(self) -> str:
         report = self.report()

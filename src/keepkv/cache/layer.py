@@ -14,8 +14,8 @@ from keepkv.cache.backing import Backing
 from keepkv.errors import KeepKVError
 from keepkv.observe.repetition import Piece, attend_piece
 from keepkv.observe.watch import LayerState, Watch
-from keepkv.slots.quantized import FLOAT, SlotDtype
-from keepkv.slots.slots import BESIDE, Slots
+from keepkv.slots.slot_dtype import FLOAT, Price, SlotDtype
+from keepkv.slots.slots import Slots
 
 
 class KeepLayer(CacheLayerMixin):
@@ -61,9 +61,11 @@ class KeepLayer(CacheLayerMixin):
         """What the layer holds, as a value."""
         return LayerState(self.slots, self.keys, self.values, self.seen)
 
-    def slot_bytes(self, slot_dtype: SlotDtype = FLOAT) -> int:
-        """Bytes of one slot: key, value, vote and position."""
-        return sum(slot_dtype.bytes(x.shape[3], x.element_size()) for x in (self.keys, self.values)) + BESIDE
+    def price(self, slot_dtype: SlotDtype = FLOAT, full_dtype: torch.dtype | None = None) -> Price:
+        """What slots cost, and tokens of a full cache in `full_dtype`, or in the dtype that the layer holds."""
+        element = self.keys.element_size()
+        full_element = element if full_dtype is None else full_dtype.itemsize
+        return slot_dtype.price(self.keys.shape[3], self.values.shape[3], element, full_element)
 
     def entries(self, row: int, start: int, tail: int) -> int:
         """Slots and tail tokens of one batch row that starts at column `start`, over all heads, without its newest `tail`."""

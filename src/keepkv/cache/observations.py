@@ -11,13 +11,13 @@ from torch import Tensor
 from keepkv.cache.layer import KeepLayer
 from keepkv.errors import KeepKVError
 from keepkv.methods import Method
-from keepkv.slots.quantized import FLOAT, SlotDtype
+from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 from keepkv.types import Observation
 
 
 def check_observed(method: Method, layers: Sequence[KeepLayer], slot_dtype: SlotDtype = FLOAT) -> None:
     """Raises KeepKVError if the method needs what the layers have not observed while they read, or cannot be stored so."""
-    if method.layer_pairs and slot_dtype.bits:
+    if method.layer_pairs and slot_dtype.rounds:
         raise KeepKVError(
             f"{method.name} stores the slots of two layers together, and these cannot be {slot_dtype.name}: slot_dtype='float'"
         )

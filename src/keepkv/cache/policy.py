@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from keepkv import methods
 from keepkv.budget import MIN_SLOTS, Budget, BudgetLike
 from keepkv.methods import Method
-from keepkv.slots.quantized import FLOAT, SlotDtype, slot_dtype_of
+from keepkv.recipe import Recipe
+from keepkv.slots.slot_dtype import AUTO, FLOAT, Price, SlotDtype, slot_dtype_of
 
 if TYPE_CHECKING:
     from keepkv.cache.layer import KeepLayer
@@ -23,18 +26,23 @@ class Policy:
         budgets: One for all rows of a batch, or one for each.
         method: Looked up in the table.
         slot_dtype: How the user wants slots stored; see `stored_as`.
+        full_dtype: In which the full cache is counted. None: as the model runs.
         spans: Tokens (first, last + 1) that keep a slot in every head.
     """
 
     budgets: tuple[Budget, ...]
     method: Method
     slot_dtype: SlotDtype = FLOAT
+    full_dtype: torch.dtype | None = None
     spans: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
-    def of(budget: BudgetLike | Sequence[BudgetLike], method: str | Method, slot_dtype: str) -> Policy:
+    def of(
+        budget: BudgetLike | Sequence[BudgetLike], method: str | Method, slot_dtype: str, full_dtype: str = Recipe.full_dtype
+    ) -> Policy:
         """From what a user gave. Raises BudgetError, MethodError, InputError for what cannot be read."""
-        return Policy(Budget.parse_all(budget), methods.get(method), slot_dtype_of(slot_dtype))
+        full = None if full_dtype == "auto" else getattr(torch, full_dtype)
+        return Policy(Budget.parse_all(budget), methods.get(method), slot_dtype_of(slot_dtype), full)
 
     def changed(
         self,
@@ -54,24 +62,31 @@ class Policy:
 
     @property
     def stored_as(self) -> SlotDtype:
-        """How slots are stored: a method that keeps all rounds nothing."""
-        return FLOAT if self.method.keeps_all else self.slot_dtype
+        """How slots are stored: not as the user wants for a method that is always exact. AUTO: it is still to be found."""
+        if self.method.always_exact or (self.method.layer_pairs and self.slot_dtype == AUTO):
+            return FLOAT
+        return self.slot_dtype
 
     @property
     def budget_text(self) -> str:
         """The budgets in words."""
         return ", ".join(map(str, self.budgets))
 
-    def note(self, tokens: Sequence[int]) -> str:
+    def note(self, tokens: Sequence[int], layers: Sequence[KeepLayer]) -> str:
         """What a report should say of the budget of rows of so many tokens; nothing as a rule."""
         budgets = self.budgets * len(tokens) if len(self.budgets) == 1 else self.budgets
-        raised = [(b, n) for b, n in zip(budgets, tokens, strict=False) if b.is_raised(n)]
+        heads, price = sum(layer.heads for layer in layers), self._price(layers)
+        raised = [(b, n) for b, n in zip(budgets, tokens, strict=False) if b.is_raised(n, heads, price)]
         if not raised or self.method.keeps_all:
             return ""
         budget, count = raised[0]
         return (
             f"{budget} of {count:,} tokens is fewer than the {MIN_SLOTS} slots per KV head that must be kept: {MIN_SLOTS} are"
         )
+
+    def _price(self, layers: Sequence[KeepLayer]) -> Price:
+        """What a slot costs, and a token of the full cache."""
+        return layers[0].price(self.stored_as, self.full_dtype)
 
     def rows(self, which: Sequence[int]) -> Policy:
         """The policy of the given rows, in that order."""
@@ -83,7 +98,8 @@ class Policy:
         if self.method.keeps_all:
             return tokens * heads
         budget = self.budgets[row if len(self.budgets) > 1 else 0]
-        slot_bytes = layers[0].slot_bytes(self.stored_as)
+        price = self._price(layers)
         if budget.kind == "bytes" and len(self.budgets) == 1:  # they are for the whole cache: the rows share them
-            slot_bytes *= len(layers[0].keys)
-        return budget.total_slots(tokens, heads, slot_bytes)
+            rows = len(layers[0].keys)
+            price = price._replace(slot=price.slot * rows, head=price.head * rows)
+        return budget.total_slots(tokens, heads, price)

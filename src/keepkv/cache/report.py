@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from keepkv import render
 from keepkv.merge.merged import Merged
-from keepkv.slots.slots import BESIDE
 
 if TYPE_CHECKING:
     from keepkv.cache.layer import KeepLayer
@@ -61,7 +61,7 @@ class Report:
         error: The share of a head's output that is lost on held-out queries, a mean over heads; 0 for methods that hold
             no queries out.
         kv_bytes: Bytes of the storages that hold slots and tail.
-        kv_bytes_full: Bytes that an uncompressed cache of all tokens read would take.
+        kv_bytes_full: Bytes that an uncompressed cache of all tokens read would take, see `Recipe.full_dtype`.
         watch_bytes: Bytes of the queries remembered for the next compression; not part of kv_bytes.
         backing_bytes: Bytes of the exact keys and values kept outside the device; not part of kv_bytes.
         compress_seconds: Of all compressions together.
@@ -70,7 +70,7 @@ class Report:
         compressions: How many there were; a live cache is compressed again and again.
         note: Why nothing was compressed, if so.
         backend: What attends to the slots, and why not the device's fast backend, if so.
-        slot_dtype: How the slots' keys and values are stored: "float", "int8" or "int4".
+        slot_dtype: How the slots' keys and values are stored, see `SlotDtype`.
         layers: The model's layers that are compressed, those with full attention.
 
     Examples:
@@ -184,10 +184,12 @@ class Report:
         return render.slots_figure(self.kept[0], self.layers or None) if self.heads else ""
 
 
-def with_bytes_held(report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor]) -> Report:
-    """The report with what the layers, and the tensors of other layers, hold at this moment."""
+def with_bytes_held(
+    report: Report, layers: Sequence[KeepLayer], others: Sequence[Tensor], full_dtype: torch.dtype | None = None
+) -> Report:
+    """The report with what the layers, and the tensors of other layers, hold at this moment. full_dtype: see `Policy`."""
     ours = [x for layer in layers for x in (layer.keys, layer.values, *(layer.slots.tensors if layer.slots else ()))]
-    token_bytes = sum((layer.slot_bytes() - BESIDE) * layer.heads for layer in layers) * len(layers[0].keys)
+    token_bytes = sum(layer.price(full_dtype=full_dtype).token * layer.heads for layer in layers) * len(layers[0].keys)
     return replace(
         report,
         tail=layers[0].tail,

@@ -49,7 +49,7 @@ def ask(
     budget: Annotated[
         str,
         option(
-            'How much of the cache to keep: a share of the tokens ("10%"), slots per KV head ("512"), or bytes ("64MB"). '
+            'How much of the cache to keep: a share of its bytes ("10%"), slots per KV head ("512"), or bytes ("64MB"). '
             '"auto" takes the smallest budget whose predicted error is within --tolerance.',
             "BUDGET",
             COMPRESSION,

@@ -204,7 +204,7 @@ def chat(
     budget: Annotated[
         str,
         option(
-            'How much of the cache to keep: slots per KV head ("1024"), bytes ("64MB"), or a share of the tokens ("10%"), '
+            'How much of the cache to keep: slots per KV head ("1024"), bytes ("64MB"), or a share of its bytes ("10%"), '
             "which grows with the conversation.",
             "BUDGET",
             COMPRESSION,

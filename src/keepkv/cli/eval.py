@@ -87,7 +87,10 @@ def evaluate(
     budgets: Annotated[
         str | None,
         _setting(
-            "Budgets, separated by commas: shares of the tokens, slots per KV head, or bytes.", "BUDGETS", COMPRESSION, "10%,5%"
+            "Budgets, separated by commas: shares of the full cache, slots per KV head, or bytes.",
+            "BUDGETS",
+            COMPRESSION,
+            "10%,5%",
         ),
     ] = None,
     repeat: Annotated[
@@ -97,11 +100,21 @@ def evaluate(
     slot_dtypes: Annotated[
         str | None,
         _setting(
-            "How the kept keys and values are stored: names, separated by commas. Each also stores the full cache in that way.",
-            "[float|int8|int4]",
+            "How the kept keys and values are stored: names, separated by commas. Each but float stores the full cache too, as "
+            "the method kivi.",
+            "[auto|float|bfloat16|int8|int4|int2]",
             COMPRESSION,
             "float",
             "--slot-dtype",
+        ),
+    ] = None,
+    full_dtype: Annotated[
+        str | None,
+        _setting(
+            "The dtype in which the full cache is counted, for shares and budgets. auto: that of the model.",
+            "DTYPE",
+            COMPRESSION,
+            "auto",
         ),
     ] = None,
     chunk: Annotated[
@@ -182,6 +195,7 @@ def evaluate(
             "question_aware": question_aware,
             "repeat": repeat,
             "slot_dtypes": _names(slot_dtypes),
+            "full_dtype": full_dtype,
             "chunk": chunk,
             "haystack": haystack,
             "max_new_tokens": max_new_tokens,

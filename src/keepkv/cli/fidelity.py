@@ -68,7 +68,7 @@ def fidelity(
         from keepkv.eval import fidelity as measuring
         from keepkv.methods import get
         from keepkv.models import loading
-        from keepkv.slots.quantized import slot_dtype_of
+        from keepkv.slots.slot_dtype import slot_dtype_of
         from keepkv.text.file import read_text
 
         names = listed(methods, "--methods", get)

@@ -75,7 +75,7 @@ File = Annotated[str, argument("A text file, or - for standard input.", "FILE")]
 Budget = Annotated[
     str,
     option(
-        'How much of the cache to keep: a share of the tokens ("10%"), slots per KV head ("512"), or bytes ("64MB").',
+        'How much of the cache to keep: a share of its bytes ("10%"), slots per KV head ("512"), or bytes ("64MB").',
         "BUDGET",
         COMPRESSION,
     ),
@@ -85,7 +85,11 @@ Method = Annotated[
 ]
 SlotDtype = Annotated[
     str,
-    option('How the kept keys and values are stored: "float" is the dtype of the model.', "[float|int8|int4]", COMPRESSION),
+    option(
+        'How the kept keys and values are stored: "float" is the dtype of the model, and "auto" tries int8 and int4.',
+        "[auto|float|bfloat16|int8|int4|int2]",
+        COMPRESSION,
+    ),
 ]
 Repeat = Annotated[
     RepeatMode,

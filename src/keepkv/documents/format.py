@@ -23,7 +23,8 @@ from keepkv.documents.identity import digest
 from keepkv.errors import InputError
 from keepkv.paths import atomic_file
 
-FORMAT = 4  # older ones are read too. New in 4: names of settings; in 3: quantized slots; in 2: a question's surroundings
+# Older ones are read too. New in 5: keys by channel; in 4: names of settings; in 3: quantized slots; in 2: a question's frame
+FORMAT = 5
 _ALIGNED = 64  # bytes
 _LARGEST_HEADER = 32 << 20  # bytes; a header is some hundred kilobytes
 

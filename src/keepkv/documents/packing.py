@@ -2,14 +2,15 @@
 
 The tensors' names: layer.3.keys and .values are the exact tail [1, H, n, d] (or, of a sliding window, all it holds);
 layer.3.slots.bias, .positions [total], .offsets [H + 1], .keys, .values [total, d]. Keys that are quantized are
-layer.3.slots.keys.codes and .steps, see `Quantized`. Keys that two layers share are layer.3.slots.keys.0.places, .norms [n]
-and directions.0 [m, d], once for both.
+layer.3.slots.keys.codes and .steps, see `QuantizedByVector`, or also .lows and .starts, see `QuantizedByChannel`. Keys that two
+layers share are layer.3.slots.keys.0.places, .norms [n] and directions.0 [m, d], once for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,10 +23,16 @@ from keepkv.cache.report import Head, Report
 from keepkv.documents.format import Contents
 from keepkv.errors import InputError
 from keepkv.models import families
-from keepkv.slots.quantized import SLOT_DTYPES, Quantized
+from keepkv.slots.by_channel import QuantizedByChannel
+from keepkv.slots.by_vector import QuantizedByVector
+from keepkv.slots.cast import Cast
+from keepkv.slots.packed import packed_width
 from keepkv.slots.shared import Block, Shared
 from keepkv.slots.slots import Slots
 from keepkv.slots.vectors import Stack
+
+_BY_VECTOR = {"int8": 8, "int4": 4, "int2": 2}  # how it is written in a file, and the bits
+_BY_CHANNEL = {f"{name} by channel": bits for name, bits in _BY_VECTOR.items()}
 
 
 def pack(cache: KeepCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -96,15 +103,25 @@ def _put(tensors: dict[str, Tensor], directions: dict[tuple[Any, ...], str], nam
     """Puts keys or values among the tensors.
 
     Returns:
-        How they are stored: "float", "int8" or "int4"; for those that two layers share, the names of each block's directions.
+        How they are stored: "float", "bfloat16", a name of _BY_VECTOR or _BY_CHANNEL; for those that two layers share, the
+        names of each block's directions.
     """
     if isinstance(stack, Tensor):
         tensors[name] = stack
         return "float"
-    if isinstance(stack, Quantized):
+    if isinstance(stack, Cast):
+        tensors[name] = stack.stored
+        return "bfloat16"
+    if isinstance(stack, QuantizedByVector):
         tensors[f"{name}.codes"] = stack.codes
         tensors[f"{name}.steps"] = stack.steps
-        return stack.slot_dtype.name
+        return next(name for name, bits in _BY_VECTOR.items() if bits == stack.bits)
+    if isinstance(stack, QuantizedByChannel):
+        tensors[f"{name}.codes"] = stack.codes
+        tensors[f"{name}.steps"] = stack.steps
+        tensors[f"{name}.lows"] = stack.lows
+        tensors[f"{name}.starts"] = torch.tensor(stack.starts)
+        return next(name for name, bits in _BY_CHANNEL.items() if bits == stack.bits)
     assert isinstance(stack, Shared)
     names = []
     for number, block in enumerate(stack.blocks):
@@ -164,10 +181,7 @@ class _LayerReader:
         if not stored or stored == "float":  # [] before format 3
             return self._take(name, count, width, dtype=dtype)
         if isinstance(stored, str):
-            slot_dtype = SLOT_DTYPES[stored]
-            codes = self._take(f"{name}.codes", count, slot_dtype.bytes(width, 0) - 2, dtype=torch.uint8)
-            steps = self._take(f"{name}.steps", count, dtype=torch.bfloat16)
-            return Quantized(codes, steps, slot_dtype, width, dtype)
+            return self._special(name, stored, count, width, dtype)
         blocks = []
         for number, directions in enumerate(stored):
             if directions not in self._directions:
@@ -182,6 +196,24 @@ class _LayerReader:
         if len(stack) != count:
             raise ValueError
         return stack
+
+    def _special(self, name: str, stored: str, count: int, width: int, dtype: torch.dtype) -> Stack:
+        """Keys or values that are stored in another way than they are read; raises KeyError for an unknown one."""
+        if stored == "bfloat16":
+            return Cast(self._take(name, count, width, dtype=torch.bfloat16), dtype)
+        if stored in _BY_VECTOR:
+            bits = _BY_VECTOR[stored]
+            codes = self._take(f"{name}.codes", count, packed_width(width, bits), dtype=torch.uint8)
+            return QuantizedByVector(codes, self._take(f"{name}.steps", count, dtype=torch.bfloat16), bits, width, dtype)
+        bits = _BY_CHANNEL[stored]
+        codes = self._take(f"{name}.codes", count, packed_width(width, bits), dtype=torch.uint8)
+        starts = tuple(self._take(f"{name}.starts", None, dtype=torch.int64).tolist())
+        if starts[0] != 0 or starts[-1] != count or any(lo > hi for lo, hi in pairwise(starts)):
+            raise ValueError
+        steps = self._take(f"{name}.steps", len(starts) - 1, width, dtype=torch.bfloat16)
+        return QuantizedByChannel(
+            codes, steps, self._take(f"{name}.lows", len(starts) - 1, width, dtype=dtype), starts, bits, width
+        )
 
     def _take(self, name: str, *shape: int | None, dtype: torch.dtype | None = None) -> Tensor:
         return self._contents.take(name, *shape, dtype=dtype).to(self._device)

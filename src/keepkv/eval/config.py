@@ -12,7 +12,7 @@ from typing import Any
 from keepkv.budget import Budget
 from keepkv.errors import InputError, nearest
 from keepkv.recipe import Recipe, RepeatMode
-from keepkv.slots.quantized import slot_dtype_of
+from keepkv.slots.slot_dtype import slot_dtype_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,6 +49,7 @@ class Config:
     question_aware: bool = False  # the question stands in the text when it is compressed
     repeat: RepeatMode = Recipe.repeat
     slot_dtypes: tuple[str, ...] = (Recipe.slot_dtype,)
+    full_dtype: str = Recipe.full_dtype  # in which the full cache is counted
     chunk: int = -1  # tokens read at a time; 0: all at once; -1: at once up to 8,192 tokens, 2,048 at a time beyond
     period: int = 256  # tokens between the folds of live caches (turns, drift)
     written: int = 2000  # tokens that drift writes
@@ -63,7 +64,9 @@ class Config:
     @property
     def recipe(self) -> Recipe:
         """The recipe of every variant, but for its method, budget and slot dtype."""
-        return Recipe(repeat=self.repeat, chunk=None if self.chunk < 0 else self.chunk, seed=self.seed)
+        return Recipe(
+            repeat=self.repeat, chunk=None if self.chunk < 0 else self.chunk, seed=self.seed, full_dtype=self.full_dtype
+        )
 
     def validate(self) -> None:
         """Checks that a run with these settings can start.
@@ -88,6 +91,7 @@ class Config:
             Budget.parse(budget)
         for slot_dtype in self.slot_dtypes:
             slot_dtype_of(slot_dtype)
+        Recipe(full_dtype=self.full_dtype)
 
 
 GROWING = {"models", "tasks", "methods", "budgets", "slot_dtypes", "lengths", "samples", "data", "data_digests"}

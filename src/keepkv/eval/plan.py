@@ -27,6 +27,7 @@ class Variant(NamedTuple):
 
 
 FULL_CACHE = Variant("full", "100%")  # what everything is compared with
+QUANTIZED = "kivi"  # the method that keeps every token in the slot dtype: quantization of everything
 
 
 class Job(NamedTuple):
@@ -45,7 +46,7 @@ def named(names: Sequence[str], table: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def contenders(names: Sequence[str]) -> dict[str, Method | Rival]:
-    """The full cache, and the methods and rivals of these names, by what the records call them.
+    """The full cache, exact and quantized, and the methods and rivals of these names, by what the records call them.
 
     Raises:
         MethodError: for an unknown name, and for two methods that are called the same.
@@ -55,7 +56,7 @@ def contenders(names: Sequence[str]) -> dict[str, Method | Rival]:
 
 @lru_cache(8)
 def _contenders(names: tuple[str, ...]) -> Mapping[str, Method | Rival]:
-    found: dict[str, Method | Rival] = {"full": get("full")}
+    found: dict[str, Method | Rival] = {name: get(name) for name in (FULL_CACHE.method, QUANTIZED)}
     for name in names:
         one = RIVALS[name] if name in RIVALS else _method(name)
         if found.setdefault(one.name, one) is not one:
@@ -73,7 +74,7 @@ def _method(name: str) -> Method:
 
 
 def variants(config: Config, task: Task | None = None) -> list[Variant]:
-    """The full cache, the full cache in every slot dtype, and every method at every budget in every slot dtype.
+    """The full cache, the full cache quantized to every slot dtype, and every method at every budget in every slot dtype.
 
     What cannot be is left out: a rival where it does not apply or with quantized slots, and a method that stores two layers'
     slots together with quantized ones.
@@ -83,7 +84,7 @@ def variants(config: Config, task: Task | None = None) -> list[Variant]:
         task: The task; None: any that is a text and questions.
     """
     table = contenders(config.methods)
-    found = [FULL_CACHE, *(FULL_CACHE._replace(slot_dtype=name) for name in config.slot_dtypes)]
+    found = [FULL_CACHE, *(Variant(QUANTIZED, "100%", name) for name in config.slot_dtypes if name != "float")]
     for budget in config.budgets:
         for name, one in table.items():
             if isinstance(one, Rival):
@@ -91,7 +92,7 @@ def variants(config: Config, task: Task | None = None) -> list[Variant]:
                     found.append(Variant(name, budget))
             elif not one.keeps_all:
                 found += [Variant(name, budget, each) for each in config.slot_dtypes if each == "float" or not one.layer_pairs]
-    return list(dict.fromkeys(found))
+    return found
 
 
 def jobs(config: Config, records: Sequence[Record]) -> list[Job]:

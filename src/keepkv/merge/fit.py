@@ -42,7 +42,8 @@ def fit(
     their number and not with its square (`docs/theory.md 6.4`).
 
     Every 8th row is held out. Unless the fit loses less there than eviction of the same entries does (or than `trust` times as
-    much), the head is evicted instead, which is counted as a fallback (`docs/theory.md 6.5`).
+    much), the head is evicted instead, which is counted as a fallback (`docs/theory.md 6.5`). Both are judged as they will be
+    stored.
 
     Args:
         values: [h, T, d_v] of h heads.
@@ -60,7 +61,7 @@ def fit(
     own = slots.pick(values)
     counts = [len(entries) for entries in kept]
     count = rows.queries.shape[1]
-    if count < HOLD_OUT or not free.any():
+    if count < HOLD_OUT or not (free.any() or rows.stored_as.rounds):
         return [Merged(k[:n], v[:n], b[:n]) for k, v, b, n in zip(keys, own, before, counts, strict=True)]
 
     train = torch.arange(count - count // HOLD_OUT, device=values.device)
@@ -71,9 +72,10 @@ def fit(
     votes, fitted = _fitted(trained.on(slots), own, trained.outputs, repeat_share, free, strength)
 
     share = judged.on(slots)
+    stored, own_stored = rows.stored_as.round_values(fitted), rows.stored_as.round_values(own)
     dropped_share = rows.repeat_share.square().sum(1) - repeat_share.square().sum(1)  # what the repetition asks in vain
-    error, mass_error = _lost(share, votes, fitted, judged.outputs)
-    evict_error, evict_mass_error = _lost(share, torch.ones_like(votes), own, judged.outputs)
+    error, mass_error = _lost(share, votes, stored, judged.outputs)
+    evict_error, evict_mass_error = _lost(share, torch.ones_like(votes), own_stored, judged.outputs)
     has_free = free.any(1)
     better = has_free & (error < trust * evict_error)  # not if it is NaN
     fitted = torch.where(better[:, None, None], fitted, own)
@@ -86,7 +88,8 @@ def fit(
             evict_error + dropped_share,
         ]
     )
-    per_head = figures.where(has_free, 0).T.tolist()  # read from the device once
+    changed = has_free | rows.stored_as.rounds
+    per_head = figures.where(changed, 0).T.tolist()  # read from the device once
     return [
         Merged(k[:n], v[:n], b[:n], int(fell_back), *errors)
         for k, v, b, n, (fell_back, *errors) in zip(keys, fitted, bias, counts, per_head, strict=True)

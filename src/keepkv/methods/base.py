@@ -46,6 +46,7 @@ class Method:
         judged: Whether the merge measures its error on queries that are held out (`Merged.error`).
         trial: Slots per head of a first compression whose errors, if `judged`, correct the allotment. 0: there is none.
         keeps_all: Whether every token is kept, whatever the budget.
+        always_exact: Whether slots are stored as the model computes them, whatever the slot dtype.
         layer_pairs: How neighboring layers store their slots together. None: each for itself.
         cost: What it costs, for its page, as the next two.
         good: What it is good for.
@@ -75,6 +76,7 @@ class Method:
     judged: bool = False
     trial: int = 0
     keeps_all: bool = False
+    always_exact: bool = False
     layer_pairs: LayerPairs | None = None
     cost: str = ""
     good: str = ""

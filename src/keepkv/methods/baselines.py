@@ -1,4 +1,4 @@
-"""The two ends of the scale: every token is kept, or tokens are drawn at random."""
+"""The ends of the scale: every token is kept, exactly or quantized, or tokens are drawn at random."""
 
 from __future__ import annotations
 
@@ -27,9 +27,20 @@ METHODS = (
         paper="",
         score=score.recency,
         keeps_all=True,
+        always_exact=True,
         cost="nothing",
         good="comparing every other method with it",
         bad="saving memory: it saves none",
+    ),
+    Method(
+        name="kivi",
+        summary="every token, whatever the budget, as the slot dtype stores it: keys by channel, values by vector",
+        paper="KIVI, arXiv 2402.02750",
+        score=score.recency,
+        keeps_all=True,
+        cost="nothing but the rounding; the newest tokens are rounded too, where the paper keeps 128 as they are",
+        good="everything, at a third of a 16-bit cache in 4 bits",
+        bad="smaller caches than its bits give: with slots stored as the model computes them it saves nothing",
     ),
     Method(
         name="random",

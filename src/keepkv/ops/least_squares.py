@@ -128,10 +128,24 @@ def eliminate(
 
 
 def _factor(gram: Tensor, strength: float, free: Tensor | None = None) -> Tensor:
-    """The Cholesky factor of G + κI, with zeros for the rows and columns of G where free is false."""
+    """The Cholesky factor of G + κI, with zeros for the rows and columns of G where free is false.
+
+    A G that was summed in float32 may miss being positive by more than κ makes up for, where one column is much larger than the
+    others. Then κ is raised tenfold until it does. A G that is not finite gets the factor of I, so that its solution is not
+    finite either and whoever judges it falls back; the other heads' do not suffer.
+    """
     lifted = gram.double() if free is None else torch.where(free[..., None] & free[..., None, :], gram.double(), 0)
     diagonal = lifted.diagonal(dim1=-2, dim2=-1)
     count = diagonal.shape[-1] if free is None else free.sum(-1).clamp(min=1)
     diagonal.add_((strength * diagonal.sum(-1) / count + 1e-12)[..., None])
-    factor: Tensor = torch.linalg.cholesky(lifted)
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(lifted)
+    if failed.any():
+        mean = (diagonal.sum(-1) / count)[..., None, None].clamp(min=1e-30)
+        unit = torch.eye(lifted.shape[-1], dtype=lifted.dtype, device=lifted.device)
+        for raised in (strength * 10**power for power in range(1, 8)):
+            more, still = torch.linalg.cholesky_ex(lifted + raised * mean * unit)
+            factor = torch.where((failed != 0)[..., None, None], more, factor)
+            failed = torch.where(failed != 0, still, failed)
+        factor = torch.where((failed != 0)[..., None, None], unit, factor)
     return factor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from keepkv.slots import vectors
+from keepkv.slots.by_channel import TILE
 from keepkv.slots.vectors import Stack
 
 BESIDE = 8  # bytes of a slot beside its key and value: its bias and its position
@@ -78,6 +79,12 @@ class Slots:
     def bounds(self) -> Tensor:
         """`offsets` as int64 beside the slots, for kernels."""
         return torch.tensor(self.offsets, dtype=torch.int64, device=self.keys.device)
+
+    @cached_property
+    def first_tiles(self) -> Tensor:
+        """The first tile of every (row, KV head) as int64 beside the slots, for kernels, where keys are stored by channel."""
+        tiles = [0, *accumulate(-(-count // TILE) for count in self.counts)]
+        return torch.tensor(tiles, dtype=torch.int64, device=self.keys.device)
 
     @staticmethod
     def cat(parts: Sequence[Slots]) -> Slots:

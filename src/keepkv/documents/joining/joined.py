@@ -33,7 +33,7 @@ from keepkv.methods import Method
 from keepkv.observe.bank import Bank
 from keepkv.observe.watch import Watch
 from keepkv.recipe import Recipe
-from keepkv.slots.quantized import SLOT_DTYPES, SlotDtype
+from keepkv.slots.slot_dtype import SLOT_DTYPES, SlotDtype
 from keepkv.slots.slots import Slots
 
 
@@ -115,9 +115,9 @@ def joined(
 
 def _store(cache: KeepCache, slot_dtype: SlotDtype) -> None:
     """Stores the slots, which were read to be moved, in a format again."""
-    for layer in cache.keep_layers if slot_dtype.bits else ():
-        slots = layer.slots
-        layer.slots = slots and replace(slots, keys=slot_dtype.store(slots.keys[:]), values=slot_dtype.store(slots.values[:]))
+    for layer in cache.keep_layers if slot_dtype.rounds else ():
+        if layer.slots:
+            layer.slots = slot_dtype.stored(layer.slots)
     if cache.compressed:
         cache.restore(replace(cache.report(), slot_dtype=slot_dtype.name))
 
