@@ -115,6 +115,7 @@ class Observation:
             with a bias of -inf. None where every entry is one token, as are the next two.
         key_positions: [H, T] int64, ascending, the token each key comes from. Use `positions`, which is never None.
         read: How many tokens were read. Use `tokens`, which is never None.
+        slots: Slots per head on average that the compression will leave, for scores; None where that is not decided yet.
     """
 
     keys: Tensor
@@ -134,6 +135,7 @@ class Observation:
     bias: Tensor | None = None
     key_positions: Tensor | None = None
     read: int | None = None
+    slots: float | None = None
 
     @property
     def heads(self) -> int:
