@@ -5,8 +5,8 @@
 kept.json is what kvpress_kept.py wrote. Both sides run with the same number of slots, the same for every head (but kvcompose,
 whose layers differ), and with kvpress's protection (which sinks and newest tokens always stay): "alike". Then keepkv's own row
 is compared as it is: "default". Where kvpress has drawn a random matrix with two seeds, these are compared with each other:
-"seeds". Prints, per text, method and budget, the share of kept tokens that agree, the share of heads in which all do, and, where
-some do not, how close to the border they were: the gap between the scores of the swapped tokens, over the score's spread.
+"seeds". Prints, per text, method and budget, the share of kept tokens that agree, the share of heads in which all do, and,
+where some do not, how close to the border they were: the gap between the scores of the swapped tokens, over the score's spread.
 """
 
 from __future__ import annotations

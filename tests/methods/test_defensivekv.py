@@ -36,13 +36,12 @@ def formula(observation: object, first: float, slots: float | None) -> torch.Ten
     for head in range(2):
         mean = a[head].mean((0, 1))[:count]
         mean = mean / mean.sum()
-        total, number = 0.0, 0
-        for token in mean.argsort(descending=True).tolist():
+        total = 0.0
+        for number, token in enumerate(mean.argsort(descending=True).tolist()):
             total += float(mean[token])
             if total >= first - float(a[..., count:].sum(-1).mean()) or (slots is not None and number >= int(slots) - 32):
                 break
             risk[head, token] = most
-            number += 1
     return torch.cat([risk, torch.full((2, 32), INF, dtype=torch.float64)], 1)
 
 

@@ -36,7 +36,7 @@ def leverage(observation: Observation, counted: Tensor, sketch: int = 48, ridge:
         x = x @ gaussian.to(x.device)
     gram = (x.mT @ x).double()
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    solved = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), x.double().mT, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), x.double().mT, upper=False)
     return solved.square().sum(1).float()
 
 
@@ -75,9 +75,11 @@ def neighborhood(observation: Observation, counted: Tensor, chunk: int = 256) ->
 def blended(observation: Observation, sketch: int = 48, blend: float | None = None) -> Tensor:
     """λ z(leverage) + z(attention within chunks); the first 8 tokens and the newest 4 get the best score. [H, T].
 
-    z subtracts the mean over all heads and tokens of the layer, and divides by the standard deviation. λ is the share of the
-    entries that the compression drops, as in kvpress' CompactorPress, which the paper's author wrote; .35 where that is not
-    decided. Compactor, arXiv 2507.08143, section 3.
+    Leverage is that of a key without its rotation among all keys, seen through a random matrix of 48 columns: how badly the
+    other keys could replace it. Attention is what the tokens of a chunk of 256 pay each other, not causally, times the norm of
+    the value, mean over 3 neighbors. z subtracts the mean over all heads and tokens of the layer, and divides by the standard
+    deviation. λ is the share of the entries that the compression drops, as in kvpress' CompactorPress, which the paper's author
+    wrote; .35 where that is not decided. Compactor, arXiv 2507.08143, section 3.
 
     Where this differs from that press: a last chunk that is not full is a softmax over its own keys only, and the Gaussian
     matrix is drawn from this library's seed. The author's engine, compactor-vllm, differs from his press: there leverage is

@@ -66,7 +66,7 @@ def defensive(observation: Observation, window: int = 32, kernel: int = 5, first
 METHODS = (
     Method(
         name="defensivekv",
-        summary="the largest share that any of the last 32 queries pays × value norm, shared among the heads of a layer",
+        summary="what any one of the last 32 queries attends to × value norm, shared within a layer",
         paper="DefensiveKV, arXiv 2510.13334",
         score=defensive,
         allot=partial(allot.within_layers, floor=0.0),
@@ -78,7 +78,7 @@ METHODS = (
     ),
     Method(
         name="layer-defensivekv",
-        summary="as defensivekv, shared among all layers and heads",
+        summary="what any one of the last 32 queries attends to × value norm, over all layers and heads",
         paper="Layer-DefensiveKV, arXiv 2510.13334",
         score=defensive,
         allot=partial(allot.everywhere, floor=0.0),

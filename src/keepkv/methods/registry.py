@@ -35,6 +35,7 @@ _FILES = (
     "d2o",
     "minicache",
     "attention_matching",
+    "attention_matching_budgets",
     "keepkv",
 )
 

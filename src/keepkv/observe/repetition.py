@@ -106,6 +106,6 @@ def attend_piece(
         if alone:  # the output is that over all; only the shares are counted anew, as those among fewer entries
             counted = torch.cat([torch.ones_like(near, dtype=torch.bool), draft.positions[far] < SINKS])
             share.mul_(share[:, counted].sum(1, keepdim=True).clamp_(min=1e-30).reciprocal_())
-        own_peak = share[:, :size].unflatten(0, (-1, new)).amax(1)  # [G, size]
+        own_peak = share[:, :size].reshape(-1, new, size).amax(1)  # [G, size]
         peak[head, first - offset : last - offset] = own_peak.mean(0) if group_mean else own_peak.amax(0)
     return output, peak
