@@ -4,15 +4,17 @@ Runs in kvpress's environment (README.md) on what dump_segments.py wrote, first 
 for kvcompose, which allots slots to layers. positions.py then compares keepkv's own rows of the same methods.
 
 Compactor multiplies keys by a random matrix: "compactor" does so with the seeds 0 and 1, which shows how far chance alone goes,
-and in "compactor-exact" the matrix is square, which leaves leverage scores as they are without any. Its stretches lose some of
-their first tokens, so that its chunks of 256 tokens are full: kvpress lets the padding of a last chunk take part.
+and in "compactor-exact" the matrix is the identity. Its stretches lose some of their first tokens, so that its chunks of 256
+tokens are full: kvpress lets the padding of a last chunk take part.
 """
 
 import argparse
 import json
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import kvpress as kp
 import torch
@@ -38,7 +40,9 @@ def kept_positions(model, ids: torch.Tensor, press: kp.BasePress, ratio: float, 
     full, compressed = DynamicCache(), DynamicCache()
     model(ids, past_key_values=full)
     press.compression_ratio = ratio
-    with press(model):
+    # Compactor draws its matrix [..., 64, 64] at this place, and divides it by 8.
+    exact = mock.patch("torch.randn", lambda *shape, **kwargs: 8 * torch.eye(64).expand(shape))
+    with exact if getattr(press, "sketch_dimension", 0) == 64 else nullcontext(), press(model):
         model(ids, past_key_values=compressed)
     layers = []
     for full_layer, layer in zip(full.layers, compressed.layers, strict=True):

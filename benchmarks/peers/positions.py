@@ -81,12 +81,12 @@ def agreement(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--kept", type=Path, required=True)
+    parser.add_argument("--kept", type=Path, nargs="+", required=True)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     model, _ = loading.load(args.model)
     table, caches, first_seed = [], {}, {}
-    for row in json.loads(args.kept.read_text()):
+    for row in (row for file in args.kept for row in json.loads(file.read_text())):
         name, theirs = row["method"], row["kept"]
         key = (row["text"], name, row["budget"])
         if row.get("seed"):

@@ -31,7 +31,7 @@ def formula(observation: object, first: float, slots: float | None) -> torch.Ten
         for token in range(count):
             value = observation.values[head, token].double()
             size[head, token] = sum((value @ weight.double()).abs().sum() for weight in PROJECTION[head]) / 3
-    risk = risk * size / size.sum(0)
+    risk = risk * size / size.sum(1, keepdim=True)
     most = risk.max()
     for head in range(2):
         mean = a[head].mean((0, 1))[:count]

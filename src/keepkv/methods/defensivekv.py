@@ -21,11 +21,14 @@ def defensive(observation: Observation, window: int = 32, kernel: int = 5, first
     query's sum:
 
         s_i  = max over the group and the window of pool(a)_i · sum(a) / sum(pool(a))
-        risk = max(s_i, mean_j s_j) · n_i          n_i = ||W_O v_i||_1, mean over the group, over its sum over the heads
+        risk = max(s_i, mean_j s_j) · n_i          n_i = ||W_O v_i||_1, mean over the group, over its sum over tokens
 
     First come the tokens that make up the largest .9 - w of a head's attention, at most as many as a head has slots beyond the
     window; w is the window's own share, and attention is the mean over window and group. They get the best risk of the layer,
     and the window stays. DefensiveKV, arXiv 2510.13334, section 4; the first stage and n are CriticalKV's, arXiv 2502.03805.
+
+    Where the authors' code differs: its n is divided by the sum over the heads of the layer instead of that over tokens, and
+    its w is the share of the 32 tokens before the window.
 
     Args:
         observation: What the layer showed.
@@ -48,7 +51,8 @@ def defensive(observation: Observation, window: int = 32, kernel: int = 5, first
     worst = pooled.amax((1, 2)).where(present, 0)
     worst = torch.maximum(worst, worst.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1))
     size = score.projected_norm(observation, "defensivekv")[:, :before]
-    own = worst * size / size.sum(0).clamp(min=1e-30)
+    size = size.where(present, 0)
+    own = worst * size / size.sum(1, keepdim=True).clamp(min=1e-30)
 
     attention = older.mean((1, 2))
     attention = attention / attention.sum(1, keepdim=True).clamp(min=1e-30)
