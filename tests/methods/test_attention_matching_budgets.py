@@ -11,7 +11,7 @@ import torch
 from helpers import make_model, randn64, tokens
 from keepkv import KeepCache, allot
 from keepkv.choose import best
-from keepkv.methods import attention_matching, attention_matching_budgets
+from keepkv.methods import attention_matching
 from keepkv.methods.attention_matching_budgets import between, convex_slopes, error_curve, gains
 from keepkv.observe import references
 from keepkv.types import Observation
@@ -100,7 +100,9 @@ def test_entries_score_the_slope_at_their_rank() -> None:
         slots = [1, 4, 8, 16, 32]  # 1, 2, 5, 10, 20 and 40% of 80
         kept = [best(share[head], n) for n in slots]
         errors = error_curve(observation.values[head], kept, observation.rows(slice(head, head + 1)))
-        torch.testing.assert_close(falling, convex_slopes(*between([0, *slots, 80], [1.0, *errors, 0.0])))
+        torch.testing.assert_close(
+            falling, convex_slopes(*between([0, *slots, 80], [1.0, *(error**2 for error in errors), 0.0]))
+        )
     counts = allot.everywhere(score[None], 60, floor=0.0)[0]
     assert len(set(counts)) > 1
 
@@ -128,10 +130,7 @@ def test_a_model_s_budgets_are_spent_where_attention_is_hard_to_match() -> None:
     counts = [layer.slots.counts for layer in cache.keep_layers]
     assert sum(map(sum, counts)) == 180
     assert len({count for layer in counts for count in layer}) > 1
-    assert min(map(min, counts)) >= 3  # a tenth of the average
+    assert min(map(min, counts)) >= 9  # .3 of the average
     for layer in cache.keep_layers:
         for positions in torch.split(layer.slots.positions, layer.slots.counts):
             assert positions[0] == 0  # the first tokens stay
-    observation = attention_matching_budgets.METHODS[0]
-    assert observation.repeat is not None
-    assert observation.repeat.needed

@@ -24,13 +24,13 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # of a head's entries: as many slots
 
 
 def gains(observation: Observation) -> Tensor:
-    """-dE/dn: how much of its output a head loses less with one slot more, for each entry in the order of its share. [H, T].
+    """-d(E²)/dn: what one slot more saves the head, for each entry in the order of its share. [H, T].
 
     E(n), the head's error with n slots, is measured: n entries of the highest attention are fitted on half of the reference
     rows, and E is what is lost on every eighth row, which is held out (`docs/theory.md 6.5`). This is done for 1, 2, 5, 10, 20
-    and 40% of the entries; E is 1 without any slot, and 0 with all. The n-th best entry scores the slope at n of the curve's
-    convex hull. If the best scores of all heads win, no slot can be moved from one head to another without raising the sum of
-    E: it is what exchanging slots greedily ends in. `docs/theory.md 7.3`.
+    and 40% of the entries; E is 1 without any slot, and 0 with all. The n-th best entry scores the slope at n of the convex
+    hull of E². If the best scores of all heads win, no slot can be moved from one head to another without raising the sum of
+    E²: it is what exchanging slots greedily ends in. `docs/theory.md 7.3`.
 
     Attention Matching, arXiv 2602.16284, exchanges budgets greedily too, but along curves that are measured once for each
     model: the rise of the log-perplexity of answers when one head's budget changes while all the others have 5%, mean over
@@ -45,7 +45,7 @@ def gains(observation: Observation) -> Tensor:
         slots = sorted({max(1, int(part * count)) for part in SHARES if int(part * count) < count})
         keep = [best(order, n) for n in slots]
         errors = error_curve(observation.values[head].float(), keep, observation.rows(slice(head, head + 1)))
-        slopes = convex_slopes(*between([0, *slots, count], [1.0, *errors, 0.0]))
+        slopes = convex_slopes(*between([0, *slots, count], [1.0, *(error**2 for error in errors), 0.0]))
         score[head, order.argsort(descending=True, stable=True)[:count]] = slopes.to(score)
     return score
 
@@ -115,7 +115,7 @@ METHODS = (
         summary="as attention-matching, its budgets exchanged along error curves of the heads",
         paper="Attention Matching, arXiv 2602.16284 (fast variant, nonuniform budgets)",
         score=gains,
-        allot=partial(allot.everywhere, floor=0.1),
+        allot=partial(allot.everywhere, floor=0.3),
         recent=0,
         choose=most_answered,
         merge=fitted(match),
