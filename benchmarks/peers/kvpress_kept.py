@@ -75,8 +75,8 @@ def main() -> None:
                 places = kept_positions(model, ids, PRESSES[name](), 1 - budget / 100, seed)
                 row = {"text": text, "method": name, "budget": budget, "seed": seed, "ids": ids[0].tolist(), "kept": places}
                 rows.append(row)
+                args.output.write_text(json.dumps(rows))
                 print(f"{text}: {name} at {budget:g}%: {len(places[0][0])} of {ids.shape[1]} tokens a head", flush=True)
-    args.output.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
