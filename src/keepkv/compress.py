@@ -79,7 +79,7 @@ def compress(
     total = min(total, entries)
     step = _stepper(progress, len(observations) * (3 if method.trial else 2))
 
-    scored = _score(observations, method, step)
+    scored = _score(observations, method, total, step)
     if method.layer_pairs:
         total = min(entries, int(total / _price(method.layer_pairs, observations[0], len(observations))))
     scores, counts = _allot(scored, method, total)
@@ -123,14 +123,15 @@ class _Scored:
         return self.scores.shape[0] * self.scores.shape[1]
 
 
-def _score(observations: Sequence[Observation], method: Method, step: Callable[[], None]) -> _Scored:
-    """How much each entry of each layer matters."""
+def _score(observations: Sequence[Observation], method: Method, total: int, step: Callable[[], None]) -> _Scored:
+    """How much each entry of each layer matters, where so many slots in all will be left."""
     references: list[References | None] = []
     scores, positions = [], []
     tokens = pinned = 0
     for observation in observations:
         references.append(method.references(observation) if method.references else None)
-        score = method.score(replace(observation, references=references[-1]))
+        slots = total / (observation.heads * len(observations))
+        score = method.score(replace(observation, references=references[-1], slots=slots))
         score = score.masked_fill(~observation.present, -torch.inf)
         if observation.keep is not None:
             must_stay = observation.keep & observation.present

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool1d
 
+from keepkv.errors import ModelError
 from keepkv.observe.references import window_logits
 from keepkv.types import Observation
 
@@ -70,6 +71,27 @@ def rising_window(observation: Observation, window: int) -> Tensor:
         first = lo - count + window
         total += torch.einsum("hgwt,w->hgt", share, weight[first : first + share.shape[2]])
     return total
+
+
+def projected_norm(observation: Observation, method: str) -> Tensor:
+    """n_i = sum over the group of ||W_O v_i||_1, how large an entry's value is in the layer's output, [H, T].
+
+    W_O is the part of the output projection that a query head's output goes through. CriticalKV, arXiv 2502.03805, algorithm 1.
+
+    Args:
+        observation: What the layer showed.
+        method: Who asks, for the error.
+
+    Raises:
+        ModelError: if the weights of the model cannot be read.
+    """
+    if observation.projection is None:
+        raise ModelError(f"{method} needs the output projection of every layer, and this model's weights cannot be read")
+    sizes = torch.zeros(observation.keys.shape[:2], device=observation.keys.device)
+    for size, values, projections in zip(sizes, observation.values.float(), observation.projection, strict=True):
+        for weight in projections:  # [d_v, D]
+            size += torch.cat([(piece @ weight.float()).abs().sum(1) for piece in torch.split(values, 1024)])
+    return sizes
 
 
 def output_change(observation: Observation) -> Tensor:

@@ -120,6 +120,7 @@ class Observation:
         key_positions: [H, T] int64, ascending, the token each key comes from. Use `positions`, which is never None.
         read: How many tokens were read. Use `tokens`, which is never None.
         stored_as: How the slots will be stored. Before a merge, the kept keys are rounded to what will be read.
+        slots: Slots per head on average that the compression will leave, for scores; None where that is not decided yet.
     """
 
     keys: Tensor
@@ -140,6 +141,7 @@ class Observation:
     key_positions: Tensor | None = None
     read: int | None = None
     stored_as: SlotDtype = FLOAT
+    slots: float | None = None
 
     @property
     def heads(self) -> int:

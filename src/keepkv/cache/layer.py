@@ -169,7 +169,8 @@ class KeepLayer(CacheLayerMixin):
         keys = self.keys[0].to(wide)
         values = self.values[0].to(wide)
         first, last, _, how = piece
-        output, peak = attend_piece(rows, keys, values, new, draft, first, last, self.seen - self.tail, how.alone)
+        before_tail = self.seen - self.tail
+        output, peak = attend_piece(rows, keys, values, new, draft, first, last, before_tail, how.alone, how.group_mean)
         before = LayerState(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
         self.watch = self.watch.repeat(peak.float(), before)
         if how.queries:

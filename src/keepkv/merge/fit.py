@@ -74,8 +74,8 @@ def fit(
     share = judged.on(slots)
     stored, own_stored = rows.stored_as.round_values(fitted), rows.stored_as.round_values(own)
     dropped_share = rows.repeat_share.square().sum(1) - repeat_share.square().sum(1)  # what the repetition asks in vain
-    error, mass_error = _lost(share, votes, stored, judged.outputs)
-    evict_error, evict_mass_error = _lost(share, torch.ones_like(votes), own_stored, judged.outputs)
+    error, mass_error = lost(share, votes, stored, judged.outputs)
+    evict_error, evict_mass_error = lost(share, torch.ones_like(votes), own_stored, judged.outputs)
     has_free = free.any(1)
     better = has_free & (error < trust * evict_error)  # not if it is NaN
     fitted = torch.where(better[:, None, None], fitted, own)
@@ -145,7 +145,7 @@ def _fitted(
     return votes, fitted
 
 
-def _lost(share: Tensor, votes: Tensor, values: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+def lost(share: Tensor, votes: Tensor, values: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """The share of the output that is lost, and the rms error of the mass, over rows of exact shares on the slots, both [h].
 
     mean over rows of min(1, ||d||² / ||Y/2||²) with d = m o/(m + 1) - Y/2, o the output over the slots and m their mass: the

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from keepkv import score
 from keepkv.choose import best
-from keepkv.errors import ModelError
 from keepkv.methods.base import Method
 from keepkv.types import Choice, Observation
 
@@ -19,22 +18,17 @@ def two_stages(
 ) -> list[Choice]:
     """Half by score, the rest by (score + 1e-4) × mean over the group of ||W_O v_i||_1.
 
-    W_O is the part of the output projection that a query head's output goes through. The sum bounds how much the output changes
-    without entry i. Scores [H, T] are shares of attention, +inf for what must stay. CriticalKV, arXiv 2502.03805, algorithm 1.
+    Their sum bounds how much the output changes without entry i. W_O is as in `score.projected_norm`. Scores [H, T] are shares
+    of attention, +inf for what must stay. CriticalKV, arXiv 2502.03805, algorithm 1.
     """
-    if observation.projection is None:
-        raise ModelError("criticalkv needs the output projection of every layer, and this model's weights cannot be read")
+    sizes = score.projected_norm(observation, "criticalkv")
     choices = []
     for head, count in enumerate(counts):
-        score, values = scores[head], observation.values[head].float()
-        projections = observation.projection[head]
-        size = torch.zeros_like(score)
-        for weight in projections:  # [d_v, D]
-            size += torch.cat([(piece @ weight.float()).abs().sum(1) for piece in torch.split(values, 1024)])
-        chosen_first = best(score, int(first * count))
-        second_score = (score + lift) * size / len(projections)
-        second_score = second_score.masked_fill(score.isneginf(), -torch.inf).scatter(0, chosen_first, torch.inf)
-        choices.append(Choice(best(second_score.masked_fill(score.isposinf(), torch.inf), count)))
+        own = scores[head]
+        chosen_first = best(own, int(first * count))
+        second_score = (own + lift) * sizes[head] / observation.queries.shape[1]
+        second_score = second_score.masked_fill(own.isneginf(), -torch.inf).scatter(0, chosen_first, torch.inf)
+        choices.append(Choice(best(second_score.masked_fill(own.isposinf(), torch.inf), count)))
     return choices
 
 

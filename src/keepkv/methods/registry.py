@@ -23,7 +23,10 @@ _FILES = (
     "knorm",
     "adakv",
     "criticalkv",
+    "defensivekv",
     "kvzip",
+    "kvcompose",
+    "compactor",
     "rkv",
     "keepkv_paper",
     "kvmerger",
@@ -32,6 +35,7 @@ _FILES = (
     "d2o",
     "minicache",
     "attention_matching",
+    "attention_matching_budgets",
     "keepkv",
 )
 

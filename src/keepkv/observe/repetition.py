@@ -22,6 +22,8 @@ class Repeat(NamedTuple):
             Otherwise they are counted among all.
         queries: Whether the queries of the repetition are kept, for references.
         needed: Whether the method cannot do without the repetition.
+        group_mean: Whether a token's share is the mean over the group of each query head's largest one, as KVCompose counts.
+            Otherwise it is the largest one of all.
     """
 
     chunk: int = 256
@@ -29,6 +31,7 @@ class Repeat(NamedTuple):
     alone: bool = False
     queries: bool = False
     needed: bool = False
+    group_mean: bool = False
 
 
 WHOLE = Repeat(chunk=2048, draft=1, alone=True, queries=True, needed=True)  # as in KVzip: every piece over the full cache
@@ -60,6 +63,7 @@ def attend_piece(
     last: int,
     offset: int = 0,
     alone: bool = False,
+    group_mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a piece that is being repeated, and what it asks of every token.
 
@@ -76,6 +80,7 @@ def attend_piece(
         last: The token behind its last one.
         offset: The position of the tail's first token.
         alone: See `Repeat`.
+        group_mean: See there.
 
     Returns:
         The output [H, R, d_v], and the largest share that each token of the tail got [H, n], 0 outside the piece.
@@ -101,5 +106,6 @@ def attend_piece(
         if alone:  # the output is that over all; only the shares are counted anew, as those among fewer entries
             counted = torch.cat([torch.ones_like(near, dtype=torch.bool), draft.positions[far] < SINKS])
             share.mul_(share[:, counted].sum(1, keepdim=True).clamp_(min=1e-30).reciprocal_())
-        peak[head, first - offset : last - offset] = share[:, :size].amax(0)
+        own_peak = share[:, :size].reshape(-1, new, size).amax(1)  # [G, size]
+        peak[head, first - offset : last - offset] = own_peak.mean(0) if group_mean else own_peak.amax(0)
     return output, peak
