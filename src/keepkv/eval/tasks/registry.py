@@ -15,6 +15,9 @@ from keepkv.eval.tasks.task import Task
 
 _FILES = (
     "needles",
+    "facts",
+    "languages",
+    "code",
     "synthetic",
     "continuation",
 )

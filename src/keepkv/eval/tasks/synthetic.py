@@ -9,10 +9,14 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from keepkv.eval import measure
-from keepkv.eval.metrics import all_of, any_of, fields
-from keepkv.eval.sample import Draw, Question, Sample, hide, put
-from keepkv.eval.tasks.needles import CITIES, NAMES, TRADES, WORDS, drawn_facts, value
-from keepkv.eval.tasks.task import RULER, Task
+from keepkv.eval.metrics import all_of, any_of, fields, named
+from keepkv.eval.sample import Draw, Question, Sample, hide, joined, put
+from keepkv.eval.tasks import facts
+from keepkv.eval.tasks.needles import CITIES, MANNERS, NAMES, TRADES, WORDS, value
+from keepkv.eval.tasks.task import RULER, Task, twice
+
+SURNAMES = ["Adams", "Berg", "Costa", "Duval", "Evans", "Fischer", "Gomez", "Hansen", "Ito", "Jansen", "Keller", "Lopez"]
+GOODS = ["lamps", "boots", "clocks", "kites", "violins", "candles", "maps", "spices", "buttons", "bicycles", "mirrors", "toys"]
 
 
 def pairs(draw: Draw) -> Sample:
@@ -41,6 +45,38 @@ def among_pairs(draw: Draw, table: list[tuple[str, str]], indices: list[int]) ->
 
 def _line(key: str, right: str) -> str:
     return f' "{key}": "{right}"'
+
+
+def lookup(draw: Draw) -> Sample:
+    """A nested document about shops, by town and name; four of its values are asked for by their keys."""
+    rng = draw.rng
+    document: dict[str, dict[str, dict[str, str]]] = {}
+    asked: list[tuple[str, str, str]] = []
+    total = 0
+    names = [f"{manner} {word}" for manner in MANNERS for word in WORDS]
+    places = rng.sample([(town, name) for town in CITIES for name in names], len(CITIES) * len(names))
+    for town, name in places:
+        if total >= draw.tokens and len(asked) >= 4:
+            break
+        shop = {
+            "owner": f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}",
+            "phone": str(rng.randrange(10**5, 10**6)),
+            "sells": rng.choice(GOODS),
+            "founded": str(rng.randrange(1800, 2000)),
+        }
+        document.setdefault(town, {})[name] = shop
+        asked.append((town, name, rng.choice(list(shop))))
+        total += draw.prose.count(f'"{name}": {json.dumps(shop, indent=3)},')
+    text = "A JSON document about shops:\n" + json.dumps(document, indent=1)
+    order = [(town, name) for town in document for name in document[town]]
+    questions = []
+    for town, name, key in sorted(rng.sample(asked, 4), key=lambda place: order.index(place[:2])):
+        right = document[town][name][key]
+        others = sorted({document[a][b][key] for a, b in order} - {right})
+        wrong = tuple(rng.sample(others, 3)) if len(others) >= 3 else ()
+        ask = f'In the JSON document above, what is the "{key}" of "{name}" in "{town}"? Answer with the value.'
+        questions.append(Question(ask, right, named(right), wrong, order.index((town, name)) / (len(order) - 1)))
+    return Sample(text, tuple(questions))
 
 
 def variables(draw: Draw, hops: int = 4) -> Sample:
@@ -150,29 +186,28 @@ def instructions(draw: Draw) -> Sample:
         f"{start}: The text is about a {other_word}. {end}",
         f"{start}: The text is about a {word}. {other_end}",
     )
-    return Sample(f"{rules}\n\n{' '.join(draw.lines(rules))}", (Question(ask, right, score, wrong, 0.0),))
+    return Sample(f"{rules}\n\n{joined(draw.lines(rules))}", (Question(ask, right, score, wrong, 0.0),))
 
 
-def turns(draw: Draw) -> Sample:
+def turns(draw: Draw, paraphrased: bool = False) -> Sample:
     """A conversation: eight facts are told in eight turns, with other talk between them; then each is asked for."""
-    facts = drawn_facts(draw.rng)
-    lines = draw.lines(*(sentence for sentence, _ in facts))
+    drawn = facts.drawn(draw, paraphrased=paraphrased, ending=", according to what I told you?")
+    lines = draw.lines(*(question.expected for question in drawn))
     conversation = []
-    questions = []
-    for i, (sentence, question) in enumerate(facts):
-        talk = lines[len(lines) * i // len(facts) : len(lines) * (i + 1) // len(facts)]
-        conversation.append((" ".join([*talk, sentence]), "I see. I will remember that."))
-        ask = question.ask.replace("the text above", "what I told you")
-        questions.append(replace(question, ask=ask, depth=i / (len(facts) - 1)))
+    for i, question in enumerate(drawn):
+        talk = lines[len(lines) * i // len(drawn) : len(lines) * (i + 1) // len(drawn)]
+        conversation.append((joined([*talk, question.expected]), "I see. I will remember that."))
+    questions = (replace(question, depth=i / (len(drawn) - 1)) for i, question in enumerate(drawn))
     return Sample("", tuple(questions), tuple(conversation))
 
 
 TASKS = (
     Task("pairs", "UUID keys and values in a JSON object", "arXiv 2307.03172", pairs),
+    Task("json-values", "values of a nested JSON document, asked for by their keys", "", lookup),
     Task("variables", "a chain of assignments in prose", RULER, variables),
     Task("common", "the ten most common words of a list", RULER, common),
     Task("frequent", "the three most frequent coded words", RULER, frequent),
     Task("json", "a person described in prose, as JSON of a schema", "", record),
     Task("instructions", "three instructions at the head of a text", "", instructions),
-    Task("turns", "eight facts told in eight turns through a live cache", "", turns, measure.prepare_turns),
+    *twice("turns", "eight facts told in eight turns through a live cache", turns, measure.prepare_turns),
 )
