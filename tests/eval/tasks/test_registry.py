@@ -10,12 +10,12 @@ import pytest
 
 from eval.drawn import PROSE, draw
 from keepkv.eval.sample import Draw
-from keepkv.eval.tasks import registry
+from keepkv.eval.tasks import facts, registry
 
 LISTS = ("pairs", "json-values", "common", "frequent")  # texts without prose
 OTHER = ("variables", "common", "frequent", "json", "instructions", "fidelity", "drift")
 VALUES = [name for name in registry.TASKS if name not in OTHER]
-DEEP = [name for name in VALUES if name.startswith(("needle", "facts", "corrected", "code"))]
+DEEP = [name for name in VALUES if name.startswith(("needle", "facts", "easy-facts", "corrected", "code"))]
 
 
 @pytest.mark.parametrize("name", registry.TASKS)
@@ -67,7 +67,7 @@ def test_what_was_said_first_is_scored_apart_from_its_correction() -> None:
         sample = registry.TASKS[name].make(draw(0))
         for question in sample.questions:
             old = question.wrong[0]
-            assert sample.text.index(old) < sample.text.index(f"This has changed. Now {question.expected[0].lower()}")
+            assert sample.text.index(old) < sample.text.index(facts.CORRECTION + question.expected[0].lower())
             assert (question.score(old), question.more["old"](old)) == (0, 1)
             assert (question.score(question.expected), question.more["old"](question.expected)) == (1, 0)
 

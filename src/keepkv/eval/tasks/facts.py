@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from keepkv.eval.metrics import all_named, first_named, named
@@ -82,8 +83,59 @@ ENGLISH = (
         [str(year) for year in range(1400, 1700)],
     ),
 )
+EASY = (
+    Fact(
+        "The doctor's baby is called {}.",
+        "What is the doctor's baby called",
+        "What is the name of the physician's infant",
+        NAMES,
+    ),
+    Fact(
+        "The sailors' favorite dish is {}.",
+        "What is the favorite dish of the sailors",
+        "Which food do seamen like best",
+        ["lentil soup", "roast duck", "apple pie", "fried trout", "onion bread", "plum cake"],
+    ),
+    Fact(
+        "The old church was built in {}.",
+        "When was the old church built",
+        "In which year did they construct the ancient chapel",
+        [str(year) for year in range(1400, 1700)],
+    ),
+    Fact(
+        "The teacher moved to {}.",
+        "Where did the teacher move to",
+        "In which city does the instructor live",
+        CITIES,
+    ),
+    Fact(
+        "The thief stole a {}.",
+        "What did the thief steal",
+        "What did the robber take",
+        ["violin", "lantern", "saddle", "necklace", "carpet", "telescope"],
+    ),
+    Fact(
+        "The movie lasts {} minutes.",
+        "How many minutes does the movie last",
+        "How long is the film",
+        [str(minutes) for minutes in range(61, 240)],
+    ),
+    Fact(
+        "The gardener's son became a {}.",
+        "What did the gardener's son become",
+        "Which profession does the boy of the landscaper have",
+        TRADES,
+    ),
+    Fact(
+        "The spy's password is {}.",
+        "What is the spy's password",
+        "Which code word does the secret agent use",
+        WORDS,
+    ),
+)
 ABOVE = ", according to the text above?"
-NOW = " now, according to the latest news in the text above?"
+CORRECTION = "That turned out to be wrong: in fact, "
+LATEST = ", according to the latest information?"
 
 ANIMALS = ["goat", "parrot", "turtle", "rabbit", "donkey", "falcon", "lizard", "hamster", "pigeon", "ferret", "peacock",
            "otter", "spider", "rooster", "hedgehog", "llama", "monkey", "swan", "badger", "camel"]  # fmt: skip
@@ -127,20 +179,21 @@ def corrected(draw: Draw, paraphrased: bool = False, count: int = 4) -> Sample:
     more: old, whether the old value was given instead, that is, named first.
     """
     sentences, questions = [], []
-    for fact in draw.rng.sample(ENGLISH, count):
+    for fact in draw.rng.sample(EASY, count):
         old, new, *others = draw.rng.sample(fact.pool, 4) if fact.pool else values(draw.rng, "numbers", 4)
         sentences.append(fact.says.format(old))
         wrong = tuple(fact.says.format(value) for value in (old, *others))
-        ask = (fact.paraphrased if paraphrased else fact.plain) + NOW
+        ask = (fact.paraphrased if paraphrased else fact.plain) + LATEST
         more = {"old": first_named(old, new)}
         questions.append(Question(ask, fact.says.format(new), first_named(new, old), wrong, more=more))
-    sentences += [f"This has changed. Now {question.expected[0].lower()}{question.expected[1:]}" for question in questions]
+    sentences += [f"{CORRECTION}{question.expected[0].lower()}{question.expected[1:]}" for question in questions]
     text, depths = spread(draw.rng, draw.lines(*sentences), sentences)
     return Sample(text, tuple(replace(question, depth=at) for question, at in zip(questions, depths[count:], strict=True)))
 
 
 TASKS = (
     *twice("facts", "eight unlike facts, one in each eighth of the text", each_asked),
+    *twice("easy-facts", "eight facts in everyday words, one in each eighth", partial(each_asked, facts=EASY, ending="?")),
     *twice("ten-facts", "ten facts in one answer", ten),
     *twice("corrected", "four facts that are said anew: the new version is right", corrected),
 )
