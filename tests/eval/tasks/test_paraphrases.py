@@ -64,5 +64,19 @@ def test_paraphrased_questions_share_no_content_word_with_the_facts(name: str, m
 def test_every_task_about_facts_has_both_halves() -> None:
     plain = {name.removesuffix("-paraphrased") for name in PARAPHRASED}
     assert plain <= set(registry.TASKS)
-    keys_only = {"pairs", "json-values", "variables", "common", "frequent", "json", "instructions", "fidelity", "drift"}
+    keys_only = {
+        "needles-4",
+        "needles-8",
+        "needles-8-uuids",
+        "multi-query",
+        "pairs",
+        "json-values",
+        "variables",
+        "common",
+        "frequent",
+        "json",
+        "instructions",
+        "fidelity",
+        "drift",
+    }
     assert set(registry.TASKS) - set(PARAPHRASED) - plain == keys_only, "tasks whose questions cannot be put in other words"

@@ -24,7 +24,7 @@ PARAPHRASES = {  # of a city, and of a kind of value
     "Tunis": "the city near Carthage", "Riga": "the capital of Latvia", "Hanoi": "the capital of Vietnam",
     "Accra": "the capital of Ghana", "Lima": "the capital of Peru", "Perth": "the largest city of Western Australia",
     "Sofia": "the capital of Bulgaria", "Kyoto": "the old capital of Japan", "Turin": "the capital of Piedmont",
-    "numbers": "enchanted digits belong", "words": "enchanted expression belongs", "uuids": "enchanted identifier belongs",
+    "numbers": "digits", "words": "expression", "uuids": "identifier",
 }  # fmt: skip
 MANNERS = ["quiet", "golden", "hollow", "patient", "crooked", "gentle", "frozen", "humble", "sudden", "ancient", "bitter"]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the one needle, one sample after the other
@@ -66,7 +66,8 @@ def needles(draw: Draw, keys: int = 1, kind: str = "numbers", paraphrased: bool 
         wrong = tuple(f"{lead} {other}" for other in draw.rng.sample([other for other in pool if other != right], 3))
         ask = f"What is the special magic {kind[:-1]} for {cities[i]} mentioned in the text above? Answer with it alone."
         if paraphrased:
-            ask = f"Which {PARAPHRASES[kind]} to {PARAPHRASES[cities[i]]}, according to the text above? Answer briefly."
+            what = PARAPHRASES[kind]
+            ask = f"Which extraordinary {what} does the text above give for {PARAPHRASES[cities[i]]}? Answer with the {what}."
         questions.append(Question(ask, f"{lead} {right}", any_of(right), wrong, depths[i]))
     return Sample(text, tuple(questions))
 
@@ -80,22 +81,19 @@ def multivalue(draw: Draw, paraphrased: bool = False, count: int = 4) -> Sample:
     text, _ = hide(draw.rng, draw.lines(*needle_sentences), needle_sentences)
     ask = f"What are all the special magic numbers for {city} mentioned in the text above? There are {count}."
     if paraphrased:
-        ask = f"Which {count} {PARAPHRASES['numbers']} to {PARAPHRASES[city]}, according to the text above?"
+        ask = f"Which extraordinary digits does the text above give for {PARAPHRASES[city]}? There are {count} entries."
     return Sample(text, (Question(ask, ", ".join(right), all_of(*right), _swapped(right, wrong)),))
 
 
-def multiquery(draw: Draw, paraphrased: bool = False, count: int = 4) -> Sample:
+def multiquery(draw: Draw, count: int = 4) -> Sample:
     """niah_multiquery: four keys with a value each, all asked for in one question."""
     cities = draw.rng.sample(CITIES, count)
     pool = values(draw.rng, "numbers", count + 4)
     right, wrong = pool[:count], pool[count:]
     needle_sentences = [_sentence("numbers", city, value) for city, value in zip(cities, right, strict=True)]
     text, _ = hide(draw.rng, draw.lines(*needle_sentences), needle_sentences)
-    asked = [PARAPHRASES[city] for city in cities] if paraphrased else cities
-    enumeration = ", ".join(asked[:-1]) + f" and {asked[-1]}"
+    enumeration = ", ".join(cities[:-1]) + f" and {cities[-1]}"
     ask = f"What are the special magic numbers for {enumeration} mentioned in the text above? Answer in this order."
-    if paraphrased:
-        ask = f"Which {PARAPHRASES['numbers']} to {enumeration}, according to the text above? Answer in this order."
     return Sample(text, (Question(ask, ", ".join(right), all_of(*right), _swapped(right, wrong)),))
 
 
@@ -104,17 +102,18 @@ def _swapped(right: list[str], wrong: list[str]) -> tuple[str, ...]:
     return tuple(", ".join([*right[: len(right) - n], *wrong[:n]]) for n in (1, 2, len(right)))
 
 
-def _both(name: str, summary: str, keys: int = 1, kind: str = "numbers") -> tuple[Task, Task]:
-    return twice(name, summary, partial(needles, keys=keys, kind=kind), source=RULER)
+def _one(name: str, summary: str, kind: str) -> tuple[Task, Task]:
+    """Both forms of a task with one key: with several keys, small models cannot tell which one a paraphrase means."""
+    return twice(name, summary, partial(needles, kind=kind), source=RULER)
 
 
 TASKS = (
-    *_both("needle", "one number in prose, at five depths"),
-    *_both("needle-words", "two words in prose, at five depths", kind="words"),
-    *_both("needle-uuids", "one UUID in prose, at five depths", kind="uuids"),
-    *_both("needles-4", "four numbers with a key each, asked one by one", keys=4),
-    *_both("needles-8", "eight keys, four of them asked one by one", keys=8),
-    *_both("needles-8-uuids", "the same with UUIDs", keys=8, kind="uuids"),
+    *_one("needle", "one number in prose, at five depths", "numbers"),
+    *_one("needle-words", "two words in prose, at five depths", "words"),
+    *_one("needle-uuids", "one UUID in prose, at five depths", "uuids"),
+    Task("needles-4", "four numbers with a key each, asked one by one", RULER, partial(needles, keys=4)),
+    Task("needles-8", "eight keys, four of them asked one by one", RULER, partial(needles, keys=8)),
+    Task("needles-8-uuids", "the same with UUIDs", RULER, partial(needles, keys=8, kind="uuids")),
     *twice("multi-value", "four numbers of one key, in one question", multivalue, source=RULER),
-    *twice("multi-query", "four keys in one question", multiquery, source=RULER),
+    Task("multi-query", "four keys in one question", RULER, multiquery),
 )
