@@ -88,10 +88,17 @@ class Prose:
                 f"the haystack has about {total:,} tokens, fewer than the {tokens:,} wanted: give a longer text or a folder "
                 "of texts with --haystack, or smaller --lengths"
             )
+        if len(self._starts) > 1 and len(sentences) > 2 and total - tokens > self.count(sentences[-1]) / 2:
+            sentences.pop()  # the nearer length; one text alone is cut as it always was
         return sentences
 
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        starts: tuple[int, ...] = getattr(self.sentences, "starts", (0,))
+        return starts
+
     def _start(self, rng: random.Random, tokens: int, number: int) -> int:
-        starts = getattr(self.sentences, "starts", (0,))
+        starts = self._starts
         if len(starts) == 1:
             return rng.randrange(len(self.sentences))
         text = random.Random(0).sample(range(len(starts)), len(starts))[number % len(starts)]

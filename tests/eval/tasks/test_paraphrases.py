@@ -42,7 +42,7 @@ def shared(text: str, ask: str, language: str) -> set[str]:
 
 def sample_without_prose(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> Sample:
     """A sample in which only the facts have content words."""
-    monkeypatch.setattr(haystack, "functions", lambda: (FILLER + "\n\n",) * 200)
+    monkeypatch.setattr(haystack, "functions", lambda: (FILLER + "\n\n",) * 500)
     draw = Draw(random.Random(number), Prose((FILLER,) * 500, lambda text: len(text.split())), 400, number)
     return registry.get(name).make(draw)
 

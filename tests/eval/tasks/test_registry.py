@@ -10,12 +10,12 @@ import pytest
 
 from eval.drawn import PROSE, draw
 from keepkv.eval.sample import Draw
-from keepkv.eval.tasks import facts, registry
+from keepkv.eval.tasks import registry
 
 LISTS = ("pairs", "json-values", "common", "frequent")  # texts without prose
 OTHER = ("variables", "common", "frequent", "json", "instructions", "fidelity", "drift")
 VALUES = [name for name in registry.TASKS if name not in OTHER]
-DEEP = [name for name in VALUES if name.startswith(("needle", "facts", "easy-facts", "corrected", "code"))]
+DEEP = [name for name in VALUES if name.startswith(("needle", "facts", "easy-facts", "corrected"))]
 
 
 @pytest.mark.parametrize("name", registry.TASKS)
@@ -67,7 +67,9 @@ def test_what_was_said_first_is_scored_apart_from_its_correction() -> None:
         sample = registry.TASKS[name].make(draw(0))
         for question in sample.questions:
             old = question.wrong[0]
-            assert sample.text.index(old) < sample.text.index(facts.CORRECTION + question.expected[0].lower())
+            assert sample.text.index(old) < sample.text.index(
+                f"Correction: {question.expected[0].lower()}{question.expected[1:-1]}, not "
+            )
             assert (question.score(old), question.more["old"](old)) == (0, 1)
             assert (question.score(question.expected), question.more["old"](question.expected)) == (1, 0)
 
@@ -83,6 +85,9 @@ def test_code_is_python_with_the_values_asked_for() -> None:
     sample = registry.TASKS["code"].make(draw(1, tokens=1000))
     assert len(re.findall(r"^(?:async )?def \w+\(", sample.text, re.MULTILINE)) > 5
     compile(sample.text, "sample", "exec")
+    for question in sample.questions:
+        (place,) = re.finditer(rf' ?= ?"?{question.expected}"?(?=\n|\))', sample.text)
+        assert place.start() / len(sample.text) == pytest.approx(question.depth, abs=0.02)
 
 
 def test_json_values_are_those_of_the_document() -> None:

@@ -134,7 +134,7 @@ EASY = (
     ),
 )
 ABOVE = ", according to the text above?"
-CORRECTION = "That turned out to be wrong: in fact, "
+CORRECTED = ", according to the correction?"
 LATEST = ", according to the latest information?"
 
 ANIMALS = ["goat", "parrot", "turtle", "rabbit", "donkey", "falcon", "lizard", "hamster", "pigeon", "ferret", "peacock",
@@ -178,15 +178,17 @@ def corrected(draw: Draw, paraphrased: bool = False, count: int = 4) -> Sample:
 
     more: old, whether the old value was given instead, that is, named first.
     """
-    sentences, questions = [], []
+    sentences, corrections, questions = [], [], []
     for fact in draw.rng.sample(EASY, count):
         old, new, *others = draw.rng.sample(fact.pool, 4) if fact.pool else values(draw.rng, "numbers", 4)
         sentences.append(fact.says.format(old))
+        says_new = fact.says.format(new)
+        corrections.append(f"Correction: {says_new[0].lower()}{says_new[1:-1]}, not {old}.")
         wrong = tuple(fact.says.format(value) for value in (old, *others))
-        ask = (fact.paraphrased if paraphrased else fact.plain) + LATEST
+        ask = fact.paraphrased + LATEST if paraphrased else fact.plain + CORRECTED
         more = {"old": first_named(old, new)}
-        questions.append(Question(ask, fact.says.format(new), first_named(new, old), wrong, more=more))
-    sentences += [f"{CORRECTION}{question.expected[0].lower()}{question.expected[1:]}" for question in questions]
+        questions.append(Question(ask, says_new, first_named(new, old), wrong, more=more))
+    sentences += corrections
     text, depths = spread(draw.rng, draw.lines(*sentences), sentences)
     return Sample(text, tuple(replace(question, depth=at) for question, at in zip(questions, depths[count:], strict=True)))
 

@@ -8,7 +8,7 @@ import hashlib
 import re
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate, chain
@@ -27,7 +27,7 @@ MODULES = (  # of the standard library, pure Python, in every supported version
     "shutil", "smtplib", "socketserver", "statistics", "string", "subprocess", "tarfile", "tempfile", "textwrap", "threading",
     "timeit", "tokenize", "trace", "traceback", "turtle", "types", "uuid", "warnings", "wave", "weakref", "webbrowser",
 )  # fmt: skip
-LONGEST = 1600  # letters of a function
+LONGEST = 800  # letters of a statement
 _TEST_FOLDERS = {"tests", "test", "testing"}
 _SUFFIXES = {".txt", ".md", ".rst", ".text", ".py"}
 
@@ -40,6 +40,13 @@ class Haystack(tuple[str, ...]):
     """
 
     starts: tuple[int, ...] = (0,)
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[str]]) -> Haystack:
+        """The sentences of these texts."""
+        haystack = cls(chain.from_iterable(texts))
+        haystack.starts = tuple(accumulate(map(len, texts[:-1]), initial=0))
+        return haystack
 
 
 @cache
@@ -61,8 +68,7 @@ def sentences(path: str = "") -> Haystack:
         texts = [parts for file in files if (parts := _parts(file))]
     else:
         texts = [_parts(Path(path))]
-    found = Haystack(chain.from_iterable(texts))
-    found.starts = tuple(accumulate(map(len, texts[:-1]), initial=0))
+    found = Haystack.of(texts)
     if len(found) < 8:
         raise InputError(f"{path!r} holds {len(found)} sentences of prose: a haystack needs at least 8, better some thousand")
     return found
@@ -87,18 +93,15 @@ def digest(path: str = "") -> str:
 
 
 @cache
-def functions() -> tuple[str, ...]:
-    """The functions of Python's standard library, each with the blank lines that follow it. Nothing is imported for it."""
-    found = []
-    for module in MODULES:
-        file = Path(sysconfig.get_path("stdlib")) / f"{module}.py"
-        if file.is_file():
-            found += blocks(file.read_text(encoding="utf-8"))
-    return tuple(block for block in found if block.startswith(("def ", "async def ")) and len(block) < LONGEST)
+def functions() -> Haystack:
+    """The functions of Python's standard library, a text for each module. Nothing is imported for it."""
+    files = (Path(sysconfig.get_path("stdlib")) / f"{module}.py" for module in MODULES)
+    texts = [blocks(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    return Haystack.of([[block for block in text if block.startswith(("def ", "async def "))] for text in texts])
 
 
 def blocks(source: str) -> list[str]:
-    """The statements of a Python file, and of its classes, in order: each with two line breaks after it."""
+    """The statements of a Python file, and of its classes, in order, without long ones: each with two line breaks after it."""
     lines = source.splitlines()
     found = []
     for node in ast.parse(source).body:
@@ -106,7 +109,7 @@ def blocks(source: str) -> list[str]:
         for part in parts:
             first = min([part.lineno, *(decorator.lineno for decorator in getattr(part, "decorator_list", ()))])
             found.append(textwrap.dedent("\n".join(lines[first - 1 : part.end_lineno])) + "\n\n")
-    return found
+    return [block for block in found if len(block) < LONGEST]
 
 
 def documentation() -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
+from bisect import bisect_left
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -50,33 +51,36 @@ def _line(key: str, right: str) -> str:
 def lookup(draw: Draw) -> Sample:
     """A nested document about shops, by town and name; four of its values are asked for by their keys."""
     rng = draw.rng
-    document: dict[str, dict[str, dict[str, str]]] = {}
-    asked: list[tuple[str, str, str]] = []
-    total = 0
-    names = [f"{manner} {word}" for manner in MANNERS for word in WORDS]
-    places = rng.sample([(town, name) for town in CITIES for name in names], len(CITIES) * len(names))
-    for town, name in places:
-        if total >= draw.tokens and len(asked) >= 4:
-            break
-        shop = {
+    names = [(town, f"{manner} {word}") for town in CITIES for manner in MANNERS for word in WORDS]
+    shops = {
+        place: {
             "owner": f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}",
             "phone": str(rng.randrange(10**5, 10**6)),
             "sells": rng.choice(GOODS),
             "founded": str(rng.randrange(1800, 2000)),
         }
-        document.setdefault(town, {})[name] = shop
-        asked.append((town, name, rng.choice(list(shop))))
-        total += draw.prose.count(f'"{name}": {json.dumps(shop, indent=3)},')
-    text = "A JSON document about shops:\n" + json.dumps(document, indent=1)
-    order = [(town, name) for town in document for name in document[town]]
+        for place in rng.sample(names, len(names))
+    }
+    sizes = range(5, len(shops))
+    size = sizes[bisect_left(sizes, draw.tokens, key=lambda size: draw.prose.count(_document(shops, size))) - 1]
+    text = _document(shops, size)
+    places = sorted(list(shops)[:size], key=lambda place: text.index(shops[place]["phone"]))
     questions = []
-    for town, name, key in sorted(rng.sample(asked, 4), key=lambda place: order.index(place[:2])):
-        right = document[town][name][key]
-        others = sorted({document[a][b][key] for a, b in order} - {right})
+    for place in sorted(rng.sample(places, 4), key=places.index):
+        key = rng.choice(list(shops[place]))
+        right = shops[place][key]
+        others = sorted({shops[other][key] for other in places} - {right})
         wrong = tuple(rng.sample(others, 3)) if len(others) >= 3 else ()
-        ask = f'In the JSON document above, what is the "{key}" of "{name}" in "{town}"? Answer with the value.'
-        questions.append(Question(ask, right, named(right), wrong, order.index((town, name)) / (len(order) - 1)))
+        ask = f'In the JSON document above, what is the "{key}" of "{place[1]}" in "{place[0]}"? Answer with the value.'
+        questions.append(Question(ask, right, named(right), wrong, places.index(place) / (size - 1)))
     return Sample(text, tuple(questions))
+
+
+def _document(shops: dict[tuple[str, str], dict[str, str]], size: int) -> str:
+    towns: dict[str, dict[str, dict[str, str]]] = {}
+    for town, name in list(shops)[:size]:
+        towns.setdefault(town, {})[name] = shops[town, name]
+    return "A JSON document about shops:\n" + json.dumps(towns, indent=1)
 
 
 def variables(draw: Draw, hops: int = 4) -> Sample:
