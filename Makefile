@@ -10,6 +10,7 @@
 # make eval-kit  every method, and retrieval, on three models, small: into runs/eval-kit (under an hour; needs make models, continues)
 # make test-vllm  the plugin inside vLLM, on a CPU (VLLM=0.29.0 to 0.32.0; 0.29.0 with Ray too), ten to twenty minutes
 # make models  the models that keepkv is measured on, into its cache folder (1.2 GB fetched, 3.1 GB kept; for developers)
+# make texts   long real texts to measure on, into its cache folder (45 MB fetched, 8 MB kept; for developers)
 # make nightly  what takes hours, with a record of each stage (STAGES="kill mutate" for some, SHORT=1 to try them; see .ci/nightly)
 # make site    the documentation site, built strictly into site/ (make site-serve shows it while you write)
 # make check-site  the site in a real browser, page by page (needs Chromium)
@@ -31,7 +32,7 @@ TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help models demo test check test-min test-vllm wheel nightly picture notebook eval eval-quick eval-kit site site-serve check-site bench bench-gpu clean
+.PHONY: help models texts demo test check test-min test-vllm wheel nightly picture notebook eval eval-quick eval-kit site site-serve check-site bench bench-gpu clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -112,6 +113,9 @@ eval-kit: .venv/ready
 models: .venv/ready
 	@.venv/bin/python $(PIP) -c constraints.txt accelerate
 	@.venv/bin/python benchmarks/models.py $(NAMES)
+
+texts: .venv/ready
+	@.venv/bin/python benchmarks/texts.py $(NAMES)
 
 # The theme reaches its end of life in May 2027 and says so in every build: Zensical, of the same authors, is to follow it.
 site site-serve: export NO_MKDOCS_2_WARNING := 1

@@ -27,6 +27,11 @@ def models_folder() -> Path:
     return cache_folder() / "models"
 
 
+def texts_folder() -> Path:
+    """Where `make texts` puts the texts that keepkv is measured on, a folder each."""
+    return cache_folder() / "texts"
+
+
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """Yields a path beside `file` to write to. When the block ends, what was written replaces `file`, whole or not at all.

@@ -1,6 +1,7 @@
 """Scores of an answer in words, each from 0 to 1.
 
-Every function but `plain` and `words` takes the right answers, and returns what scores an answer.
+Every function but `plain` and `words` takes the right answers, and returns what scores an answer. ROUGE-L and edit similarity
+are computed by the packages of the extra `eval`. The others are a few lines each, and tested against other implementations.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping
-from difflib import SequenceMatcher
+from importlib import import_module
+from typing import Any
 
+from keepkv.errors import InputError
 from keepkv.eval.sample import Score
 
 
@@ -38,6 +41,41 @@ def all_of(*answers: str) -> Score:
         0.5
     """
     return lambda answer: sum(plain(right) in plain(answer) for right in answers) / len(answers)
+
+
+def named(*answers: str) -> Score:
+    """1 if one of the right answers occurs in the answer as whole words.
+
+    Example:
+        >>> named("Lima")("Nothing but the climate."), named("Lima")("In Lima, I think.")
+        (0.0, 1.0)
+    """
+    return lambda answer: float(any(_place(answer, right) is not None for right in answers))
+
+
+def all_named(*answers: str) -> Score:
+    """The share of the right answers that occur in the answer as whole words."""
+    return lambda answer: sum(_place(answer, right) is not None for right in answers) / len(answers)
+
+
+def first_named(right: str, wrong: str) -> Score:
+    """1 if the right one of two answers occurs in the answer, and the wrong one not before it.
+
+    Example:
+        >>> first_named("Oslo", "Riga")("Oslo, no longer Riga."), first_named("Oslo", "Riga")("Riga, then Oslo.")
+        (1.0, 0.0)
+    """
+
+    def score(answer: str) -> float:
+        here, there = _place(answer, right), _place(answer, wrong)
+        return float(here is not None and (there is None or here < there))
+
+    return score
+
+
+def _place(answer: str, right: str) -> int | None:
+    match = re.search(rf"(?<!\w){re.escape(plain(right))}(?!\w)", plain(answer))
+    return match and match.start()
 
 
 def words(text: str) -> list[str]:
@@ -68,33 +106,49 @@ def exact(*answers: str) -> Score:
 
 
 def rouge_l(*answers: str) -> Score:
-    """ROUGE-L's F1: 2 LCS / (m + n) over words, the best over the right answers (Lin 2004).
+    """ROUGE-L's F1 by the package rouge-score, the best over the right answers (Lin 2004): 2 LCS / (m + n) over words.
 
-    LCS is the length of the longest common subsequence, m and n are the numbers of words.
+    LCS is the length of the longest common subsequence, m and n are the numbers of words. Words are those of rouge-score, with
+    the letters of every language.
+
+    Raises:
+        InputError: without keepkv[eval].
     """
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    return lambda answer: max(float(scorer.score(right, answer)["rougeL"].fmeasure) for right in answers)
 
-    def rouge_of_one(answer: str, right: str) -> float:
-        predicted, expected = plain(answer).split(), plain(right).split()
-        lengths = [0] * (len(expected) + 1)  # lengths[i]: of the longest common subsequence with the first i words
-        for word in predicted:
-            diagonal = 0
-            for i, other in enumerate(expected, 1):
-                above = lengths[i]
-                lengths[i] = diagonal + 1 if word == other else max(above, lengths[i - 1])
-                diagonal = above
-        return 2 * lengths[-1] / (len(predicted) + len(expected)) if predicted and expected else 0.0
 
-    return lambda answer: max(rouge_of_one(answer, right) for right in answers)
+class _Words:
+    """The words of rouge-score's own tokenizer, which takes only the letters from a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 def code_similarity(*answers: str) -> Score:
-    """Similarity of the first line that is no comment to the right line, by difflib's ratio (LongBench's code tasks)."""
+    """Edit similarity, by RapidFuzz, of the first line that is no comment to the right line (LongBench's code tasks).
+
+    It is 1 - d / (m + n): d insertions and deletions turn one line into the other, m and n are the numbers of letters.
+
+    Raises:
+        InputError: without keepkv[eval].
+    """
+    ratio = _library("rapidfuzz.fuzz").ratio
 
     def score(answer: str) -> float:
         lines = [line for line in answer.splitlines() if line.strip() and not line.lstrip().startswith(("`", "#", "//"))]
-        return max(SequenceMatcher(None, lines[0], right).ratio() for right in answers) if lines else 0.0
+        return max(float(ratio(lines[0], right)) / 100 for right in answers) if lines else 0.0
 
     return score
+
+
+def _library(module: str) -> Any:
+    """A module of the extra `eval`. Raises InputError if it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError:
+        package = module.partition(".")[0].replace("_", "-")
+        raise InputError(f"this score is computed by the package {package}: pip install 'keepkv[eval]'") from None
 
 
 def last_number(right: str) -> Score:

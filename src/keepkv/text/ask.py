@@ -18,7 +18,7 @@ from keepkv.cache.auto_budget import check_tolerance, compress_to_tolerance
 from keepkv.cache.report import Report
 from keepkv.errors import InputError
 from keepkv.recipe import Recipe
-from keepkv.text.prompt import Prompt
+from keepkv.text.prompt import NEXT_QUESTION, Prompt
 from keepkv.text.reading import REPEAT, Phase, read, read_in_chunks, silent
 
 
@@ -220,7 +220,10 @@ def greedy(
     )
     new = output[0, prompt.shape[1] :].tolist()
     seconds = clock.times[-1] - clock.times[1]  # the streamer is given the prompt first
-    return Answer(question, str(tokenizer.decode(new, skip_special_tokens=True)).strip(), tuple(new), seconds)
+    answer = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+    if not tokenizer.chat_template:
+        answer = answer.partition(NEXT_QUESTION)[0].rstrip()  # a base model goes on with a question of its own
+    return Answer(question, answer, tuple(new), seconds)
 
 
 def _agreement(model: PreTrainedModel, cache: KeepCache, later: Tensor, answer: Sequence[int]) -> tuple[int, int]:

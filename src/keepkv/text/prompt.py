@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from keepkv.errors import InputError
 
+NEXT_QUESTION = "\nQuestion:"  # what stands before a question where there is no chat template
+
 
 class Prompt:
     """A text and questions about it as tokens: `text` is read once, and `question(q)` is appended to it.
@@ -42,7 +44,7 @@ class Prompt:
         else:
             opening = ""
             body = f"{text.strip()}\n"
-            self.before = "\nQuestion: "
+            self.before = f"{NEXT_QUESTION} "
             self.after = "\nAnswer:"
         self._text = opening + body
         self.text: Tensor = self._tokenize(self._text)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 from keepkv.eval import drift, measure
-from keepkv.eval.sample import Draw, Question, Sample
+from keepkv.eval.sample import Draw, Question, Sample, joined
 from keepkv.eval.tasks.task import Task
 
 
 def prose(draw: Draw, more: int = 0) -> Sample:
     """Prose alone, with so many tokens more than the length."""
-    lines = draw.prose.stretch(draw.rng, draw.tokens + more)
-    return Sample(" ".join(lines), (Question("", "", lambda answer: 0.0),))
+    lines = draw.prose.stretch(draw.rng, draw.tokens + more, draw.number)
+    return Sample(joined(lines), (Question("", "", lambda answer: 0.0),))
 
 
 TASKS = (

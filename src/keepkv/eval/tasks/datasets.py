@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class DatasetFormat:
         fields: What its rows have.
         make: Draws a sample from the rows; `Draw.number` says which one.
         sized: Whether its texts have the length that is asked for.
+        scores: What scores the answers of these rows, where it needs more than keepkv.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DatasetFormat:
     fields: frozenset[str]
     make: Callable[[Draw, Sequence[DatasetRow]], Sample]
     sized: bool = False
+    scores: Callable[[Sequence[DatasetRow]], Iterable[Callable[..., Score]]] = lambda rows: ()
 
 
 def rows(place: str) -> list[DatasetRow]:
@@ -170,10 +172,15 @@ LONGBENCH: dict[str, Callable[..., Score]] = {
 def longbench(draw: Draw, rows: Sequence[DatasetRow]) -> Sample:
     """A row of LongBench (arXiv 2308.14508), scored as its data set is: F1, ROUGE-L, class, number or similarity of code."""
     row = rows[draw.number]
-    measure = LONGBENCH.get(row["dataset"].removesuffix("_e"), metrics.f1)
+    (measure,) = longbench_scores([row])
     request = "Write the next line of code." if measure is metrics.code_similarity else "Write a summary of the text above."
     question = Question(row["input"].strip() or request, row["answers"][0], measure(*row["answers"]))
     return Sample(row["context"], (_mixed(draw, question, [other["answers"][0] for other in rows]),))
+
+
+def longbench_scores(rows: Sequence[DatasetRow]) -> set[Callable[..., Score]]:
+    """What LongBench scores the data sets of these rows by."""
+    return {LONGBENCH.get(row["dataset"].removesuffix("_e"), metrics.f1) for row in rows}
 
 
 def gsm8k(draw: Draw, rows: Sequence[DatasetRow]) -> Sample:
@@ -211,12 +218,15 @@ def _queries(row: DatasetRow) -> list[DatasetRow]:
     return [*row.get("general_query_list", []), *row.get("specific_query_list", [])]
 
 
+LONGBENCH_FIELDS = frozenset({"input", "context", "answers", "dataset"})
 FORMATS = (
     DatasetFormat("squad", "SQuAD, arXiv 1606.05250; XQuAD, arXiv 1910.11856", frozenset({"paragraphs"}), squad, sized=True),
     DatasetFormat("pairs", "Lost in the Middle, arXiv 2307.03172", frozenset({"ordered_kv_records", "key", "value"}), pairs),
-    DatasetFormat("longbench", "LongBench, arXiv 2308.14508", frozenset({"input", "context", "answers", "dataset"}), longbench),
+    DatasetFormat("longbench", "LongBench, arXiv 2308.14508", LONGBENCH_FIELDS, longbench, scores=longbench_scores),
     DatasetFormat("ruler", "RULER, arXiv 2404.06654", frozenset({"input", "outputs"}), ruler),
-    DatasetFormat("qmsum", "QMSum, arXiv 2104.05938", frozenset({"meeting_transcripts"}), qmsum),
+    DatasetFormat(
+        "qmsum", "QMSum, arXiv 2104.05938", frozenset({"meeting_transcripts"}), qmsum, scores=lambda rows: [metrics.rouge_l]
+    ),
     DatasetFormat("squad", "SQuAD, one row a question", frozenset({"context", "question", "answers"}), squad, sized=True),
     DatasetFormat("gsm8k", "GSM8K, arXiv 2110.14168", frozenset({"question", "answer"}), gsm8k, sized=True),
 )

@@ -15,6 +15,9 @@ from keepkv.eval.tasks.task import Task
 
 _FILES = (
     "needles",
+    "facts",
+    "languages",
+    "code",
     "synthetic",
     "continuation",
 )
@@ -33,6 +36,8 @@ def from_file(place: str) -> Task:
     """A file of another benchmark as a task, named after the file. Raises InputError."""
     rows = datasets.rows(place)
     kind = datasets.format_of(place, rows)
+    for score in kind.scores(rows):
+        score("")  # says now which package is missing
     order = random.Random(0).sample(range(len(rows)), len(rows))
 
     def make(draw: Draw) -> Sample:

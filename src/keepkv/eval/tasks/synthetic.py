@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 import string
+from bisect import bisect_left
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from keepkv.eval import measure
-from keepkv.eval.metrics import all_of, any_of, fields
-from keepkv.eval.sample import Draw, Question, Sample, hide, put
-from keepkv.eval.tasks.needles import CITIES, NAMES, TRADES, WORDS, drawn_facts, value
-from keepkv.eval.tasks.task import RULER, Task
+from keepkv.eval.metrics import all_of, any_of, fields, named
+from keepkv.eval.sample import Draw, Question, Sample, hide, joined, put
+from keepkv.eval.tasks import facts
+from keepkv.eval.tasks.needles import CITIES, MANNERS, NAMES, TRADES, WORDS, value
+from keepkv.eval.tasks.task import RULER, Task, twice
+
+SURNAMES = ["Adams", "Berg", "Costa", "Duval", "Evans", "Fischer", "Gomez", "Hansen", "Ito", "Jansen", "Keller", "Lopez"]
+GOODS = ["lamps", "boots", "clocks", "kites", "violins", "candles", "maps", "spices", "buttons", "bicycles", "mirrors", "toys"]
 
 
 def pairs(draw: Draw) -> Sample:
@@ -41,6 +46,41 @@ def among_pairs(draw: Draw, table: list[tuple[str, str]], indices: list[int]) ->
 
 def _line(key: str, right: str) -> str:
     return f' "{key}": "{right}"'
+
+
+def lookup(draw: Draw) -> Sample:
+    """A nested document about shops, by town and name; four of its values are asked for by their keys."""
+    rng = draw.rng
+    names = [(town, f"{manner} {word}") for town in CITIES for manner in MANNERS for word in WORDS]
+    shops = {
+        place: {
+            "owner": f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}",
+            "phone": str(rng.randrange(10**5, 10**6)),
+            "sells": rng.choice(GOODS),
+            "founded": str(rng.randrange(1800, 2000)),
+        }
+        for place in rng.sample(names, len(names))
+    }
+    sizes = range(5, len(shops))
+    size = sizes[bisect_left(sizes, draw.tokens, key=lambda size: draw.prose.count(_document(shops, size))) - 1]
+    text = _document(shops, size)
+    places = sorted(list(shops)[:size], key=lambda place: text.index(shops[place]["phone"]))
+    questions = []
+    for place in sorted(rng.sample(places, 4), key=places.index):
+        key = rng.choice(list(shops[place]))
+        right = shops[place][key]
+        others = sorted({shops[other][key] for other in places} - {right})
+        wrong = tuple(rng.sample(others, 3)) if len(others) >= 3 else ()
+        ask = f'In the JSON document above, what is the "{key}" of "{place[1]}" in "{place[0]}"? Answer with the value.'
+        questions.append(Question(ask, right, named(right), wrong, places.index(place) / (size - 1)))
+    return Sample(text, tuple(questions))
+
+
+def _document(shops: dict[tuple[str, str], dict[str, str]], size: int) -> str:
+    towns: dict[str, dict[str, dict[str, str]]] = {}
+    for town, name in list(shops)[:size]:
+        towns.setdefault(town, {})[name] = shops[town, name]
+    return "A JSON document about shops:\n" + json.dumps(towns, indent=1)
 
 
 def variables(draw: Draw, hops: int = 4) -> Sample:
@@ -150,29 +190,28 @@ def instructions(draw: Draw) -> Sample:
         f"{start}: The text is about a {other_word}. {end}",
         f"{start}: The text is about a {word}. {other_end}",
     )
-    return Sample(f"{rules}\n\n{' '.join(draw.lines(rules))}", (Question(ask, right, score, wrong, 0.0),))
+    return Sample(f"{rules}\n\n{joined(draw.lines(rules))}", (Question(ask, right, score, wrong, 0.0),))
 
 
-def turns(draw: Draw) -> Sample:
+def turns(draw: Draw, paraphrased: bool = False) -> Sample:
     """A conversation: eight facts are told in eight turns, with other talk between them; then each is asked for."""
-    facts = drawn_facts(draw.rng)
-    lines = draw.lines(*(sentence for sentence, _ in facts))
+    drawn = facts.drawn(draw, paraphrased=paraphrased, ending=", according to what I told you?")
+    lines = draw.lines(*(question.expected for question in drawn))
     conversation = []
-    questions = []
-    for i, (sentence, question) in enumerate(facts):
-        talk = lines[len(lines) * i // len(facts) : len(lines) * (i + 1) // len(facts)]
-        conversation.append((" ".join([*talk, sentence]), "I see. I will remember that."))
-        ask = question.ask.replace("the text above", "what I told you")
-        questions.append(replace(question, ask=ask, depth=i / (len(facts) - 1)))
+    for i, question in enumerate(drawn):
+        talk = lines[len(lines) * i // len(drawn) : len(lines) * (i + 1) // len(drawn)]
+        conversation.append((joined([*talk, question.expected]), "I see. I will remember that."))
+    questions = (replace(question, depth=i / (len(drawn) - 1)) for i, question in enumerate(drawn))
     return Sample("", tuple(questions), tuple(conversation))
 
 
 TASKS = (
     Task("pairs", "UUID keys and values in a JSON object", "arXiv 2307.03172", pairs),
+    Task("json-values", "values of a nested JSON document, asked for by their keys", "", lookup),
     Task("variables", "a chain of assignments in prose", RULER, variables),
     Task("common", "the ten most common words of a list", RULER, common),
     Task("frequent", "the three most frequent coded words", RULER, frequent),
     Task("json", "a person described in prose, as JSON of a schema", "", record),
     Task("instructions", "three instructions at the head of a text", "", instructions),
-    Task("turns", "eight facts told in eight turns through a live cache", "", turns, measure.prepare_turns),
+    *twice("turns", "eight facts told in eight turns through a live cache", turns, measure.prepare_turns),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from keepkv.eval.measure import Measure, Setup, prepare_questions
 from keepkv.eval.sample import Draw, Sample
@@ -33,3 +34,18 @@ class Task:
     prepare: Callable[[Setup, Sample], Measure] = prepare_questions
     sized: bool = True
     count: int | None = None
+
+
+def twice(
+    name: str,
+    summary: str,
+    make: Callable[..., Sample],
+    prepare: Callable[[Setup, Sample], Measure] = prepare_questions,
+    source: str = "",
+) -> tuple[Task, Task]:
+    """A task with plain questions, and the same with paraphrased ones."""
+    other = f"{summary}; asked in other words"
+    return (
+        Task(name, summary, source, make, prepare),
+        Task(f"{name}-paraphrased", other, source, partial(make, paraphrased=True), prepare),
+    )
