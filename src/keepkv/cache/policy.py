@@ -12,7 +12,7 @@ from keepkv import methods
 from keepkv.budget import MIN_SLOTS, Budget, BudgetLike
 from keepkv.methods import Method
 from keepkv.recipe import Recipe
-from keepkv.slots.slot_dtype import AUTO, FLOAT, Price, SlotDtype, slot_dtype_of
+from keepkv.slots.slot_dtype import AUTO, AUTO_FORMATS, FLOAT, Price, SlotDtype, slot_dtype_of
 
 if TYPE_CHECKING:
     from keepkv.cache.layer import KeepLayer
@@ -84,8 +84,16 @@ class Policy:
             f"{budget} of {count:,} tokens is fewer than the {MIN_SLOTS} slots per KV head that must be kept: {MIN_SLOTS} are"
         )
 
+    def price(self, size: int, element: int) -> Price:
+        """What a slot costs, and a token of the full cache, of keys and values of `size` numbers of `element` bytes.
+
+        Of slot_dtype "auto" it is the price of what a live cache takes.
+        """
+        slot_dtype = AUTO_FORMATS[0] if self.stored_as == AUTO else self.stored_as
+        return slot_dtype.price(size, size, element, self.full_dtype.itemsize if self.full_dtype else element)
+
     def _price(self, layers: Sequence[KeepLayer]) -> Price:
-        """What a slot costs, and a token of the full cache."""
+        """The same, of these layers."""
         return layers[0].price(self.stored_as, self.full_dtype)
 
     def rows(self, which: Sequence[int]) -> Policy:

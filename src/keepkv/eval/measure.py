@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keepkv.budget import Budget
+from keepkv.budget import MIN_SLOTS, Budget
 from keepkv.cache import KeepCache
+from keepkv.cache.policy import Policy
 from keepkv.errors import InputError
 from keepkv.eval import fidelity
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
 from keepkv.eval.writing import write
 from keepkv.methods import Method, get
+from keepkv.models.families import key_shape, layer_kinds
 from keepkv.recipe import CHUNK, Recipe
 from keepkv.text.conversation import turn_template
 from keepkv.text.prompt import Prompt
@@ -168,8 +170,13 @@ def prepare_turns(setup: Setup, sample: Sample) -> Measure:
 def live(setup: Setup, recipe: Recipe, tokens: int) -> KeepCache:
     """A cache that folds every `period` tokens; a share is that of all the tokens it will have read."""
     limit = Budget.parse(recipe.budget_text)
-    count = str(max(1, int(limit.amount * tokens))) if limit.kind == "fraction" else recipe.budget
-    return KeepCache.of(setup.model, replace(recipe, budget=count, chunk=CHUNK, period=setup.config.period))
+    if limit.kind == "fraction":
+        heads, size = key_shape(setup.model)
+        heads *= sum(kind is None for kind in layer_kinds(setup.model))
+        policy = Policy.of(limit, recipe.method, recipe.slot_dtype, recipe.full_dtype)
+        slots = limit.total_slots(tokens, heads, policy.price(size, setup.model.dtype.itemsize))
+        recipe = replace(recipe, budget=str(max(MIN_SLOTS, slots // heads)))
+    return KeepCache.of(setup.model, replace(recipe, chunk=CHUNK, period=setup.config.period))
 
 
 def asked(

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv.cache import KeepCache
 from keepkv.models.families import layer_kinds
+from keepkv.text.prompt import NEXT_QUESTION
 
 MOST_BYTES = 2 << 30  # of the caches of a batch
 MOST_ROWS = 16
-NEXT = "\nQuestion:"  # without a chat template, a model that has answered writes the next question
 
 
 class Written(NamedTuple):
@@ -94,7 +94,7 @@ def _write(
     first = state.read(ids, own, logits=1)
     logliks = _logliks(state.fork(), first, expected)
     ends = _ends(model)
-    stop = "" if tokenizer.chat_template else NEXT
+    stop = "" if tokenizer.chat_template else NEXT_QUESTION  # a base model that has answered writes the next question
     words: list[list[int]] = [[] for _ in questions]
     open_rows = set(range(rows))
     logits = first
