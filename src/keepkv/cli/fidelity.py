@@ -38,8 +38,11 @@ def fidelity(
         option('Budgets, separated by commas: shares ("10%"), slots ("512") or bytes ("64MB").', "BUDGETS", COMPRESSION),
     ] = DEFAULT.budget_text,
     slot_dtype: Annotated[
-        str, option('How the kept keys and values are stored, separated by commas: "float,int8,int4".', "NAMES", COMPRESSION)
+        str, option('How the kept keys and values are stored, separated by commas: "bfloat16,int8,int4".', "NAMES", COMPRESSION)
     ] = DEFAULT.slot_dtype,
+    full_dtype: Annotated[
+        str, option('The dtype in which the full cache is counted, for shares; "auto" is the model\'s.', "DTYPE", COMPRESSION)
+    ] = DEFAULT.full_dtype,
     repeat: Repeat = "never",
     segments: Annotated[int, option("Number of segments of the text to measure on.", "N", TEXT, min=1)] = 3,
     context_tokens: Annotated[int, option("Tokens of a segment that are compressed.", "TOKENS", TEXT, min=16)] = 2048,
@@ -60,7 +63,7 @@ def fidelity(
 
     $ keepkv fidelity book.txt
     $ keepkv fidelity book.txt --methods keepkv,snapkv,h2o,expected --budgets 50%,10%,5%
-    $ keepkv fidelity book.txt --methods keepkv --slot-dtype float,int8,int4 --json
+    $ keepkv fidelity book.txt --methods keepkv --slot-dtype bfloat16,int8,int4 --full-dtype bfloat16 --json
     """
     with bar(f"loading {model}") as line:
         from keepkv.budget import Budget as Limit
@@ -88,7 +91,7 @@ def fidelity(
             continuation_tokens,
             names,
             limits,
-            Recipe(repeat=repeat, seed=seed),
+            Recipe(repeat=repeat, seed=seed, full_dtype=full_dtype),
             slot_dtypes,
             lambda step: show_progress(step, steps),
         )

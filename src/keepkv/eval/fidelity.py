@@ -126,7 +126,7 @@ def measure(
         continuation: How many tokens at the end of a segment are the continuation.
         method_names: Methods to compare.
         budgets: Budgets to compare.
-        recipe: Its `repeat` (without a recipe: never) and its `seed` are used.
+        recipe: Its `repeat` (without a recipe: never), `seed` and `full_dtype` are used.
         slot_dtypes: Slot dtypes to compare.
         progress: Called with the number of finished steps, after each of them (see `steps`).
 
