@@ -109,3 +109,14 @@ def test_launches_do_not_grow_with_the_heads_and_nothing_waits_for_a_head(togeth
     assert many < 1.1 * few
     for waits in ("_local_scalar_dense", "nonzero", "masked_select"):
         assert counted[12][waits] <= counted[2][waits]
+
+
+def test_a_score_knows_how_many_slots_there_will_be() -> None:
+    told = []
+
+    def score(observation: Observation) -> torch.Tensor:
+        told.append(observation.slots)
+        return observation.positions.float()
+
+    compress([observed(2), observed(2, layer=1)], methods.Method("newest", "", "", score), 90)
+    assert told == [22.5, 22.5]

@@ -18,7 +18,7 @@ def leverage(observation: Observation, counted: Tensor, sketch: int = 48, ridge:
     """l_i = x_i (XᵀX + .01 I)⁻¹ x_iᵀ, X the centered keys without their rotation, times a Gaussian matrix. [H, T].
 
     It is the leverage of token i: how badly the other keys could replace its key. The matrix is [d, 48], with a variance of
-    1/48; keys of 48 dimensions or fewer are taken as they are. Compactor, arXiv 2507.08143, section 3.
+    1/48; keys of 48 dimensions or fewer are taken as they are. Compactor, arXiv 2507.08143.
 
     Args:
         observation: What the layer showed.
@@ -46,7 +46,7 @@ def neighborhood(observation: Observation, counted: Tensor, chunk: int = 256) ->
     c_i is the sum over the queries of the chunk of softmax(q·k) over its keys, also those behind the query; mean over the
     group.
     There is no factor on q·k, as in the authors' code, so the softmax is sharp. Where only a sample of a chunk's queries was
-    kept, it stands for all: the keys of a chunk have a mean c of 1. Compactor, arXiv 2507.08143, section 3.
+    kept, it stands for all: the keys of a chunk have a mean c of 1. Compactor, arXiv 2507.08143.
 
     Args:
         observation: What the layer showed.
@@ -79,7 +79,7 @@ def blended(observation: Observation, sketch: int = 48, blend: float | None = No
     other keys could replace it. Attention is what the tokens of a chunk of 256 pay each other, not causally, times the norm of
     the value, mean over 3 neighbors. z subtracts the mean over all heads and tokens of the layer, and divides by the standard
     deviation. λ is the share of the entries that the compression drops, as in kvpress' CompactorPress, which the paper's author
-    wrote; .35 where that is not decided. Compactor, arXiv 2507.08143, section 3.
+    wrote; .35 where that is not decided. Compactor, arXiv 2507.08143.
 
     Where this differs from that press: a last chunk that is not full is a softmax over its own keys only, and the Gaussian
     matrix is drawn from this library's seed. The author's engine, compactor-vllm, differs from his press: there leverage is

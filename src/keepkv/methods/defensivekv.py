@@ -25,10 +25,11 @@ def defensive(observation: Observation, window: int = 32, kernel: int = 5, first
 
     First come the tokens that make up the largest .9 - w of a head's attention, at most as many as a head has slots beyond the
     window; w is the window's own share, and attention is the mean over window and group. They get the best risk of the layer,
-    and the window stays. DefensiveKV, arXiv 2510.13334, section 4; the first stage and n are CriticalKV's, arXiv 2502.03805.
+    and the window stays. DefensiveKV, arXiv 2510.13334, algorithms 1 and 2; the first stage and n are CriticalKV's, arXiv
+    2502.03805.
 
-    Where the authors' code differs: its n is divided by the sum over the heads of the layer instead of that over tokens, and
-    its w is the share of the 32 tokens before the window.
+    Where the authors' code differs: its n is divided by the sum over the heads of the layer, while the paper takes out what
+    layers differ in; here that is the sum over tokens. And its w is the share of the 32 tokens before the window.
 
     Args:
         observation: What the layer showed.

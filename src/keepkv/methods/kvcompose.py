@@ -18,7 +18,7 @@ def asked_in_layer(observation: Observation) -> Tensor:
 
     p_hi is the largest share of attention over the queries of the second reading, mean over the query heads of the group.
     Shares are counted among the text and the second reading. Texts of more than 2,048 tokens are read again in pieces, each of
-    which asks for its own tokens. KVCompose, arXiv 2509.05165, section 3. The mean over heads is added as in kvpress'
+    which asks for its own tokens. KVCompose, arXiv 2509.05165. The mean over heads is added as in kvpress'
     KVComposePress; a token that some heads do not hold any more counts 0 there.
     """
     peak = observation.repeat_peak
@@ -34,7 +34,7 @@ def composite(scores: Tensor, total: int, first_largest: bool = False) -> list[l
 
     The r-th composite token of a layer is made of the r-th best entry of each of its heads, and its score is the mean of
     theirs. The best composite tokens of all layers are kept, at least one in each layer. What the heads of a layer cannot share
-    equally is not spent. KVCompose, arXiv 2509.05165, section 3.
+    equally is not spent. KVCompose, arXiv 2509.05165.
 
     Args:
         scores: [L, H, T].
