@@ -167,8 +167,8 @@ def ten(draw: Draw, paraphrased: bool = False) -> Sample:
     people = draw.rng.sample(TRADES, len(TRADES))
     sentences = [f"The {who} keeps a pet {what}." for who, what in zip(people, right, strict=True)]
     text, _ = spread(draw.rng, draw.lines(*sentences), sentences)
-    what = "creatures that people own" if paraphrased else "pets that people keep"
-    ask = f"List the {len(right)} {what}{ABOVE[:-1]}."
+    ask = "Which creatures do people own" if paraphrased else "Which pets do people keep"
+    ask += f"{ABOVE} There are {len(right)}. Answer with a list of them."
     wrong = tuple(", ".join([*right[: len(right) - n], *other[:n]]) for n in (2, 5, len(right)))
     return Sample(text, (Question(ask, ", ".join(right), all_named(*right), wrong),))
 
