@@ -19,12 +19,11 @@ CITIES = ["Lisbon", "Oslo", "Quito", "Tunis", "Riga", "Hanoi", "Accra", "Lima", 
 NAMES = ["Anna", "Bruno", "Clara", "Diego", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Louis"]
 TRADES = ["baker", "carpenter", "surgeon", "pilot", "lawyer", "painter", "teacher", "farmer", "plumber", "chemist"]
 WORDS = ["harbor", "violin", "copper", "meadow", "lantern", "pepper", "castle", "ribbon", "anchor", "marble", "saddle"]
-PARAPHRASES = {  # of a city, and of a kind of value
+PARAPHRASES = {
     "Lisbon": "the capital of Portugal", "Oslo": "the capital of Norway", "Quito": "the capital of Ecuador",
     "Tunis": "the city near Carthage", "Riga": "the capital of Latvia", "Hanoi": "the capital of Vietnam",
     "Accra": "the capital of Ghana", "Lima": "the capital of Peru", "Perth": "the largest city of Western Australia",
     "Sofia": "the capital of Bulgaria", "Kyoto": "the old capital of Japan", "Turin": "the capital of Piedmont",
-    "numbers": "digits", "words": "expression", "uuids": "identifier",
 }  # fmt: skip
 MANNERS = ["quiet", "golden", "hollow", "patient", "crooked", "gentle", "frozen", "humble", "sudden", "ancient", "bitter"]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the one needle, one sample after the other
@@ -66,8 +65,7 @@ def needles(draw: Draw, keys: int = 1, kind: str = "numbers", paraphrased: bool 
         wrong = tuple(f"{lead} {other}" for other in draw.rng.sample([other for other in pool if other != right], 3))
         ask = f"What is the special magic {kind[:-1]} for {cities[i]} mentioned in the text above? Answer with it alone."
         if paraphrased:
-            what = PARAPHRASES[kind]
-            ask = f"Which extraordinary {what} does the text above give for {PARAPHRASES[cities[i]]}? Answer with the {what}."
+            ask = f"What is the secret code of {PARAPHRASES[cities[i]]}, according to the text above?"
         questions.append(Question(ask, f"{lead} {right}", any_of(right), wrong, depths[i]))
     return Sample(text, tuple(questions))
 
