@@ -32,7 +32,7 @@ def setup(folder: str) -> Setup:
     return Setup(*loading.load(folder, "cpu", "auto"), Config(models=(folder,), **SMALL, written=40, period=64))
 
 
-@pytest.mark.parametrize("name", registry.TASKS)
+@pytest.mark.parametrize("name", [name for name in registry.TASKS if not name.endswith("-paraphrased")])
 def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, setup: Setup) -> None:
     config = replace(setup.config, tasks=(name,))
     job = running.Job("tiny", name, 600, 0, tuple(running.variants(config)))

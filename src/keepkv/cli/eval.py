@@ -50,7 +50,12 @@ def evaluate(
     ] = None,
     haystack: Annotated[
         str | None,
-        _setting("A text file or a folder of prose to hide facts in.", "PATH", TASKS, "documentation of installed packages"),
+        _setting(
+            "A text file or a folder of prose to hide facts in, or a folder's name of make texts.",
+            "PATH",
+            TASKS,
+            "documentation of installed packages",
+        ),
     ] = None,
     by: Annotated[
         str | None,

@@ -15,6 +15,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 
 from keepkv.errors import InputError
+from keepkv.paths import texts_folder
 from keepkv.text.file import read_text
 
 DOCUMENTED = ("numpy", "torch", "transformers")  # keepkv needs them, so that they are there
@@ -55,10 +56,13 @@ def sentences(path: str = "") -> Haystack:
 
     Args:
         path: A text file, a folder (all its texts, in order of their names), or "": the documentation of installed packages.
+            A name that is no file here, such as "sotu", is a folder that `make texts` has filled.
 
     Raises:
         InputError: for what cannot be read, or holds fewer than 8 sentences.
     """
+    if path and not Path(path).exists() and (texts_folder() / path).is_dir():
+        path = str(texts_folder() / path)
     if not path:
         texts = [_sentences("\n\n".join(documentation()))]
     elif Path(path).is_dir():

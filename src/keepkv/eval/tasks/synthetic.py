@@ -62,7 +62,7 @@ def lookup(draw: Draw) -> Sample:
         for place in rng.sample(names, len(names))
     }
     sizes = range(5, len(shops))
-    size = sizes[bisect_left(sizes, draw.tokens, key=lambda size: draw.prose.count(_document(shops, size))) - 1]
+    size = sizes[max(0, bisect_left(sizes, draw.tokens, key=lambda size: draw.prose.count(_document(shops, size))) - 1)]
     text = _document(shops, size)
     places = sorted(list(shops)[:size], key=lambda place: text.index(shops[place]["phone"]))
     questions = []
