@@ -126,7 +126,7 @@ def test_heads_that_hold_fewer_entries_score_only_these() -> None:
 
 def test_a_model_s_budgets_are_spent_where_attention_is_hard_to_match() -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 120)
-    cache = KeepCache(model, 0.25, "attention-matching-budgets").read(model, ids)
+    cache = KeepCache(model, 30, "attention-matching-budgets").read(model, ids)
     counts = [layer.slots.counts for layer in cache.keep_layers]
     assert sum(map(sum, counts)) == 180
     assert len({count for layer in counts for count in layer}) > 1

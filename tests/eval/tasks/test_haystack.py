@@ -71,3 +71,13 @@ def test_functions_of_the_library_are_many_and_begin_with_def() -> None:
     assert sum(map(len, found)) > 400_000
     assert len(found.starts) > 50
     assert all(re.match(r"(async )?def ", block) and block.endswith("\n\n") for block in found)
+
+
+def test_a_folder_of_make_texts_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts" / "speeches").mkdir(parents=True)
+    (tmp_path / "texts" / "speeches" / "one.txt").write_text("The first speech is here. " * 30)
+    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert haystack.sentences("speeches")[0] == "The first speech is here."
+    with pytest.raises(InputError, match="cannot be read"):
+        haystack.sentences("sermons")

@@ -96,3 +96,10 @@ def test_json_values_are_those_of_the_document() -> None:
     for question in sample.questions:
         key, name, town = re.findall('"(.*?)"', question.ask)
         assert document[town][name][key] == question.expected
+
+
+def test_a_document_too_long_for_what_is_asked_is_the_smallest_there_is() -> None:
+    """It was the largest, 30 times as long."""
+    small = registry.TASKS["json-values"].make(draw(1, tokens=64)).text
+    assert len(json.loads(small.partition("\n")[2])) <= 5
+    assert len(small) < len(registry.TASKS["json-values"].make(draw(1, tokens=1000)).text)
