@@ -15,7 +15,6 @@ from keepkv.eval.config import Config, to_toml
 from keepkv.eval.records import Record
 from keepkv.eval.report import cells, figures, html, markdown, svg, worst
 from keepkv.eval.report.figures import Bars, Curves, Heat
-from keepkv.eval.rivals.registry import RIVALS
 from keepkv.eval.tasks import registry
 
 NASTY = "<script>alert('&')</script> \"q\" "
@@ -115,7 +114,7 @@ def test_a_regression_ends_with_status_1_only_beyond_its_interval(monkeypatch, c
 
 def test_the_tasks_are_listed(monkeypatch, capsys) -> None:
     assert "RULER" in run(monkeypatch, capsys, "eval", "--list")[1]
-    assert len(json.loads(run(monkeypatch, capsys, "eval", "--list", "--json")[1])) == len(registry.TASKS) + len(RIVALS)
+    assert len(json.loads(run(monkeypatch, capsys, "eval", "--list", "--json")[1])) == len(registry.TASKS)
     assert markdown.retained(summary.summarize(made())).count("\n") == 6
 
 
