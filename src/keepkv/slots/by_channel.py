@@ -91,7 +91,7 @@ class QuantizedByChannel(Stored):
         codes = unpack(self.codes, self.bits, self.size).to(dtype)
         counts = torch.tensor([hi - lo for lo, hi in pairwise(self.starts)], dtype=torch.int64, device=self.device)
         steps, lows = (x.to(dtype).repeat_interleave(counts, 0, output_size=len(codes)) for x in (self.steps, self.lows))
-        return codes.mul_(steps).add_(lows).to(self.dtype)
+        return lows.addcmul_(codes, steps).to(self.dtype)
 
     def cut(self, lo: int, hi: int) -> QuantizedByChannel:
         hi = max(lo, hi)
