@@ -22,7 +22,7 @@ def written(cache: KeepCache, file: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "slot_dtype"),
     [*((name, "float") for name in ("keepkv", "snapkv", "minicache", "full", "streaming-shifted")),
-     ("keepkv", "int4"), ("snapkv", "int8")],
+     ("keepkv", "int4"), ("snapkv", "int8"), ("snapkv", "int2"), ("keepkv", "bfloat16"), ("kivi", "int4")],
 )  # fmt: skip
 def test_what_is_loaded_answers_bit_for_bit_the_same(family: str, method: str, slot_dtype: str, tmp_path: Path) -> None:
     model = make_model(family, torch.float32)

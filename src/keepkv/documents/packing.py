@@ -112,13 +112,11 @@ def _put(tensors: dict[str, Tensor], directions: dict[tuple[Any, ...], str], nam
     if isinstance(stack, Cast):
         tensors[name] = stack.stored
         return "bfloat16"
-    if isinstance(stack, QuantizedByVector):
+    if isinstance(stack, QuantizedByVector | QuantizedByChannel):
         tensors[f"{name}.codes"] = stack.codes
         tensors[f"{name}.steps"] = stack.steps
-        return next(name for name, bits in _BY_VECTOR.items() if bits == stack.bits)
-    if isinstance(stack, QuantizedByChannel):
-        tensors[f"{name}.codes"] = stack.codes
-        tensors[f"{name}.steps"] = stack.steps
+        if isinstance(stack, QuantizedByVector):
+            return next(name for name, bits in _BY_VECTOR.items() if bits == stack.bits)
         tensors[f"{name}.lows"] = stack.lows
         tensors[f"{name}.starts"] = torch.tensor(stack.starts)
         return next(name for name, bits in _BY_CHANNEL.items() if bits == stack.bits)
@@ -201,12 +199,10 @@ class _LayerReader:
         """Keys or values that are stored in another way than they are read; raises KeyError for an unknown one."""
         if stored == "bfloat16":
             return Cast(self._take(name, count, width, dtype=torch.bfloat16), dtype)
-        if stored in _BY_VECTOR:
-            bits = _BY_VECTOR[stored]
-            codes = self._take(f"{name}.codes", count, packed_width(width, bits), dtype=torch.uint8)
-            return QuantizedByVector(codes, self._take(f"{name}.steps", count, dtype=torch.bfloat16), bits, width, dtype)
-        bits = _BY_CHANNEL[stored]
+        bits = (_BY_VECTOR | _BY_CHANNEL)[stored]
         codes = self._take(f"{name}.codes", count, packed_width(width, bits), dtype=torch.uint8)
+        if stored in _BY_VECTOR:
+            return QuantizedByVector(codes, self._take(f"{name}.steps", count, dtype=torch.bfloat16), bits, width, dtype)
         starts = tuple(self._take(f"{name}.starts", None, dtype=torch.int64).tolist())
         if starts[0] != 0 or starts[-1] != count or any(lo > hi for lo, hi in pairwise(starts)):
             raise ValueError
