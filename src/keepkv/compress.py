@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,36 +72,71 @@ def compress(
     Raises:
         BudgetError: if the tokens that must stay (`Observation.keep`) do not fit into every head's slots.
     """
-    if total == 0:  # a row of padding
-        return _unmerged(observations, [observation.present & False for observation in observations], slot_dtype)
+    return compress_in_ways(observations, method, [Way(slot_dtype, total)], progress)[0]
+
+
+class Way(NamedTuple):
+    """How slots are stored, and how many there are over all layers and heads."""
+
+    slot_dtype: SlotDtype
+    total: int
+
+
+def compress_in_ways(
+    observations: Sequence[Observation], method: Method, ways: Sequence[Way], progress: Progress = lambda done, of: None
+) -> list[Compressed]:
+    """Compresses one sequence in several ways, which share scores and the trial. The arguments are those of `compress`."""
     entries = sum(sum(observation.counts) for observation in observations)
-    if total >= entries and not method.layer_pairs and not (method.judged and slot_dtype.rounds):
-        return _unmerged(observations, [observation.present for observation in observations], slot_dtype)
-    total = min(total, entries)
-    step = _stepper(progress, len(observations) * (3 if method.trial else 2))
+    whole = [
+        way.total >= entries and not method.layer_pairs and not (method.judged and way.slot_dtype.rounds) or way.total == 0
+        for way in ways
+    ]
+    if all(whole):  # nothing is chosen; a row of padding has no entries
+        return [_unmerged(observations, way.total > 0, way.slot_dtype) for way in ways]
+    totals = [min(way.total, entries) for way in ways]
+    step = _stepper(progress, len(observations) * (1 + bool(method.trial) + len(ways)))
 
-    scored = _score(observations, method, total, step)
+    scored = _score(observations, method, max(totals), step)
     if method.layer_pairs:
-        total = min(entries, int(total / _price(method.layer_pairs, observations[0], len(observations))))
-    scores, counts = _allot(scored, method, total)
+        price = _price(method.layer_pairs, observations[0], len(observations))
+        totals = [min(entries, int(total / price)) for total in totals]
+    allotted = [_allot(scored, method, total) for total in totals]
     if method.trial:
-        counts = _corrected(observations, scored, method, total, scores, counts, step)
+        allotted = _corrected(observations, scored, method, allotted, step)
 
-    kept: list[tuple[Tensor, ...]] = []
-    merged: list[tuple[Merged, ...]] = []
-    slots: list[Slots] = []
+    made: list[list[_Layer]] = [[] for _ in ways]
     for layer, observation in enumerate(observations):
         with_references = replace(observation, references=scored.references[layer])
         scored.references[layer] = None  # they are large, and not needed any more
-        choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
-        kept.append(tuple(choice.kept for choice in choices))
-        if slot_dtype.rounds and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
-            keys = slot_dtype.round_keys(observation.keys, kept[-1])
-            with_references = replace(with_references, keys=keys, stored_as=slot_dtype)
-        merged.append(tuple(method.merge(with_references, choices)))
-        slots.append(_stored(observation, kept[-1], merged[-1], slot_dtype))
-        step()
-    return Compressed(Plan(tuple(kept)), tuple(method.layer_pairs.pack(slots) if method.layer_pairs else slots), tuple(merged))
+        for way, (scores, counts), layers in zip(ways, allotted, made, strict=True):
+            layers.append(_layer(with_references, method, _own(scores[layer], observation), counts[layer], way.slot_dtype))
+            step()
+    return [_compressed(layers, method) for layers in made]
+
+
+class _Layer(NamedTuple):
+    """One layer, compressed: each head's entries that keep a slot, what the merge reported, and the slots."""
+
+    kept: tuple[Tensor, ...]
+    merged: tuple[Merged, ...]
+    slots: Slots
+
+
+def _layer(observation: Observation, method: Method, scores: Tensor, counts: Sequence[int], slot_dtype: SlotDtype) -> _Layer:
+    """Compresses one layer to so many slots of each head."""
+    choices = method.choose(observation, scores, counts)
+    kept = tuple(choice.kept for choice in choices)
+    read = observation
+    if slot_dtype.rounds and method.references:  # fit to the keys as they will be read: docs/theory.md 9.2
+        read = replace(observation, keys=slot_dtype.round_keys(observation.keys, kept), stored_as=slot_dtype)
+    merged = tuple(method.merge(read, choices))
+    return _Layer(kept, merged, _stored(observation, kept, merged, slot_dtype))
+
+
+def _compressed(layers: Sequence[_Layer], method: Method | None = None) -> Compressed:
+    """The layers of one sequence together."""
+    kept, merged, slots = zip(*layers, strict=True)
+    return Compressed(Plan(kept), tuple(method.layer_pairs.pack(slots)) if method and method.layer_pairs else slots, merged)
 
 
 @dataclass(frozen=True)
@@ -173,13 +209,12 @@ def _corrected(
     observations: Sequence[Observation],
     scored: _Scored,
     method: Method,
-    total: int,
-    scores: Tensor,
-    counts: list[list[int]],
+    allotted: Sequence[tuple[Tensor, list[list[int]]]],
     step: Callable[[], None],
-) -> list[list[int]]:
+) -> list[tuple[Tensor, list[list[int]]]]:
     """Counts corrected by what a trial compression to a few slots per head still loses. `docs/theory.md 5.3`."""
-    trial_total = min(total, (method.trial + scored.pinned) * scored.heads)
+    largest = max(sum(map(sum, counts)) for _, counts in allotted)
+    trial_total = min(largest, (method.trial + scored.pinned) * scored.heads)
     trial_scores, trial_counts = _allotted(scored, method, trial_total)
     errors = []
     for layer, observation in enumerate(observations):
@@ -187,7 +222,10 @@ def _corrected(
         choices = method.choose(with_references, _own(trial_scores[layer], observation), trial_counts[layer])
         errors.append([head.error for head in method.merge(with_references, choices)])
         step()
-    return allot.by_need(counts, trial_counts, errors, allot.room(scores), _most_fixed(scores))
+    return [
+        (scores, allot.by_need(counts, trial_counts, errors, allot.room(scores), _most_fixed(scores)))
+        for scores, counts in allotted
+    ]
 
 
 def _stored(observation: Observation, kept: Sequence[Tensor], merged: Sequence[Merged], slot_dtype: SlotDtype) -> Slots:
@@ -202,19 +240,17 @@ def _stored(observation: Observation, kept: Sequence[Tensor], merged: Sequence[M
     )
 
 
-def _unmerged(observations: Sequence[Observation], stay: Sequence[Tensor], slot_dtype: SlotDtype) -> Compressed:
-    """Only the entries for which stay[layer], bool [H, T], is true, and nothing merged."""
-    kept, merged, slots = [], [], []
-    for observation, layer_stay in zip(observations, stay, strict=True):
-        kept.append(tuple(head.nonzero()[:, 0] for head in layer_stay))
-        merged.append(
-            tuple(
-                evict(observation.keys[head], observation.values[head], entries, observation.head_bias(head))
-                for head, entries in enumerate(kept[-1])
-            )
+def _unmerged(observations: Sequence[Observation], all_stay: bool, slot_dtype: SlotDtype) -> Compressed:
+    """Nothing merged: all entries stay as they are, or none does."""
+    layers = []
+    for observation in observations:
+        kept = tuple((head & all_stay).nonzero()[:, 0] for head in observation.present)
+        merged = tuple(
+            evict(observation.keys[head], observation.values[head], entries, observation.head_bias(head))
+            for head, entries in enumerate(kept)
         )
-        slots.append(_stored(observation, kept[-1], merged[-1], slot_dtype))
-    return Compressed(Plan(tuple(kept)), tuple(slots), tuple(merged))
+        layers.append(_Layer(kept, merged, _stored(observation, kept, merged, slot_dtype)))
+    return _compressed(layers)
 
 
 def _price(layer_pairs: LayerPairs, observation: Observation, layers: int) -> float:

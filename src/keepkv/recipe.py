@@ -60,7 +60,7 @@ class Recipe:
 
     budget: BudgetLike | tuple[BudgetLike, ...] = "10%"
     method: str | Method = "keepkv"
-    slot_dtype: str = "float"
+    slot_dtype: str = "auto"
     repeat: RepeatMode = "auto"
     keep: tuple[str, ...] = ()
     tolerance: float = TOLERANCE

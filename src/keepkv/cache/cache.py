@@ -25,7 +25,7 @@ from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations, check_observed
 from keepkv.cache.policy import Policy
 from keepkv.cache.report import Head, Report, with_bytes_held
-from keepkv.compress import Compressed, Progress, compress, in_row
+from keepkv.compress import Compressed, Progress, Way, compress, compress_in_ways, in_row
 from keepkv.errors import BudgetError, InputError, KeepKVError
 from keepkv.methods import Method
 from keepkv.observe.repetition import Piece, Repeat
@@ -398,7 +398,7 @@ class KeepCache(BaseCache):
             return
 
         self._bank()
-        tried = [(way, self._rows(way, totals, progress, exact)) for way, totals in ways]
+        tried = zip((way for way, _ in ways), self._rows(ways, progress, exact), strict=True)
         taken, rows = min(tried, key=lambda way: fmean(row.error for row in way[1]))  # of equals the first
         self._settle(taken, rows, time.perf_counter() - start, taken.note(lengths, self.keep_layers), exact)
 
@@ -410,11 +410,18 @@ class KeepCache(BaseCache):
 
         if policy.stored_as != AUTO:
             return [way(policy)]
-        whole = way(replace(policy, slot_dtype=FLOAT))
-        if self._are_held(whole[1], exact):
-            return [whole]
-        formats = AUTO_FORMATS if policy.method.judged and not self.live else AUTO_FORMATS[:1]
-        return [way(replace(policy, slot_dtype=slot_dtype)) for slot_dtype in formats]
+        # Bits cost no slots where slots are counted, and folds of a live cache round keys again and again.
+        several = policy.method.judged and not self.live and any(budget.kind != "count" for budget in policy.budgets)
+        ways, errors = [], []
+        for slot_dtype in (FLOAT, *(AUTO_FORMATS if several else AUTO_FORMATS[:1])):
+            try:
+                ways.append(way(replace(policy, slot_dtype=slot_dtype)))
+            except BudgetError as error:  # the least that must be kept may fit in another format
+                errors.append(error)
+        if not ways:
+            raise errors[-1]
+        whole = [way for way in ways if way[0].stored_as == FLOAT and self._are_held(way[1], exact)]
+        return whole or [way for way in ways if way[0].stored_as != FLOAT] or ways
 
     def _are_held(self, totals: Sequence[int], exact: bool) -> bool:
         """Whether every row's slots are enough for all its entries, see `_held`."""
@@ -426,15 +433,16 @@ class KeepCache(BaseCache):
             return [self._entries(row) for row in range(len(self._tokens()))]
         return [(count - tail) * self.heads for count, tail in zip(self._tokens(), self._tails(), strict=True)]
 
-    def _rows(self, policy: Policy, totals: Sequence[int], progress: Progress, exact: bool) -> list[Compressed]:
-        """Every row, compressed to so many slots."""
+    def _rows(self, ways: Sequence[tuple[Policy, list[int]]], progress: Progress, exact: bool) -> list[list[Compressed]]:
+        """For every way, all rows, compressed to so many slots."""
+        policy, totals = ways[0]
         method = policy.method.in_the_middle if self._ahead else policy.method
         rows = []
-        for row, (total, held, tail) in enumerate(zip(totals, self._held(exact), self._tails(), strict=True)):
-            slots = min(total, held) + tail * self.heads
+        for row, (held, tail) in enumerate(zip(self._held(exact), self._tails(), strict=True)):
+            slots = [Way(way.stored_as, min(totals[row], held) + tail * self.heads) for way, totals in ways]
             observations = Observations(self.keep_layers, row, self.inv_freq, self._projections, policy.spans, tail, exact)
-            rows.append(compress(observations, method, slots, partial(in_row, progress, row, len(totals)), policy.stored_as))
-        return rows
+            rows.append(compress_in_ways(observations, method, slots, partial(in_row, progress, row, len(totals))))
+        return [list(way) for way in zip(*rows, strict=True)]
 
     def _check(self, policy: Policy) -> None:
         """Raises KeepKVError unless what is held can be compressed by the policy."""
