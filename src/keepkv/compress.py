@@ -88,7 +88,7 @@ def compress_in_ways(
     """Compresses one sequence in several ways, which share scores and the trial. The arguments are those of `compress`."""
     entries = sum(sum(observation.counts) for observation in observations)
     whole = [
-        way.total >= entries and not method.layer_pairs and not (method.judged and way.slot_dtype.rounds) or way.total == 0
+        (way.total >= entries and not method.layer_pairs and not (method.judged and way.slot_dtype.rounds)) or way.total == 0
         for way in ways
     ]
     if all(whole):  # nothing is chosen; a row of padding has no entries
