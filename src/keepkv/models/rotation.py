@@ -105,7 +105,7 @@ class Rotary:
         matrices = [self._matrix(tuple(x[..., n : n + 1, :] for x in embeddings)) for n in range(len(positions))]
         try:  # a scaling, or an order of dimensions that is the same at every position
             start = torch.linalg.inv(matrices[0])
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
             raise ModelError(f"{_name(self.function)} loses dimensions, which no rotation does") from error
         return [start @ matrix for matrix in matrices]
 
