@@ -152,6 +152,9 @@ def survey(kind: str) -> Result:
     rough = checkup.check(model.bfloat16())
     if not rough.passed:
         return Result("wrong", f"in bfloat16: {rough.refusal or [trial for trial in rough.trials if not trial.passed]}")
+    senses = [name.removesuffix("_config") for name in getattr(model.config, "sub_configs", {}) if "text" not in name]
+    if senses:
+        return Result("in part", f"text alone was tried, not {' or '.join(senses)}. {_layers(found)}")
     return Result("works", _layers(found))
 
 
@@ -159,7 +162,7 @@ def _layers(found: checkup.Checkup) -> str:
     """Which layers are compressed."""
     windows = found.layers - found.compressed
     notes = [f"{windows} of {found.layers} layers have a sliding window or chunks, and stay as they are"] if windows else []
-    notes += [f"{found.unrotated} of the compressed layers do not rotate"] if found.unrotated else []
+    notes += [f"{found.unrotated} of {found.compressed} compressed layers do not rotate"] if found.unrotated else []
     return "; ".join(notes)
 
 
@@ -187,6 +190,7 @@ def page(results: dict[str, Result]) -> str:
     meaning = {
         "works": "exact where every token is kept (float64 and bfloat16); a compressed cache is the one that is attended to; "
         "forks and files go on bit for bit; queries move as the model itself would move them",
+        "in part": "the same, but for what the table says",
         "refused": "an error names what is missing, before anything is read",
         "wrong": "something of the above failed",
         "not built": "no small model of this type could be made here, so nothing is known",

@@ -18,7 +18,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -187,22 +187,24 @@ def candidates(model: PreTrainedModel, sizes: int | Sequence[int]) -> list[list[
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     sizes = [sizes] * layers if isinstance(sizes, int) else sizes
     some = next(iter(attention.values()), None)  # models that run through their layers more than once count on
-    modules = [attention.get(index, some) for index in range(len(sizes))]
-    return [
-        [] if module is None else _candidates(model, module, index, size)
-        for index, (module, size) in enumerate(zip(modules, sizes, strict=True))
-    ]
-
-
-def _candidates(model: PreTrainedModel, attention: nn.Module, index: int, size: int) -> list[Rotary]:
-    functions = list(_rotary_functions(attention))
-    return [
-        Rotary(function, module, layer_type, size, at_end)
-        for at_end in (False, True)
-        for module in _rotary_modules(model, attention)
-        for layer_type in _layer_types(model, module, index)
-        for function in functions
-    ]
+    if some is None:
+        return [[] for _ in sizes]
+    types = list(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    shared = [(module, _by_layer_type(module)) for module in _rotary_modules(model.get_decoder())]
+    result = []
+    for index, size in enumerate(sizes):
+        module = attention.get(index, some)
+        own = [(rotary, _by_layer_type(rotary)) for rotary in _rotary_modules(module)]
+        likeliest = list(dict.fromkeys([*types[index : index + 1], *types]))
+        ways = [
+            Rotary(function, rotary, layer_type, size, at_end)
+            for at_end in (False, True)
+            for rotary, by_layer_type in own or shared
+            for layer_type in (likeliest if by_layer_type and likeliest else [None])
+            for function in _rotary_functions(module)
+        ]
+        result.append(ways)
+    return result
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -217,28 +219,29 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 def _rotary_functions(module: nn.Module) -> Iterator[Callable[..., Any]]:
     """The functions named after rotary positions that a module's forward calls, as its own code finds them."""
-    forward = inspect.unwrap(type(module).forward)
-    for name in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        found = getattr(forward, "__globals__", {}).get(name)
-        if callable(found) and not inspect.isclass(found) and ("rotary" in name or "rope" in name):
+    names, namespace = _names(type(module).forward)
+    for name in names:
+        found = namespace.get(name)
+        if callable(found) and not inspect.isclass(found):
             yield found
 
 
-def _rotary_modules(model: PreTrainedModel, attention: nn.Module) -> Iterator[nn.Module]:
-    """The modules that may make the angles of an attention module: its own, or else all of the decoder."""
-    for holder in (attention, model.get_decoder()):
-        own = [module for name, module in holder.named_modules() if "rotary" in name.rpartition(".")[2]]
-        yield from own
-        if own:
-            return
+@cache
+def _names(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names in a forward function that speak of rotary positions, and where they are looked up."""
+    forward = inspect.unwrap(forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return tuple(name for name in names if "rotary" in name or "rope" in name), getattr(forward, "__globals__", {})
 
 
-def _layer_types(model: PreTrainedModel, module: nn.Module, index: int) -> list[str | None]:
-    """The types of layers that a rotary module has frequencies for, that of the layer first; None if it has one set."""
-    if "layer_type" not in inspect.signature(module.forward).parameters:
-        return [None]
-    types = list(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    return list(dict.fromkeys([*types[index : index + 1], *types])) or [None]
+def _rotary_modules(holder: nn.Module) -> list[nn.Module]:
+    """The modules within another one that may make its angles."""
+    return [module for name, module in holder.named_modules() if "rotary" in name.rpartition(".")[2]]
+
+
+def _by_layer_type(rotary: nn.Module) -> bool:
+    """Whether a rotary module has frequencies for several types of layers."""
+    return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def _as_slice(numbers: list[int]) -> slice | None:
