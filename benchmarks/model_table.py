@@ -152,7 +152,8 @@ def survey(kind: str) -> Result:
     rough = checkup.check(model.bfloat16())
     if not rough.passed:
         return Result("wrong", f"in bfloat16: {rough.refusal or [trial for trial in rough.trials if not trial.passed]}")
-    senses = [name.removesuffix("_config") for name in getattr(model.config, "sub_configs", {}) if "text" not in name]
+    parts = {name.removesuffix("_config") for name in getattr(model.config, "sub_configs", {})}
+    senses = sorted(parts & {"vision", "audio"})
     if senses:
         return Result("in part", f"text alone was tried, not {' or '.join(senses)}. {_layers(found)}")
     return Result("works", _layers(found))

@@ -199,3 +199,31 @@ def test_large_models_are_tried_on_their_first_layers() -> None:
     attention.register_forward_hook(lambda *_: calls.append(1))
     KeepCache(model)
     assert len(calls) == 1  # only the tokens that are read alone, for the rotation of every layer
+
+
+@pytest.mark.parametrize("kind", ["glm4", "mixtral", "smollm3", "cohere2", "llama4_text", "phi"])
+def test_other_types_repeat_fold_pad_and_search_as_llama_does(kind: str) -> None:
+    """With a budget that keeps everything each of these gives what transformers' cache gives; smaller ones are finite."""
+    model = small_model(kind)
+    ids = tokens(1, 60)
+    for budget in (1.0, "25%"):
+        repeated = KeepCache(model, budget, "kvzip", chunk=24, period=24).read(model, ids[:, :50], repeat=ids[:, :3])
+        logits = model(ids[:, 50:], past_key_values=repeated).logits
+        assert logits.isfinite().all()
+        if budget == 1.0:
+            expected = model(ids).logits[:, 50:]
+            torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+    mask = torch.ones(2, 50, dtype=torch.int64)
+    mask[0, :7] = 0
+    rows = torch.cat([ids[:, :50].masked_fill(mask[:1] == 0, 2), tokens(1, 50, seed=1)])
+    padded = KeepCache(model, 1.0).read(model, rows, mask)
+    alone = KeepCache(model, 1.0).read(model, rows[:1, 7:])
+    step = {"attention_mask": torch.cat([mask, mask[:, -1:]], 1), "position_ids": torch.tensor([[43], [50]])}
+    got = model(ids[:, 50:51].expand(2, -1), past_key_values=padded, **step).logits[:1]
+    expected = model(ids[:, 50:51], past_key_values=alone).logits
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    found = model.generate(ids, past_key_values=KeepCache(model, 1.0), **options)
+    assert torch.equal(found, model.generate(ids, **options))

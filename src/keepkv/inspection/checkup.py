@@ -145,7 +145,7 @@ def _exact(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
     expected = _logits(model, ids, DynamicCache(config=config))
     got = _logits(model, ids, KeepCache(model, 1.0))
     off = float((got - expected).norm() / expected.norm())
-    return off <= _ROUNDING[model.dtype.itemsize], f"off by {off:.1e} of their norm"
+    return off <= _ROUNDING.get(model.dtype.itemsize, _ROUNDING[2]), f"off by {off:.1e} of their norm"
 
 
 def _moved(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
@@ -162,7 +162,7 @@ def _moved(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
             shift = places[-1] - places[0]
             for moved, goal in ((rotation.rotate(here, shift), there), (rotation.rotate(there, -shift), here)):
                 off = max(off, float((moved - goal).norm() / goal.norm()))
-    return off <= _MOVED[model.dtype.itemsize], f"off by {off:.1e} over {last - last // 3} positions"
+    return off <= _MOVED.get(model.dtype.itemsize, _MOVED[2]), f"off by {off:.1e} over {last - last // 3} positions"
 
 
 def _compact(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:

@@ -55,7 +55,8 @@ class Rotary:
         """The rotation, for a text of so many tokens; None: of a model whose frequencies do not depend on that.
 
         Raises:
-            ModelError: if the function does anything but rotate pairs of dimensions by angles in proportion to the position.
+            ModelError: if the function does anything but rotate pairs of dimensions. That angles are in proportion to the
+                position is not looked at here: the self-check compares with the model's own keys.
         """
         farthest = _FARTHEST if length is None else max(1, length - 1)
         positions = [*(1 << n for n in _POWERS if 1 << n < farthest), farthest]
@@ -91,13 +92,16 @@ class Rotary:
         x = torch.zeros(1, len(positions), 1, dtype=torch.float64, device=self._device)
         places = torch.tensor(positions, device=self._device)[None]
         more = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        try:
-            returned = self.module(x, places, **more)
-        except (IndexError, RuntimeError):  # positions of text, height and width (M-RoPE): all the same in a text
-            returned = self.module(x, places.expand(3, 1, -1), **more)
-        except (KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{type(self.module).__name__} does not take positions {more or ''}") from error
-        return returned if isinstance(returned, tuple) else (returned,)
+        problem: Exception | None = None
+        for shaped in (places, places.expand(3, 1, -1)):  # the latter of time, height and width (M-RoPE): the same in a text
+            try:
+                returned = self.module(x, shaped, **more)
+            except Exception as error:
+                problem = problem or error
+            else:
+                return returned if isinstance(returned, tuple) else (returned,)
+        asked = f" for {self.layer_type}" if self.layer_type else ""
+        raise ModelError(f"{type(self.module).__name__} makes no angles of positions{asked}") from problem
 
     def _moves(self, positions: list[int]) -> list[Tensor]:
         """For every position the matrix [d, d], float64, that moves a row vector there from the first position."""
@@ -129,7 +133,7 @@ class Rotary:
         by_name = dict(zip(("cos", "sin"), embeddings, strict=False)) if {"cos", "sin"} <= set(names) else {}
         try:
             turned = self.function(*[unit] * vectors, **by_name) if by_name else self.function(*[unit] * vectors, *embeddings)
-        except (RuntimeError, IndexError, TypeError):
+        except Exception:  # of another size or order of arguments
             return None
         turned = turned[0] if isinstance(turned, tuple) else turned
         return turned[0, :, 0].double().cpu() if turned.shape == unit.shape else None

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from keepkv.errors import InputError, ModelError
 from keepkv.methods import Method
 from keepkv.models import families
-from keepkv.models.rotation import candidates
+from keepkv.models.rotation import Rotaries, candidates
 from keepkv.observe.watch import Watch
 from keepkv.ops.rope import Rotation
 from keepkv.serving.paged import PagedConfig, Pages, new_watch, step
@@ -167,16 +167,16 @@ def refuse(**features: object) -> None:
 def model_rotation(vllm_config: Any, device: torch.device) -> Rotation:
     """How the model's layers rotate, from its configuration. Raises ModelError for families that were not tried in vLLM."""
     config = vllm_config.model_config.hf_text_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelError(f"the model family {config.model_type!r} was not tried in vLLM: expected one of {known}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     decoder = model.get_decoder()
     with device:
         decoder.rotary_emb = type(decoder.rotary_emb)(config)  # that of the model has no numbers
     full = families.layer_kinds(model).index(None)
-    return candidates(model, families.key_shape(model)[1])[full][0].rotation(2)
+    return Rotaries([candidates(model, families.key_shape(model)[1])[full][0]]).at(2)[0]
 
 
 def log_settings(settings: Settings) -> None:
