@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import KeepCache, Method, score
 from keepkv.cli import app
+from keepkv.ops.rope import Rotation
 from keepkv.recipe import CONVERSATION
 from keepkv.text.conversation import Conversation
 from keepkv.types import Observation
@@ -63,6 +65,13 @@ def make_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: 
     return model
 
 
+def small_model(kind: str, dtype: torch.dtype = torch.float64, **changes: object) -> PreTrainedModel:
+    """A tiny random model of any type of transformers, as benchmarks/model_table.py builds it."""
+    build = runpy.run_path(str(ROOT / "benchmarks" / "model_table.py"))["build"]
+    model: PreTrainedModel = build(kind, dtype, **changes)
+    return model
+
+
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -88,9 +97,9 @@ def observation(tokens_read: int = 50, queries: int | None = None, **more: Any) 
     """A layer as the scores see it: two KV heads of three query heads each, head size 16."""
     count = queries or tokens_read
     positions = torch.arange(tokens_read - count, tokens_read)
-    inv_freq = 1 / 100 ** (torch.arange(8) / 8)
+    rotation = Rotation.halves(1 / 100 ** (torch.arange(8) / 8))
     return Observation(
-        randn(2, tokens_read, 16), randn(2, tokens_read, 16, seed=1), randn(2, 3, count, 16, seed=2), positions, inv_freq,
+        randn(2, tokens_read, 16), randn(2, tokens_read, 16, seed=1), randn(2, 3, count, 16, seed=2), positions, rotation,
         0.25, **more,
     )  # fmt: skip
 

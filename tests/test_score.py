@@ -10,6 +10,6 @@ from keepkv.types import Observation
 
 def test_large_logits_do_not_overflow_the_scores() -> None:
     seen = observation()
-    loud = Observation(100 * seen.keys, seen.values, seen.queries, seen.query_positions, seen.inv_freq, seen.scale)
+    loud = Observation(100 * seen.keys, seen.values, seen.queries, seen.query_positions, seen.rotation, seen.scale)
     for rule in (keepkv_paper.moving_average, keepkv_paper.window_mean, score.pooled_window, keepkv_paper.weighted_window):
         assert not rule(loud).isnan().any()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from keepkv.ops.ragged import Ragged
+from keepkv.ops.rope import Rotation
 from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 
 
@@ -105,7 +106,7 @@ class Observation:
         values: [H, T, d_v].
         queries: [H, G, N, d], as they were asked (after RoPE), the newest last.
         query_positions: [N] int64, ascending, the token that asked each query.
-        inv_freq: [r/2] float32, the rotary frequencies; the first r <= d dimensions rotate, in the rotate-half layout.
+        rotation: How the layer's keys and queries turn with their position.
         scale: The factor on q·k.
         layer: The layer's index; with `seed` it makes chance repeatable.
         seed: Of all that is drawn by chance.
@@ -127,7 +128,7 @@ class Observation:
     values: Tensor
     queries: Tensor
     query_positions: Tensor
-    inv_freq: Tensor
+    rotation: Rotation
     scale: float
     layer: int = 0
     seed: int = 0

@@ -11,7 +11,7 @@ from keepkv.merge import merged
 from keepkv.methods import attention_matching
 from keepkv.observe import references
 from keepkv.types import Observation
-from methods.observed import INV_FREQ
+from methods.observed import ROTATION
 
 
 def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> None:
@@ -21,7 +21,7 @@ def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> No
     keys[20:], queries[:, 0] = 0, 10.0
     keys[20:, 0], keys[:20, 0] = -5.0, 0.0
     ref = references.attend_all(queries[None], keys[None], values[None])
-    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(300), INV_FREQ, 1.0, references=ref)
+    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(300), ROTATION, 1.0, references=ref)
     made = attention_matching.match(values[None], [kept], observation.rows(slice(1)))[0]
     assert made.bias.abs().max() < 0.05
     ours, _ = exact(queries, *made[:3], 1.0)
@@ -31,7 +31,7 @@ def test_attention_matching_recovers_the_output_where_nothing_is_missing() -> No
 def test_attention_matching_is_closer_than_eviction_within_its_bounds() -> None:
     keys, values, queries = randn64(200, 16).float(), randn64(200, 8, seed=1).float(), randn64(800, 16, seed=2).float()
     ref = references.attend_all(queries[None], keys[None], values[None])
-    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(800), INV_FREQ, 1.0, references=ref)
+    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(800), ROTATION, 1.0, references=ref)
     kept = choose.best(attention_matching.answered_most(observation)[0], 40)
     made, evicted = (
         attention_matching.match(values[None], [kept], observation.rows(slice(1)))[0],
@@ -50,7 +50,7 @@ def test_votes_are_fitted_around_verbatim_slots() -> None:
     keys, values = randn64(8, 16).float().repeat(5, 1), randn64(8, 8, seed=1).float().repeat(5, 1)
     queries = randn64(400, 16, seed=2).float()
     ref = references.attend_all(queries[None], keys[None], values[None])
-    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(400), INV_FREQ, 1.0, references=ref)
+    observation = Observation(keys[None], values[None], queries[None, None], torch.arange(400), ROTATION, 1.0, references=ref)
     rows, kept = observation.rows(slice(1)), torch.arange(10)  # tokens 0 and 1 twice, the others once
     verbatim = torch.zeros(1, 40, dtype=torch.bool)
     verbatim[0, [0, 2]] = True

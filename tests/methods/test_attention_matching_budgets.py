@@ -15,7 +15,7 @@ from keepkv.methods import attention_matching
 from keepkv.methods.attention_matching_budgets import between, convex_slopes, error_curve, gains
 from keepkv.observe import references
 from keepkv.types import Observation
-from methods.observed import INV_FREQ
+from methods.observed import ROTATION
 
 SLOTS = [0, 2, 5, 10, 40]
 
@@ -25,7 +25,7 @@ def observed(heads: int = 3, count: int = 80) -> Observation:
     keys = randn64(heads, count, 16).float() * torch.tensor([3.0, 1.0, 0.3])[:heads, None, None]
     values, queries = randn64(heads, count, 8, seed=1).float(), randn64(heads, 400, 16, seed=2).float()
     ref = references.attend_all(queries, keys, values)
-    return Observation(keys, values, queries[:, None], torch.arange(400), INV_FREQ, 1.0, references=ref)
+    return Observation(keys, values, queries[:, None], torch.arange(400), ROTATION, 1.0, references=ref)
 
 
 def interpolated(slots: list[int], errors: list[float], n: int) -> float:

@@ -8,13 +8,12 @@ import torch
 
 from helpers import make_model, read, tokens
 from keepkv.methods import compactor
-from keepkv.ops.rope import rotate
-from methods.observed import INV_FREQ, seen
+from methods.observed import ROTATION, seen
 
 
 def plain(keys: torch.Tensor) -> torch.Tensor:
     """Keys [H, T, d] without their rotation."""
-    return rotate(keys.double(), -torch.arange(keys.shape[1]), INV_FREQ.double())
+    return ROTATION.rotate(keys.double(), -torch.arange(keys.shape[1]))
 
 
 def z(x: torch.Tensor) -> torch.Tensor:

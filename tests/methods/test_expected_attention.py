@@ -6,15 +6,14 @@ import torch
 
 from helpers import observation
 from keepkv.methods import expected_attention
-from keepkv.ops.rope import rotate
 
 
 def test_expected_attention_is_the_mean_over_gaussian_queries() -> None:
     """Against sampling: queries drawn from the fitted Gaussian, rotated by the mean rotation, attention averaged."""
     seen = observation(tokens_read=40)
     got = expected_attention.expected_attention(seen) / seen.values.norm(dim=-1)
-    plain = rotate(seen.queries, -seen.query_positions, seen.inv_freq)[:, :, 4:] * seen.scale
-    ahead = torch.arange(40, 40 + 512).double()[:, None] * seen.inv_freq.double()
+    plain = seen.rotation.rotate(seen.queries, -seen.query_positions)[:, :, 4:] * seen.scale
+    ahead = torch.arange(40, 40 + 512).double()[:, None] * seen.rotation.frequencies.double()
     cos, sin = ahead.cos().mean(0).float(), ahead.sin().mean(0).float()
     for head in range(2):
         share = torch.zeros(40)

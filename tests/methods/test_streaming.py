@@ -7,9 +7,8 @@ import torch
 from helpers import make_model, randn64, tokens
 from keepkv import KeepCache
 from keepkv.methods import streaming
-from keepkv.ops.rope import rotate
 from keepkv.types import Choice
-from methods.observed import INV_FREQ, seen
+from methods.observed import ROTATION, seen
 
 
 def test_streaming_closes_the_gap_between_sinks_and_window() -> None:
@@ -19,11 +18,9 @@ def test_streaming_closes_the_gap_between_sinks_and_window() -> None:
     (made, _) = streaming.closed_up(observation, [Choice(kept), Choice(kept)])
     torch.testing.assert_close(made.keys[4:], observation.keys[0, 50:])
     query = randn64(1, 16, seed=3).float()
-    near = rotate(query, torch.tensor([60]), INV_FREQ) @ made.keys[:4].T
-    plain = rotate(observation.keys[0, :4], -torch.arange(4), INV_FREQ)  # the sinks without a position
-    wanted = (
-        rotate(query, torch.tensor([14]), INV_FREQ) @ rotate(plain, torch.arange(4), INV_FREQ).T
-    )  # the cache has 14 entries
+    near = ROTATION.rotate(query, torch.tensor([60])) @ made.keys[:4].T
+    plain = ROTATION.rotate(observation.keys[0, :4], -torch.arange(4))  # the sinks without a position
+    wanted = ROTATION.rotate(query, torch.tensor([14])) @ ROTATION.rotate(plain, torch.arange(4)).T  # the cache has 14 entries
     torch.testing.assert_close(near, wanted, rtol=1e-4, atol=1e-4)
 
 

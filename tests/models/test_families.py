@@ -1,17 +1,32 @@
-"""Families of models: others are refused."""
+"""What can be seen of a model without running it. What must be tried is in tests/cache/test_self_check.py."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from helpers import make_model
+from helpers import make_model, small_model
 from keepkv import KeepCache, ModelError
+from keepkv.models import families
 
 
-def test_unsupported_families_are_refused() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with pytest.raises(ModelError, match="'gpt2' is not supported"):
-        KeepCache(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11)))
+def test_models_without_rotary_positions_and_without_full_attention_are_refused() -> None:
+    with pytest.raises(ModelError, match="gpt2 does not rotate its keys"):
+        KeepCache(small_model("gpt2"))
     with pytest.raises(ModelError, match="sliding window"):
         KeepCache(make_model("mistral", sliding_window=16))
+
+
+def test_projections_are_those_of_the_compressed_layers() -> None:
+    model = make_model("gemma3")
+    expected = [layer.self_attn.o_proj.weight for layer in model.get_decoder().layers[1:]]
+    assert all(torch.equal(a, b) for a, b in zip(families.projections(model), expected, strict=True))
+    assert families.projections(small_model("gpt_neox")) == [None] * 4  # they are not called o_proj
+    assert set(families.projections(small_model("hrm_text"))) == {None}  # its modules serve several layers each
+
+
+def test_the_shape_of_keys_is_that_of_the_keys(family: str) -> None:
+    model = make_model(family)
+    cache = KeepCache(model, auto=False)
+    model(torch.arange(3, 9)[None], past_key_values=cache)
+    assert all((layer.keys.shape[1], layer.keys.shape[3]) == families.key_shape(model) for layer in cache.layers)

@@ -11,6 +11,7 @@ from helpers import observation, randn, randn64
 from keepkv import score
 from keepkv.methods import expected_attention, keepkv_paper
 from keepkv.observe.references import attend_all, context, window
+from keepkv.ops.rope import Rotation
 from keepkv.types import Observation
 
 
@@ -61,7 +62,7 @@ def test_an_entry_of_p_votes_is_p_copies_to_references_and_scores() -> None:
     keys, values, queries = (torch.randn(2, n, 16, generator=generator) for n in (60, 60, 40 * 3))
     votes = torch.randint(1, 5, (60,), generator=generator)
     queries = queries.reshape(2, 40, 3, 16).transpose(1, 2)
-    known = {"inv_freq": torch.ones(8), "scale": 0.25, "query_positions": torch.arange(100, 140)}
+    known = {"rotation": Rotation.halves(torch.ones(8)), "scale": 0.25, "query_positions": torch.arange(100, 140)}
     copies = torch.arange(60).repeat_interleave(votes)
     first = (copies[:, None] < torch.arange(60)).sum(0)
     places = torch.arange(60).expand(2, -1)

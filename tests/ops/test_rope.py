@@ -1,30 +1,37 @@
-"""Rotary positions: a rotation by a distance is the model's own."""
+"""Rotations as values: against complex numbers in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from helpers import make_model, randn
-from keepkv.models import families
-from keepkv.ops.rope import rotate
+from helpers import randn64
+from keepkv.ops.rope import Rotation
+
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.01])
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-scaled-rope", "phi3", "gemma3", "qwen3"])
-@pytest.mark.parametrize("shift", [0, 1, 777, -300])
-def test_rotation_is_the_models_own(family: str, shift: int) -> None:
-    """Rotating a query asked at p by `shift` gives what the model itself computes at p + shift."""
-    model = make_model(family, torch.float32)
-    rotary = families.rotary(model)
-    kind = {"layer_type": "full_attention"} if family == "gemma3" else {}
-    query, position = randn(1, 4, 9, 16), torch.arange(300, 309)[None]
+@pytest.mark.parametrize(("first", "second"), [(slice(0, 3, 1), slice(3, 6, 1)), (slice(0, 6, 2), slice(1, 6, 2))])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_pair_is_a_complex_number(first: slice, second: slice, sign: int) -> None:
+    rotation = Rotation(first, second, sign * FREQUENCIES)
+    x, shift = randn64(2, 5, 8), torch.tensor([0, 1, -7, 500, 100_000])
+    got = rotation.rotate(x, shift)
+    turned = torch.complex(x[..., first], x[..., second]) * torch.exp(1j * sign * shift[:, None] * FREQUENCIES.double())
+    torch.testing.assert_close(torch.complex(got[..., first], got[..., second]), turned)
+    assert torch.equal(got[..., 6:], x[..., 6:])  # the others stay
+    torch.testing.assert_close(rotation.rotate(got, -shift), x)
 
-    def at(where: torch.Tensor) -> torch.Tensor:
-        cos, sin = rotary(query, where, **kind)
-        size = cos.shape[-1]
-        turned = query[..., :size]
-        half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
-        return torch.cat((turned * cos[:, None] + half * sin[:, None], query[..., size:]), -1)
 
-    got = rotate(at(position), torch.full((9,), shift), families.inv_freq(rotary))
-    torch.testing.assert_close(got, at(position + shift), rtol=1e-3, atol=1e-3)
+def test_a_mean_of_rotations_is_the_mean_of_what_is_rotated() -> None:
+    rotation = Rotation.halves(FREQUENCIES)
+    x, shift = randn64(4, 8), torch.arange(30)
+    angle = rotation.angles(shift)
+    got = rotation.turn(x, angle.cos().mean(0), angle.sin().mean(0))
+    every = torch.stack([rotation.rotate(x, torch.full((4,), int(by))) for by in shift])
+    torch.testing.assert_close(got, every.mean(0))
+
+
+def test_without_frequencies_nothing_moves() -> None:
+    x = randn64(4, 8)
+    assert torch.equal(Rotation.none().rotate(x, torch.arange(4)), x)

@@ -14,6 +14,7 @@ from helpers import make_model, tokens
 from keepkv import KeepCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.sdpa_proxy import SdpaProxy
+from keepkv.cache.self_check import unchecked
 from keepkv.models import families
 from keepkv.serving.paged import CELL, PagedConfig, Pages, new_watch, step
 from keepkv.serving.settings import Settings
@@ -29,7 +30,7 @@ class PagedCache(Cache):
     def __init__(self, model, settings: Settings, pages: list[Pages], table: torch.Tensor) -> None:
         super().__init__(layers=[KeepLayer() for _ in pages])
         self.settings, self.pages, self.table, self.read = settings, pages, table, 0
-        self.inv_freq, self.watches = families.inv_freq(families.rotary(model)), {}
+        self.rotation, self.watches = unchecked(model).at(2)[0], {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.read
@@ -47,7 +48,7 @@ class PagedCache(Cache):
 
     def _attention(self, layer_idx, new, query, *args, scale=None, **kwargs):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        config = PagedConfig(self.settings, self.settings.uniform_method(), scale, self.inv_freq)
+        config = PagedConfig(self.settings, self.settings.uniform_method(), scale, self.rotation)
         watch = self.watches.get(layer_idx) or new_watch(config, layer_idx)
         output, self.watches[layer_idx] = step(
             self.pages[layer_idx], self.table, query[0].transpose(0, 1), self.read, config, watch

@@ -31,8 +31,10 @@ from keepkv.cache.report import Report
 from keepkv.cache.sdpa_proxy import SdpaProxy
 from keepkv.errors import KeepKVError
 from keepkv.models import families
+from keepkv.models.rotation import Rotaries
 from keepkv.observe.repetition import Piece
 from keepkv.observe.watch import Watch
+from keepkv.ops.rope import Rotation
 from keepkv.recipe import Recipe
 from keepkv.types import Observation
 
@@ -48,9 +50,11 @@ class BaseCache(Cache):
         policy: What its next compression goes by: budget, method, storage, tokens to keep.
         column_mass: Whether all attention is summed while reading.
         auto: Whether it compresses by itself.
+        rotaries: How the layers rotate keys and queries.
     """
 
     layers: list[Any]  # KeepLayer, or transformers' sliding-window layers
+    rotaries: Rotaries
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, policy: Policy, column_mass: bool, auto: bool) -> None:
         families.check_supported(model)
@@ -61,7 +65,6 @@ class BaseCache(Cache):
         self.auto = auto
         for layer in self.keep_layers:
             layer.backing = Backing(recipe.backing) if recipe.backing else None
-        self._rotary = families.rotary(model)
         self._projections = families.projections(model)
         self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
         self._report: Report | None = None  # what the last compression made, or why there was none
@@ -100,14 +103,15 @@ class BaseCache(Cache):
         return self._report is not None
 
     @property
-    def inv_freq(self) -> Tensor:
-        """Rotary frequencies of the layers with full attention, float32 [r/2], as they are now."""
-        return families.inv_freq(self._rotary)
+    def rotations(self) -> list[Rotation]:
+        """How every layer rotates keys and queries now, those with a sliding window included."""
+        return self.rotaries.at(max(self._tokens(), default=0))
 
     @property
-    def sliding_inv_freq(self) -> Tensor:
-        """Rotary frequencies of the layers with a sliding window, float32 [r/2]."""
-        return families.sliding_inv_freq(self._rotary)
+    def keep_rotations(self) -> list[Rotation]:
+        """The same of the layers that are compressed."""
+        pairs = zip(self.layers, self.rotations, strict=True)
+        return [rotation for layer, rotation in pairs if isinstance(layer, KeepLayer)]
 
     def observations(self, row: int = 0, exact: bool = False) -> Sequence[Observation]:
         """What every layer has shown of one batch row, each made when it is looked at.
@@ -117,7 +121,7 @@ class BaseCache(Cache):
             exact: Whether to look at all its tokens as they were, from the backing, instead of slots and tail.
         """
         tail = self._tails()[row]
-        return Observations(self.keep_layers, row, self.inv_freq, self._projections, self.policy.spans, tail, exact)
+        return Observations(self.keep_layers, row, self.keep_rotations, self._projections, self.policy.spans, tail, exact)
 
     def restore(self, report: Report | None) -> None:
         """Takes over what another cache, or a file, reports of a compression. None: nothing has been decided yet."""

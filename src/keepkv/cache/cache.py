@@ -25,6 +25,7 @@ from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations, check_observed
 from keepkv.cache.policy import Policy
 from keepkv.cache.report import Head, Report, with_bytes_held
+from keepkv.cache.self_check import checked, unchecked
 from keepkv.compress import Compressed, Progress, Way, compress, compress_in_ways, in_row
 from keepkv.errors import BudgetError, InputError, KeepKVError
 from keepkv.methods import Method
@@ -74,6 +75,8 @@ class KeepCache(BaseCache):
         seed: Of everything that is drawn at random.
         column_mass: Whether all attention is summed while reading, for methods that need it. None: if `method` does.
         auto: Whether to compress when a prompt has been read and, if the cache is live, whenever it is due.
+        check: Whether the first cache for a model's class and configuration tries the model first: a few passes of a few
+            tokens (`keepkv.cache.self_check`). Without it, the model's layers are taken to rotate as its code suggests.
 
     Raises:
         ModelError: for a model that cannot be compressed.
@@ -107,6 +110,7 @@ class KeepCache(BaseCache):
         seed: int = Recipe.seed,
         column_mass: bool | None = None,
         auto: bool = True,
+        check: bool = True,
     ) -> None:
         recipe = Recipe(
             budget=budget if is_single(budget) else tuple(budget),
@@ -129,6 +133,7 @@ class KeepCache(BaseCache):
         if (refresh is not None and backing is None) or (backing is not None and period is None and not chunk):
             raise InputError("refresh needs a backing, and a backing a live cache: give a period, or a chunk, and a backing")
         super().__init__(model, recipe, policy, policy.method.column_mass if column_mass is None else column_mass, auto)
+        self.rotaries = checked(model, partial(KeepCache, model, check=False)) if check else unchecked(model)
         self._ahead = 0  # tokens that `read` has still to read of a prompt that it has repeated
         self._refreshed = 0  # columns at the last refresh
 
@@ -298,7 +303,7 @@ class KeepCache(BaseCache):
         lead = input_ids[:, :0] if lead is None else lead.to(input_ids.device)
         self._bank()
         how = how or self.policy.method.repeat or Repeat()
-        observations = Observations(self.keep_layers, 0, self.inv_freq, self._projections)
+        observations = Observations(self.keep_layers, 0, self.keep_rotations, self._projections)
         begin = tokens - input_ids.shape[1]
         end = tokens + self._ahead
         room = self._entries(0) + self._tails()[0] * self.heads
@@ -440,7 +445,9 @@ class KeepCache(BaseCache):
         rows = []
         for row, (held, tail) in enumerate(zip(self._held(exact), self._tails(), strict=True)):
             slots = [Way(way.stored_as, min(totals[row], held) + tail * self.heads) for way, totals in ways]
-            observations = Observations(self.keep_layers, row, self.inv_freq, self._projections, policy.spans, tail, exact)
+            observations = Observations(
+                self.keep_layers, row, self.keep_rotations, self._projections, policy.spans, tail, exact
+            )
             rows.append(compress_in_ways(observations, method, slots, partial(in_row, progress, row, len(totals))))
         return [list(way) for way in zip(*rows, strict=True)]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from keepkv.cache.layer import KeepLayer
 from keepkv.errors import KeepKVError
 from keepkv.methods import Method
+from keepkv.ops.rope import Rotation
 from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 from keepkv.types import Observation
 
@@ -40,7 +41,7 @@ class Observations(Sequence[Observation]):
     Args:
         layers: The compressed layers.
         row: The batch row.
-        inv_freq: Rotary frequencies, float32 [r/2].
+        rotations: How each of them rotates.
         projections: Every layer's output projection [D, heads × d_v], or None.
         keep: Spans of positions (first, last + 1) that must stay.
         tail: How many of the newest tokens must stay too.
@@ -51,7 +52,7 @@ class Observations(Sequence[Observation]):
         self,
         layers: Sequence[KeepLayer],
         row: int,
-        inv_freq: Tensor,
+        rotations: Sequence[Rotation],
         projections: Sequence[Tensor | None],
         keep: Sequence[tuple[int, int]] = (),
         tail: int = 0,
@@ -59,7 +60,7 @@ class Observations(Sequence[Observation]):
     ) -> None:
         self._layers = layers
         self._row = row
-        self._inv_freq = inv_freq
+        self._rotations = rotations
         self._projections = projections
         self._keep = keep
         self._tail = tail
@@ -71,7 +72,7 @@ class Observations(Sequence[Observation]):
     def __getitem__(self, index: Any) -> Any:
         layer = self._layers[index]
         assert layer.watch is not None, "compress() checks that first"
-        observation = layer.watch.observation(self._row, layer.state, self._inv_freq)
+        observation = layer.watch.observation(self._row, layer.state, self._rotations[index])
         if self._exact:
             assert layer.backing is not None, "refresh() checks that first"
             start = layer.watch.starts[self._row]

@@ -60,8 +60,9 @@ class SdpaProxy(Tensor):
         if func in _RESHAPES:
             return _proxy(result, args[0].attend)
         raise ModelError(
-            f"a KeepCache works with transformers' `sdpa` attention, but the model's attention calls "
-            f"{getattr(func, '__name__', func)} on the keys: model.set_attn_implementation('sdpa')"
+            f"a KeepCache works with transformers' `sdpa` attention over the keys and values it was given, but the model's "
+            f"attention calls {getattr(func, '__name__', func)} on them: model.set_attn_implementation('sdpa'), or, where it "
+            "runs that already, transformers' own cache"
         )
 
 

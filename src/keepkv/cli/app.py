@@ -14,6 +14,7 @@ import typer
 import keepkv
 from keepkv.cli.ask import ask
 from keepkv.cli.chat import chat
+from keepkv.cli.check import check
 from keepkv.cli.documents import compile, store
 from keepkv.cli.eval import evaluate, report
 from keepkv.cli.fidelity import fidelity
@@ -62,6 +63,7 @@ command(app, panel=USE)(chat)
 command(app, panel=USE)(serve)
 command(app, panel=DOCUMENTS)(compile)
 app.add_typer(store, name="store", rich_help_panel=DOCUMENTS)
+command(app, panel=USE)(check)
 command(app, panel=MEASURE)(fidelity)
 command(app, panel=MEASURE)(inspect)
 command(app, "eval", panel=MEASURE)(evaluate)

@@ -16,12 +16,37 @@ from keepkv.cache.report import Report
 from keepkv.cli.progress import err, out
 from keepkv.eval.fidelity import Fidelity
 from keepkv.inspection.anatomy import Anatomy
+from keepkv.inspection.checkup import Checkup
 from keepkv.methods import METHODS
 from keepkv.render import size
 from keepkv.text.ask import AskResult
 
 if TYPE_CHECKING:
     from keepkv.documents.store import Entry
+
+
+def show_checkup(found: Checkup) -> None:
+    """What a model is, what its cache takes at some lengths, and what was tried."""
+    facts = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    windows = found.layers - found.compressed
+    facts.add_row("type", found.family)
+    facts.add_row("layers", f"{found.layers}: {found.compressed} are compressed, {windows} have a sliding window")
+    facts.add_row("keys", f"{found.heads} KV heads of {found.size} dimensions, {found.unrotated} layers without rotation")
+    facts.add_row("a token takes", size(found.token_bytes))
+    out.print(facts)
+    out.print()
+    costs = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("tokens", "full cache", "budget 25%", "budget 10%", "budget 5%"):
+        costs.add_column(title, justify="right")
+    for tokens in (2048, 8192, 32768, 131072):
+        kept = (size(found.kept_bytes(tokens, share)) for share in (0.25, 0.1, 0.05))
+        costs.add_row(f"{tokens:,}", size(found.full_bytes(tokens)), *kept)
+    out.print(costs)
+    out.print()
+    trials = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for trial in found.trials:
+        trials.add_row("[green]yes[/]" if trial.passed else "[red]NO[/]", escape(trial.name), escape(trial.detail))
+    out.print(trials)
 
 
 def show_asked(results: Sequence[AskResult]) -> None:

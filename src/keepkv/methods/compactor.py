@@ -8,7 +8,6 @@ from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool1d
 
 from keepkv.methods.base import Method
-from keepkv.ops.rope import rotate
 from keepkv.types import Observation
 
 FIRST, NEWEST = 8, 4  # tokens that are always kept, and left out of all statistics
@@ -28,7 +27,7 @@ def leverage(observation: Observation, counted: Tensor, sketch: int = 48, ridge:
     """
     heads, _, size = observation.keys.shape
     pairs = zip(observation.keys.float(), observation.positions, strict=True)
-    plain = torch.stack([rotate(keys, -positions, observation.inv_freq) for keys, positions in pairs])
+    plain = torch.stack([observation.rotation.rotate(keys, -positions) for keys, positions in pairs])
     mean = (plain * counted[..., None]).sum(1, keepdim=True) / counted.sum(1).clamp(min=1)[:, None, None]
     x = (plain - mean) * counted[..., None]
     if sketch < size:

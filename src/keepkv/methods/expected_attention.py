@@ -8,7 +8,6 @@ from torch.linalg import vector_norm
 
 from keepkv.methods.base import Method
 from keepkv.observe.references import FUTURE
-from keepkv.ops.rope import apply_rotary, rotate
 from keepkv.types import Observation
 
 
@@ -19,17 +18,16 @@ def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
     512 positions. The exponent is the logarithm of the mean of exp(q·k) for a Gaussian q. The first 4 tokens, which are always
     kept, are left out of statistics and softmax, as in the authors' code.
     """
-    positions, inv_freq = observation.query_positions, observation.inv_freq
-    plain = rotate(observation.queries.float(), -positions, inv_freq)[:, :, positions >= sinks] * observation.scale
+    positions, rotation = observation.query_positions, observation.rotation
+    plain = rotation.rotate(observation.queries.float(), -positions)[:, :, positions >= sinks] * observation.scale
     mean = plain.mean(2)  # [H, G, d]
     centered = plain - mean[:, :, None]
     covariance = centered.transpose(-1, -2) @ centered / max(1, plain.shape[2])  # [H, G, d, d]
     tokens = observation.tokens
-    future = torch.arange(tokens, tokens + FUTURE, device=inv_freq.device, dtype=torch.float64)
-    angle = future[:, None] * inv_freq.double()
+    angle = rotation.angles(torch.arange(tokens, tokens + FUTURE, device=positions.device))
     cos, sin = angle.cos().mean(0).float(), angle.sin().mean(0).float()
-    mean = apply_rotary(mean, cos, sin)
-    covariance = apply_rotary(apply_rotary(covariance, cos, sin).transpose(-1, -2), cos, sin)
+    mean = rotation.turn(mean, cos, sin)
+    covariance = rotation.turn(rotation.turn(covariance, cos, sin).transpose(-1, -2), cos, sin)
     keys = observation.keys.float()
     logits = mean @ keys.transpose(-1, -2) + ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) / 2
     if observation.bias is not None:

@@ -9,7 +9,6 @@ import torch
 from keepkv import score
 from keepkv.merge.merged import Merged
 from keepkv.methods.base import Method
-from keepkv.ops.rope import rotate
 from keepkv.types import Choice, Observation
 
 
@@ -24,7 +23,7 @@ def closed_up(observation: Observation, choices: Sequence[Choice]) -> list[Merge
         kept = choice.kept
         position = kept + observation.tokens - observation.entries
         goal = torch.arange(observation.tokens - len(kept), observation.tokens, device=position.device)
-        keys = rotate(observation.keys[head, kept].float(), goal - position, observation.inv_freq).to(observation.keys.dtype)
+        keys = observation.rotation.rotate(observation.keys[head, kept].float(), goal - position).to(observation.keys.dtype)
         bias = torch.zeros(len(kept), device=position.device) if observation.bias is None else observation.bias[head, kept]
         results.append(Merged(keys, observation.values[head, kept], bias))
     return results

@@ -1,35 +1,45 @@
-"""What keepkv must know about a model of transformers: whether it is supported, its layers, and its rotary frequencies.
+"""What keepkv must know about a model of transformers: whether it can be supported, its layers, and the shape of its keys.
 
-A new model family is one name in `FAMILIES`, and one in the tests' list of tiny models: every test of the cache then runs
-with it. That is enough for a decoder whose layers run `sdpa` attention and rotate keys by halves (dimension i with i + d/2).
+No family is known by name. `check_supported` looks for what can be seen without running the model, and the first cache for a
+model tries the rest (`keepkv.cache.self_check`). Which of transformers' models pass is listed in docs/models.md.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from keepkv.errors import ModelError
-
-FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")  # tested
+from keepkv.models.rotation import attention_modules
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Checks a model before anything is read.
+    """Checks what can be seen of a model without running it, before anything is read.
 
     Raises:
-        ModelError: unless the model's family is in `FAMILIES` and it runs `sdpa` attention.
+        ModelError: unless the model is a decoder that runs `sdpa` attention, keeps keys and values of full attention or of
+            sliding windows in every layer, and rotates them with their position.
     """
     config = model.config.get_text_config(decoder=True)
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"the model family {config.model_type!r} is not supported: expected one of {', '.join(FAMILIES)}")
+    name = config.model_type
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder with a decoder, keepkv needs a decoder alone")
     if config._attn_implementation != "sdpa":
-        raise ModelError(
-            f"the model runs {config._attn_implementation!r} attention, keepkv needs 'sdpa': "
+        way = (
             "load it with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
+            if getattr(model, "_supports_sdpa", False)
+            else f"transformers has no 'sdpa' attention for {name}, use it with transformers' own cache"
+        )
+        raise ModelError(f"the model runs {config._attn_implementation!r} attention, keepkv needs 'sdpa': {way}")
+    layer_kinds(model)
+    key_shape(model)
+    if not attention_modules(model):
+        raise ModelError(
+            f"{name} does not rotate its keys with their position (rotary positions), so keepkv could not move queries: use it "
+            "with transformers' own cache"
         )
 
 
@@ -40,20 +50,40 @@ def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
         ModelError: for any other kind of layer, and for a model without full attention in any layer.
     """
     kinds: list[CacheLayerMixin | None] = []
-    for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers:
+    for index, layer in enumerate(DynamicCache(config=model.config.get_text_config(decoder=True)).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ModelError(f"{type(layer).__name__}: keepkv compresses full attention and passes over sliding windows only")
+            raise ModelError(
+                f"layer {index} keeps {_kept(layer)}: keepkv compresses keys and values of full attention, and passes over "
+                "sliding windows; use the model with transformers' own cache"
+            )
         kinds.append(layer if isinstance(layer, DynamicSlidingWindowLayer) else None)
     if None not in kinds:
         raise ModelError("every layer of this model has a sliding window: its cache is bounded and nothing can be compressed")
     return kinds
 
 
+def _kept(layer: object) -> str:
+    """What a layer of transformers' cache keeps that is neither full attention nor a sliding window."""
+    name = type(layer).__name__
+    if "Linear" in name:
+        return f"a state that every token changes ({name}: linear attention, Mamba, a convolution)"
+    if "Dummy" in name:
+        return f"nothing of its own ({name}: it uses another layer's keys)"
+    return f"more than keys and values ({name}: an indexer that picks tokens, perhaps)"
+
+
 def key_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """Number of KV heads of a layer, and the size d of a key."""
+    """Number of KV heads of a layer, and the size d of a key. Raises ModelError where layers differ in them."""
     config = model.config.get_text_config(decoder=True)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_key_value_heads), int(size)
+    try:
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    except (AttributeError, RuntimeError) as error:  # a configuration by layer refuses to name one number for all
+        raise ModelError(
+            "the layers of this model have keys of different sizes or numbers of heads, keepkv needs the same in all: use the "
+            "model with transformers' own cache"
+        ) from error
+    return int(heads), int(size)
 
 
 def free_passed(layer: CacheLayerMixin) -> None:
@@ -64,45 +94,22 @@ def free_passed(layer: CacheLayerMixin) -> None:
             setattr(layer, name, view.clone())
 
 
-def rotary(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the rotary frequencies.
-
-    Raises:
-        ModelError: if the model has none where transformers' models have it.
-    """
-    module = getattr(model.get_decoder(), "rotary_emb", None)
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"{type(model).__name__} has no rotary position embedding where one was expected (rotary_emb)")
-    return module
-
-
 def projections(model: PreTrainedModel) -> list[Tensor | None]:
     """Per layer with full attention its output projection [D, heads × d_v], or None where its weights cannot be read.
 
-    They cannot be read, for example, where they are quantized.
+    They cannot be read, for example, where they are quantized, or where they are not called `o_proj`.
     """
+    attention = attention_modules(model)
+    kinds = layer_kinds(model)
+    if len(attention) != len(kinds):  # layers that are run through more than once
+        return [None] * kinds.count(None)
     weights = []
-    for layer, kind in zip(model.get_decoder().layers, layer_kinds(model), strict=True):
+    for index, kind in enumerate(kinds):
         if kind is not None:
             continue
-        weight = getattr(getattr(layer.self_attn, "o_proj", None), "weight", None)
+        weight = getattr(getattr(attention.get(index), "o_proj", None), "weight", None)
         weights.append(weight.detach() if isinstance(weight, Tensor) and weight.is_floating_point() else None)
     return weights
-
-
-def inv_freq(rotary_module: nn.Module) -> Tensor:
-    """Rotary frequencies of the full-attention layers, float32 [r/2], as they are now: some models change them while running.
-
-    r is the number of rotated dimensions of a key. Frequency i rotates by position × inv_freq[i] radians.
-    """
-    buffers = dict(rotary_module.named_buffers())
-    return buffers.get("full_attention_inv_freq", buffers.get("inv_freq", Tensor())).detach().float()
-
-
-def sliding_inv_freq(rotary_module: nn.Module) -> Tensor:
-    """Rotary frequencies of the sliding-window layers, float32 [r/2]: their own if they have some, else those of the others."""
-    own = dict(rotary_module.named_buffers()).get("sliding_attention_inv_freq")
-    return inv_freq(rotary_module) if own is None else own.detach().float()
 
 
 def trained_length(model: PreTrainedModel) -> int | None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from keepkv.attend.dispatch import attend_watched
-from keepkv.ops.rope import rotate
 from keepkv.types import Observation, References
 
 FUTURE = 512  # context queries are asked again from the next FUTURE positions
@@ -39,7 +38,7 @@ def context(observation: Observation) -> References:
 
     target = observation.tokens + torch.randint(FUTURE, positions.shape, generator=observation.generator)
     shift = target.to(positions.device) - positions
-    queries = rotate(taken, shift, observation.inv_freq).flatten(1, 2) * observation.scale
+    queries = observation.rotation.rotate(taken, shift).flatten(1, 2) * observation.scale
     keys, values = observation.keys.float(), observation.values.float()
     answered = min(group, ANSWERED) * count
     future = attend_all(queries, keys, values, answered, observation.bias, observation.tokens)

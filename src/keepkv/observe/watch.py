@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from keepkv.errors import InputError, KeepKVError
 from keepkv.observe.bank import Bank
+from keepkv.ops.rope import Rotation
 from keepkv.slots.slots import Slots
 from keepkv.types import Observation
 
@@ -157,7 +158,7 @@ class Watch:
         before = self.repeated or Bank(queries[:, :, :0], positions[:0])
         return replace(self, repeated=before.add(queries, positions, self.limit, self.seed))
 
-    def observation(self, row: int, state: LayerState, inv_freq: Tensor) -> Observation:
+    def observation(self, row: int, state: LayerState, rotation: Rotation) -> Observation:
         """The Observation of one row of the batch."""
         watch = self.banked(state)
         start, bank = watch.starts[row], watch.banks[row]
@@ -167,7 +168,7 @@ class Watch:
             values=values,
             queries=bank.queries,
             query_positions=bank.positions,
-            inv_freq=inv_freq,
+            rotation=rotation,
             scale=self.scale,
             layer=self.layer,
             seed=self.seed,

@@ -19,6 +19,7 @@ from keepkv.cache.observations import Observations
 from keepkv.compress import compress
 from keepkv.methods import Method
 from keepkv.observe.watch import Watch
+from keepkv.ops.rope import Rotation
 from keepkv.serving.settings import Settings
 from keepkv.slots.slots import Slots
 
@@ -106,13 +107,13 @@ class PagedConfig(NamedTuple):
         settings: What is kept of every request.
         method: `settings.uniform_method()`.
         scale: The attention's scale.
-        inv_freq: Rotary frequencies, float32 [r/2].
+        rotation: How keys and queries turn with their position.
     """
 
     settings: Settings
     method: Method
     scale: float
-    inv_freq: Tensor
+    rotation: Rotation
 
 
 def new_watch(config: PagedConfig, layer: int) -> Watch:
@@ -169,7 +170,7 @@ def _compress(layer: KeepLayer, pages: Pages, table: Tensor, tail: int, config: 
     assert layer.watch is not None
     budget = config.settings.budget
     layer.watch = layer.watch.banked(layer.state)
-    observations = Observations([layer], 0, config.inv_freq, [None], tail=tail)
+    observations = Observations([layer], 0, [config.rotation], [None], tail=tail)
     result = compress(observations, config.method, (budget + tail) * layer.heads)
     pages.store(table, budget, result.slots[0].newest_off(tail))
     layer.watch = layer.watch.compacted([result.plan.kept[0]], layer.state)

@@ -166,6 +166,7 @@ def test_what_cannot_be_joined_or_repaired_is_refused() -> None:
         joined(model, [parts[0], replace(parts[1], exact=None)], 0.2)
     with pytest.raises(InputError, match="no text of its own"):
         join(model, [parts[0].cache, parts[1].cache], [LEAD, 33])
-    model.config.rope_parameters["rope_type"] = "dynamic"
-    with pytest.raises(InputError, match="change with the length"):
-        joined(model, parts)
+    changing = make_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    for repair in (0.0, 0.2):
+        with pytest.raises(InputError, match="change with the length"):
+            joined(changing, documents(changing, 0.4, "keepkv"), repair)

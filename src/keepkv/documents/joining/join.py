@@ -22,7 +22,7 @@ from keepkv.cache import KeepCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.report import Head, Report
 from keepkv.errors import InputError
-from keepkv.ops.rope import rotate
+from keepkv.ops.rope import Rotation
 from keepkv.slots.slots import Slots
 
 
@@ -73,38 +73,34 @@ def join(model: PreTrainedModel, caches: Sequence[KeepCache], leads: Sequence[in
     Raises:
         InputError: for rotary frequencies that depend on the length, and for a text that is nothing but its lead.
     """
-    check_movable(model)
-    places = placements(caches, leads)
     joint = KeepCache(model, 1.0, "full", auto=False)
-    inv_freq = joint.inv_freq
-    sliding_inv_freq = joint.sliding_inv_freq
-    for index, layer in enumerate(joint.layers):
+    check_movable(joint)
+    places = placements(caches, leads)
+    for index, (layer, rotation) in enumerate(zip(joint.layers, joint.rotations, strict=True)):
         layers = [place.cache.layers[index] for place in places]
         if isinstance(layer, KeepLayer):
-            _join_layers(layer, layers, places, inv_freq)
+            _join_layers(layer, layers, places, rotation)
         else:
-            _join_windows(layer, layers, places, sliding_inv_freq)
+            _join_windows(layer, layers, places, rotation)
     joint.restore(joint_report(places))
     return joint
 
 
-def check_movable(model: PreTrainedModel) -> None:
-    """Raises InputError if the model's rotary frequencies depend on the length: its keys cannot be moved."""
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)}
-    if kinds & {"dynamic", "longrope"}:
+def check_movable(cache: KeepCache) -> None:
+    """Raises InputError if the rotary frequencies of the cache's model depend on the length: its keys cannot be moved."""
+    if not cache.rotaries.fixed:
         raise InputError(
-            f"this model's rotary frequencies change with the length ({', '.join(map(str, kinds))}): joined documents "
-            "would not stand where their keys say"
+            "this model's rotary frequencies change with the length (rope type dynamic or longrope): joined documents would "
+            "not stand where their keys say"
         )
 
 
-def shifted_keys(keys: Tensor, shift: int, inv_freq: Tensor) -> Tensor:
+def shifted_keys(keys: Tensor, shift: int, rotation: Rotation) -> Tensor:
     """Keys [..., n, d] rotated by `shift` positions, in float32 or better."""
     if not shift or not keys.shape[-2]:
         return keys
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    return rotate(wide, torch.full((keys.shape[-2],), shift, device=keys.device), inv_freq.to(keys.device)).to(keys.dtype)
+    return rotation.rotate(wide, torch.full((keys.shape[-2],), shift, device=keys.device)).to(keys.dtype)
 
 
 def lead_slots(layer: KeepLayer, place: Placement) -> Slots | None:
@@ -164,7 +160,7 @@ def merge_lead(first: Slots, lead: Slots | None) -> Slots:
     return Slots.cat(heads)
 
 
-def moved_slots(layer: KeepLayer, place: Placement, inv_freq: Tensor, tail: bool = True) -> Slots:
+def moved_slots(layer: KeepLayer, place: Placement, rotation: Rotation, tail: bool = True) -> Slots:
     """What a layer holds, moved to its place, without the lead: its slots and, if wanted, its tail as slots of one vote."""
     first = layer.seen - layer.tail  # position of the tail's first token
     skip = max(0, place.lead - first)
@@ -182,7 +178,7 @@ def moved_slots(layer: KeepLayer, place: Placement, inv_freq: Tensor, tail: bool
             pieces.append(_HeadSlots(layer.keys[0, head, skip:], layer.values[0, head, skip:], bias, positions))
         together = _HeadSlots(*(torch.cat(x) for x in zip(*pieces, strict=True)))
         moved = together._replace(
-            keys=shifted_keys(together.keys, place.shift, inv_freq), positions=together.positions + place.shift
+            keys=shifted_keys(together.keys, place.shift, rotation), positions=together.positions + place.shift
         )
         heads.append(moved.to_slots())
     return Slots.cat(heads)
@@ -195,26 +191,26 @@ def concatenated(parts: Sequence[Slots]) -> Slots:
     return replace(together, offsets=(0, *accumulate(sum(part.counts[head] for part in parts) for head in heads)))
 
 
-def _join_layers(layer: KeepLayer, layers: Sequence[KeepLayer], places: Sequence[Placement], inv_freq: Tensor) -> None:
+def _join_layers(layer: KeepLayer, layers: Sequence[KeepLayer], places: Sequence[Placement], rotation: Rotation) -> None:
     """Fills a layer with full attention with what the texts' layers hold."""
     layer.lazy_initialization(layers[0].keys, layers[0].values)
     layer.seen = places[-1].end
     pairs = list(zip(layers, places, strict=True))
     if all(each.slots is None for each in layers):
-        layer.keys = torch.cat([shifted_keys(each.keys[:, :, p.lead :], p.shift, inv_freq) for each, p in pairs], 2)
+        layer.keys = torch.cat([shifted_keys(each.keys[:, :, p.lead :], p.shift, rotation) for each, p in pairs], 2)
         layer.values = torch.cat([each.values[:, :, p.lead :] for each, p in pairs], 2)
         return
     last = layers[-1]
-    slots = [moved_slots(each, place, inv_freq, tail=each is not last) for each, place in pairs]
+    slots = [moved_slots(each, place, rotation, tail=each is not last) for each, place in pairs]
     for each, place in pairs:
         slots[0] = merge_lead(slots[0], lead_slots(each, place))
     layer.slots = concatenated(slots)
     skip = max(0, places[-1].lead - (last.seen - last.tail))
-    layer.keys = shifted_keys(last.keys[:, :, skip:], places[-1].shift, inv_freq)
+    layer.keys = shifted_keys(last.keys[:, :, skip:], places[-1].shift, rotation)
     layer.values = last.values[:, :, skip:]
 
 
-def _join_windows(layer: Any, layers: Sequence[Any], places: Sequence[Placement], inv_freq: Tensor) -> None:
+def _join_windows(layer: Any, layers: Sequence[Any], places: Sequence[Placement], rotation: Rotation) -> None:
     """Fills a layer with a sliding window with the newest tokens of all texts."""
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -224,7 +220,7 @@ def _join_windows(layer: Any, layers: Sequence[Any], places: Sequence[Placement]
         if skip == 0 and place.lead < first:  # what is older has passed
             keys.clear()
             values.clear()
-        keys.append(shifted_keys(each.keys[:, :, skip:], place.shift, inv_freq))
+        keys.append(shifted_keys(each.keys[:, :, skip:], place.shift, rotation))
         values.append(each.values[:, :, skip:])
     layer.lazy_initialization(keys[0], values[0])
     layer.keys = torch.cat(keys, dim=2)[:, :, 1 - layer.sliding_window :].clone()

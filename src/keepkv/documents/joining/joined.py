@@ -132,11 +132,10 @@ def _repaired(
     keys: Sequence[str],
 ) -> KeepCache:
     """One document behind the other in one cache, each repaired with those before it in view. Raises InputError."""
-    check_movable(model)
     cache = parts[0].cache.fork()
+    check_movable(cache)
     if len(cache.keep_layers) < len(cache.layers):
         raise InputError("this model has sliding windows: its joined documents cannot be repaired (join them without --repair)")
-    inv_freq = cache.inv_freq
     places = placements([part.cache for part in parts], [part.lead for part in parts])
     for number, (document, place) in enumerate(zip(parts[1:], places[1:], strict=True)):
         if document.ids is None or not (document.exact or _uncompressed(document.cache)):
@@ -151,10 +150,10 @@ def _repaired(
             before = keys[: number + 1]
             chunk_variant = cachecraft.best(crafts[number], before)
             chosen = chunk_variant.chosen(before, share)
-        exact = [_exact(document, chunk_variant, index, place, cache, inv_freq) for index in range(len(cache.layers))]
+        exact = [_exact(document, chunk_variant, index, place, cache) for index in range(len(cache.layers))]
         text = ReusedText(document.ids[:, place.lead :], exact.__getitem__)
         recomputed = recompute(model, cache, text, share, variant, chosen)
-        cache = _appended(cache, document, place, exact, recomputed, inv_freq)
+        cache = _appended(cache, document, place, exact, recomputed)
         progress(number + 1, len(parts) - 1)
     report = joint_report(places)
     cache.restore(replace(report, note=f"{report.note}, {100 * share:g}% read again"))
@@ -167,16 +166,16 @@ def _exact(
     index: int,
     place: Placement,
     cache: KeepCache,
-    inv_freq: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A layer's exact keys and values where the document stands now: its own without the lead, or a variant's."""
+    rotation = cache.rotations[index]
     if chunk_variant is not None:
         keys = chunk_variant.recomputed.keys[index]
         values = chunk_variant.recomputed.values[index]
-        return shifted_keys(keys, cache.get_seq_length() - chunk_variant.start, inv_freq), values
+        return shifted_keys(keys, cache.get_seq_length() - chunk_variant.start, rotation), values
     layer = document.cache.keep_layers[index]
     keys, values = document.exact(index) if document.exact else (layer.keys, layer.values)
-    return shifted_keys(keys[:, :, place.lead :], place.shift, inv_freq), values[:, :, place.lead :]
+    return shifted_keys(keys[:, :, place.lead :], place.shift, rotation), values[:, :, place.lead :]
 
 
 def _appended(
@@ -185,11 +184,11 @@ def _appended(
     place: Placement,
     exact: Sequence[tuple[Tensor, Tensor]],
     recomputed: Recomputed,
-    inv_freq: Tensor,
 ) -> KeepCache:
     """The cache and behind it a document, in which what was read again has taken its place."""
     joint = cache.fork()
     dense = _uncompressed(cache) and _uncompressed(document.cache)
+    rotations = cache.rotations
     for index, (layer, own) in enumerate(zip(joint.keep_layers, document.cache.keep_layers, strict=True)):
         taken = recomputed.taken[index]
         tokens = recomputed.tokens[taken]
@@ -206,8 +205,8 @@ def _appended(
             layer.values = torch.cat([layer.values, new_values], 2)
         else:
             start = layer.seen
-            before = merge_lead(moved_slots(layer, Placement(cache, 0, 0), inv_freq), lead_slots(own, place))
-            slots = moved_slots(own, place, inv_freq)
+            before = merge_lead(moved_slots(layer, Placement(cache, 0, 0), rotations[index]), lead_slots(own, place))
+            slots = moved_slots(own, place, rotations[index])
             slots = _repaired_slots(slots, tokens + start, keys[0], values[0] - old_values[0][:, tokens])
             layer.slots = concatenated([before, slots])
             layer.keys = layer.keys[:, :, :0]

@@ -14,15 +14,19 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-from keepkv.errors import InputError
+from keepkv.errors import InputError, ModelError
 from keepkv.methods import Method
 from keepkv.models import families
+from keepkv.models.rotation import Rotaries, candidates
 from keepkv.observe.watch import Watch
+from keepkv.ops.rope import Rotation
 from keepkv.serving.paged import PagedConfig, Pages, new_watch, step
 from keepkv.serving.settings import Settings
 from keepkv.serving.vllm.kv_cache_spec import KeptSpec
 
 logger = init_logger(__name__)
+
+FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")  # tried: all full layers of these rotate alike
 
 
 class _CurrentEngine(NamedTuple):
@@ -82,10 +86,10 @@ class Batch(NamedTuple):
     requests: list[RequestInBatch]
     settings: Settings
     method: Method
-    inv_freq: Tensor
+    rotation: Rotation
 
     @classmethod
-    def of(cls, metadata: Any, settings: Settings, inv_freq: Tensor) -> Batch:
+    def of(cls, metadata: Any, settings: Settings, rotation: Rotation) -> Batch:
         """From vLLM's CommonAttentionMetadata."""
         bounds = metadata.query_start_loc_cpu.tolist()
         lengths = metadata.seq_lens.tolist()
@@ -94,7 +98,7 @@ class Batch(NamedTuple):
             for first, last, length, table in zip(bounds, bounds[1:], lengths, metadata.block_table_tensor, strict=False)
             if last > first
         ]
-        return cls(requests, settings, settings.uniform_method(), inv_freq)
+        return cls(requests, settings, settings.uniform_method(), rotation)
 
 
 class KeepPages:
@@ -134,7 +138,7 @@ class KeepAttention:
 
     def attend(self, name: str, query: Tensor, kv_cache: Tensor, batch: Batch, output: Tensor) -> Tensor:
         """A step of every request: query [n, H_q, d] of all of them together, the output written into `output`."""
-        config = PagedConfig(batch.settings, batch.method, self.scale, batch.inv_freq)
+        config = PagedConfig(batch.settings, batch.method, self.scale, batch.rotation)
         pages = self._pages(kv_cache)
         layer = extract_layer_index(name)
         for first, last, before, table in batch.requests:
@@ -160,13 +164,19 @@ def refuse(**features: object) -> None:
         raise InputError(f"keepkv cannot serve models with {used[0]}: remove the keepkv settings for this model")
 
 
-def rotary_frequencies(vllm_config: Any, device: torch.device) -> Tensor:
-    """Rotary frequencies float32 [r/2] of the model, from its configuration. Raises ModelError for families not supported."""
+def model_rotation(vllm_config: Any, device: torch.device) -> Rotation:
+    """How the model's layers rotate, from its configuration. Raises ModelError for families that were not tried in vLLM."""
     config = vllm_config.model_config.hf_text_config
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ModelError(f"the model family {config.model_type!r} was not tried in vLLM: expected one of {known}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    families.check_supported(model)
-    return families.inv_freq(type(families.rotary(model))(config)).to(device)
+    decoder = model.get_decoder()
+    with device:
+        decoder.rotary_emb = type(decoder.rotary_emb)(config)  # that of the model has no numbers
+    full = families.layer_kinds(model).index(None)
+    return Rotaries([candidates(model, families.key_shape(model)[1])[full][0]]).at(2)[0]
 
 
 def log_settings(settings: Settings) -> None:
@@ -218,11 +228,11 @@ class KeepBuilder(AttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: KeptSpec, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.settings = kv_cache_spec.settings
-        self.inv_freq = rotary_frequencies(vllm_config, device)
+        self.rotation = model_rotation(vllm_config, device)
         log_settings(self.settings)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Batch:
-        return Batch.of(common_attn_metadata, self.settings, self.inv_freq)
+        return Batch.of(common_attn_metadata, self.settings, self.rotation)
 
 
 class KeepImpl(KeepAttention, AttentionImpl):

@@ -14,8 +14,8 @@ from keepkv.serving.vllm.backend import (
     KeepAttention,
     KeepPages,
     log_settings,
+    model_rotation,
     refuse,
-    rotary_frequencies,
     uses_keepkv,
 )
 from keepkv.serving.vllm.kv_cache_spec import KeptSpec
@@ -43,13 +43,13 @@ class CpuBuilder(CPUAttentionMetadataBuilder):
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             return
         AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
-        self.inv_freq = rotary_frequencies(vllm_config, device)
+        self.rotation = model_rotation(vllm_config, device)
         log_settings(self.kept.settings)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         if self.kept is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return Batch.of(common_attn_metadata, self.kept.settings, self.inv_freq)
+        return Batch.of(common_attn_metadata, self.kept.settings, self.rotation)
 
 
 class CpuImpl(KeepAttention, CPUAttentionBackendImpl):
