@@ -150,9 +150,9 @@ def ask_compiled(
         import time
 
         from keepkv.cli import console
-        from keepkv.documents import format, identity
+        from keepkv.documents import format
         from keepkv.documents.document import answer, load
-        from keepkv.models import loading
+        from keepkv.models import identity, loading
 
         model_name = model or format.Contents(Path(files[0])).header.get("model", {}).get("name") or "smollm2"
         lm, tokenizer = loading.load(model_name, device, dtype)

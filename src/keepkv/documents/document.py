@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import __version__, methods
 from keepkv.cache import KeepCache
-from keepkv.documents import identity
 from keepkv.documents.format import FORMAT, Contents, write
 from keepkv.documents.packing import pack, unpack
 from keepkv.errors import InputError
-from keepkv.models import families
+from keepkv.models import families, identity
 from keepkv.recipe import Recipe
 from keepkv.text.ask import AskResult, greedy
 from keepkv.text.prompt import Prompt, question_ids
