@@ -12,12 +12,6 @@ from keepkv.lookback import copying_heads as module
 from keepkv.lookback.copying_heads import TOKENS, copied, copying_heads, measure_heads, twice
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
-    return tmp_path
-
-
 def test_every_head_of_full_attention_is_listed_by_its_share(family: str) -> None:
     heads = measure_heads(make_model(family))
     shares = [head.share for head in heads]

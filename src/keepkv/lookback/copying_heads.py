@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,27 +17,10 @@ from transformers import PreTrainedModel
 from keepkv import paths
 from keepkv.cache import KeepCache
 from keepkv.models import identity
-from keepkv.types import Observation
+from keepkv.types import CopyingHead, Observation
 
 TOKENS = 256  # of the sequence
 _VERSION = 1  # of what is remembered: raise it when the same model gets other shares
-
-
-class CopyingHead(NamedTuple):
-    """A KV head, and how much it copies.
-
-    Attributes:
-        layer: Counted among the layers with full attention, from 0, as `KeepCache.keep_layers` are.
-        head: The KV head.
-        share: The attention that its best query head pays to the token after the same token's earlier place, a mean over the
-            second half of a random sequence that stands there twice; from 0 to 1.
-        query: That query head, counted within its group.
-    """
-
-    layer: int
-    head: int
-    share: float
-    query: int = 0
 
 
 def copying_heads(model: PreTrainedModel, seed: int = 0) -> tuple[CopyingHead, ...]:
