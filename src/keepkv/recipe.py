@@ -24,6 +24,17 @@ LookbackMode = Literal["auto", "off"] | int
 SPAN = 64  # tokens of the spans that are looked back at
 
 
+def lookback_of(text: str) -> LookbackMode:
+    """`Recipe.lookback` as it is typed. Raises InputError.
+
+    Example:
+        >>> lookback_of("auto"), lookback_of("512")
+        ('auto', 512)
+    """
+    mode: Any = int(text) if text.isdecimal() else text
+    return Recipe(lookback=mode).lookback
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a text is compressed: everything that decides, beside the model and the text, what a compact cache holds.
