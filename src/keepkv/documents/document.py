@@ -147,6 +147,7 @@ def compile_text(
     """
     prompt = Prompt(tokenizer, text)
     recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
+    recipe.refuse("a document", "lookback")
     ids = prompt.text.to(model.device)
     spans = prompt.spans(*recipe.keep)
     method = methods.get(recipe.method)

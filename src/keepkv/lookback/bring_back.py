@@ -21,6 +21,7 @@ from keepkv.errors import KeepKVError
 from keepkv.lookback.spans import Span, count
 from keepkv.slots.slots import Slots
 
+RUN_UP = 32  # tokens before a span that are read with it and not kept: its first tokens need their neighbors, see docs/notes
 States = Sequence[tuple[Tensor, Tensor]]  # for every layer with full attention, keys and values [1, H, n, ...]
 Source = Callable[
     [KeepCache, Sequence[Span]], States
@@ -69,8 +70,9 @@ def exact(whole: KeepCache) -> Source:
 def tokens(model: PreTrainedModel, ids: Tensor) -> Source:
     """The source that reads the spans' tokens again, at their own positions, over the slots and the spans before them.
 
-    In a layer with a sliding window they would see nothing before them. So the tokens of one window before a span are read
-    first, and forgotten by the other layers. REFORM (arXiv 2506.01215) reads gathered tokens again, too.
+    The 32 tokens before a span are read with it, and not kept, so that its first tokens see their neighbors. In a layer with a
+    sliding window they would see nothing before these. So the tokens of one window before them are read first, and forgotten
+    by the other layers. REFORM (arXiv 2506.01215) reads gathered tokens again, too.
 
     Args:
         model: The cache's model.
@@ -86,13 +88,14 @@ def tokens(model: PreTrainedModel, ids: Tensor) -> Source:
         window = max((layer.sliding_window for layer in cache.layers if not isinstance(layer, KeepLayer)), default=0)
         back: States = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.keep_layers]
         for number, (first, last) in enumerate(spans):
-            twin = _as_of(cache, first, spans[:number], back)
-            if window and first:
-                begin = max(0, first - window)
-                run_up = read(_as_of(cache, begin, spans[:number], back), begin, first)
-                pairs = zip(twin.layers, run_up.layers, strict=True)
+            begin = max(0, first - RUN_UP)
+            twin = _as_of(cache, begin, spans[:number], back)
+            if window and begin:
+                start = max(0, begin - window)
+                passed = read(_as_of(cache, start, spans[:number], back), start, begin)
+                pairs = zip(twin.layers, passed.layers, strict=True)
                 twin.layers = [ours if isinstance(ours, KeepLayer) else theirs for ours, theirs in pairs]
-            again = [_newest(layer, last - first) for layer in read(twin, first, last).keep_layers]
+            again = [_newest(layer, last - first) for layer in read(twin, begin, last).keep_layers]
             back = [(torch.cat([a, c], 2), torch.cat([b, d], 2)) for (a, b), (c, d) in zip(back, again, strict=True)]
         return back
 

@@ -24,7 +24,7 @@ from keepkv.lookback.spans import Span, allowed, count, in_turn
 from keepkv.lookback.words import Words
 from keepkv.recipe import Recipe
 
-FLAT = 0.25  # a question that pays no token of the text more than this looks nowhere in particular: docs/notes/lookback.md
+FLAT = 0.2  # a question that pays no token of the text more than this looks nowhere in particular: docs/notes/lookback.md
 SHORT = 4000  # tokens of a text up to which "auto" is 256 tokens; 512 beyond
 
 
