@@ -60,7 +60,8 @@ class Text:
         self.ids = self.prompt.text.to(setup.model.device)
         self.method = methods.get(recipe.method)
         self.reading: Reading = read(setup.model, self.ids, [self.method], recipe, self.prompt.question(REPEAT))
-        self.looking = Looking.of(setup.model, setup.tokenizer, self.ids, recipe, self.prompt.lead)
+        empty = self.prompt.question("")
+        self.looking = Looking.of(setup.model, setup.tokenizer, self.ids, recipe, self.prompt.lead, empty)
         self.previous: list[Span] = []  # what came back for the question before
 
     def answer(self, cache: KeepCache, question: Question, prompt: Prompt | None = None) -> str:
@@ -72,7 +73,8 @@ class Text:
     def spans(self, cache: KeepCache, question: Question, rng: random.Random) -> dict[str, list[Span]]:
         """What each variant brings back."""
         looking, size = self.looking, self.ids.shape[1]
-        by_index = looks(self.setup.model, cache, self.prompt.question(question.ask), looking.lead)
+        later = self.prompt.question(question.ask)
+        by_index = looks(self.setup.model, cache, later, looking.lead, looking.own_words(later))
         by_words = looking.words.ranked(question.ask)
         numbers = {"index": by_index.spans, "words": by_words, "back": in_turn(by_index.spans, by_words)}
         if by_index.peak <= FLAT:

@@ -146,6 +146,7 @@ def test_shares_are_the_largest_of_the_causal_softmax() -> None:
     first = (queries[0] @ torch.cat([keys, newer[:2]]).T).softmax(0)[:5]
     second = (queries[1] @ torch.cat([keys, newer]).T).softmax(0)[:5]
     torch.testing.assert_close(peaks(queries, keys, newer), torch.maximum(first, second))
+    torch.testing.assert_close(peaks(queries, keys, newer, (1, 2)), second)
 
 
 def test_a_span_is_as_good_as_its_best_token_and_the_lead_is_not_looked_for() -> None:

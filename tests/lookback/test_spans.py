@@ -7,7 +7,7 @@ import random
 import pytest
 
 from keepkv import InputError
-from keepkv.lookback.spans import LEFT, RIGHT, allowed, count, in_turn, tiles, united
+from keepkv.lookback.spans import LEFT, RIGHT, allowed, count, difference, in_turn, tiles, united
 from keepkv.recipe import SPAN
 
 
@@ -51,3 +51,11 @@ def test_rankings_take_turns() -> None:
     assert in_turn([3, 1, 2], []) == [3, 1, 2]
     assert in_turn([3, 1, 2], [9, 3]) == [3, 9, 1, 2]
     assert in_turn() == []
+
+
+def test_a_question_s_own_words_are_what_the_template_does_not_say() -> None:
+    assert difference([1, 2, 7, 8, 3], [1, 2, 3]) == (2, 4)
+    assert difference([5, 6], [1, 2, 3]) == (0, 2)
+    assert difference([1, 2, 2, 3], [1, 2, 3]) == (2, 3)
+    assert difference([1, 2, 3], [1, 2, 3]) == (0, 3), "without any words all of it asks"
+    assert difference([], [1]) == (0, 0)

@@ -133,7 +133,7 @@ def _prepare_reading(setup: Setup, prompt: Prompt) -> Callable[[Recipe], Compres
     model, config = setup.model, setup.config
     ids = prompt.text.to(model.device)
     lead = prompt.question(REPEAT).to(model.device)
-    looking = Looking.of(model, setup.tokenizer, ids, config.recipe, prompt.lead)
+    looking = Looking.of(model, setup.tokenizer, ids, config.recipe, prompt.lead, prompt.question(""))
     base = config.recipe.settled(ids.shape[1])
     if base.chunk:
 
@@ -179,7 +179,9 @@ def prepare_turns(setup: Setup, sample: Sample) -> Measure:
             cache.compress()
         compress = cache.report().compress_seconds
         seconds = {"read": time.perf_counter() - start - compress, "repeat": 0.0, "compress": compress}
-        reading = CompressedReading(cache, ids, seconds, Looking.of(setup.model, setup.tokenizer, ids, recipe))
+        empty = setup.tokens(f"{between}{after}")
+        looking = Looking.of(setup.model, setup.tokenizer, ids, recipe, empty=empty)
+        reading = CompressedReading(cache, ids, seconds, looking)
         question_ids = [setup.tokens(f"{between}{question.ask}{after}") for question in sample.questions]
         return asked(setup, reading, question_ids, sample.questions)
 

@@ -20,11 +20,11 @@ from keepkv.cache.index import Index
 from keepkv.lookback.bring_back import Source, brought_back, tokens
 from keepkv.lookback.copying_heads import copying_heads
 from keepkv.lookback.rank import SINKS, looks
-from keepkv.lookback.spans import Span, allowed, count, in_turn
+from keepkv.lookback.spans import Span, allowed, count, difference, in_turn
 from keepkv.lookback.words import Words
 from keepkv.recipe import Recipe
 
-FLAT = 0.2  # a question that pays no token of the text more than this looks nowhere in particular: docs/notes/lookback.md
+FLAT = 0.06  # a question that pays no token of the text more than this looks nowhere in particular: docs/notes/lookback.md
 SHORT = 4000  # tokens of a text up to which "auto" is 256 tokens; 512 beyond
 
 
@@ -84,6 +84,7 @@ def look_back(
     allowance: int,
     by_words: Sequence[int] | None = None,
     lead: int = SINKS,
+    asking: Span | None = None,
 ) -> LookedBack:
     """Ranks a text's spans by a question, and brings the best ones back.
 
@@ -97,13 +98,14 @@ def look_back(
         allowance: Tokens that may come back, at most.
         by_words: Numbers of the spans that share words with the question, the best first; None: words are not looked at.
         lead: See `rank.looks`.
+        asking: See `rank.looks`.
 
     Raises:
         KeepKVError: for a cache without an index, for a batch, and what the source raises.
         InputError: for an allowance of less than one span.
     """
     start = time.perf_counter()
-    by_index = looks(model, cache, question, lead)
+    by_index = looks(model, cache, question, lead, asking)
     index = cache.index
     assert index is not None, "looks() checks that first"
     spans: list[Span] = []
@@ -130,6 +132,7 @@ class Looking(NamedTuple):
         allowance: Tokens that may come back for a question.
         words: The text's words; None without the package bm25s (`keepkv[eval]`): then only the index ranks.
         lead: See `rank.looks`.
+        empty: Token ids [1, m] of a question without words: what the chat template puts around one. None: nothing.
     """
 
     model: PreTrainedModel
@@ -138,22 +141,33 @@ class Looking(NamedTuple):
     allowance: int
     words: Words | None
     lead: int = SINKS
+    empty: Tensor | None = None
 
     @staticmethod
     def of(
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, recipe: Recipe, lead: int = SINKS
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: Tensor,
+        recipe: Recipe,
+        lead: int = SINKS,
+        empty: Tensor | None = None,
     ) -> Looking | None:
         """As the recipe has it; None if it does not look back."""
         most = allowance(recipe, ids.shape[1])
         words = Words.of(tokenizer, ids) if most and Words.available() else None
-        return Looking(model, tokenizer, ids, most, words, lead) if most else None
+        return Looking(model, tokenizer, ids, most, words, lead, empty) if most else None
 
     def back(self, cache: KeepCache, question_ids: Tensor, question: str) -> LookedBack:
         """Looks back for a question, with the text's tokens as the source. See `look_back`."""
         by_words = None if self.words is None else self.words.ranked(question)
         source = tokens(self.model, self.ids)
-        fork, sources = look_back(self.model, cache, question_ids, source, self.allowance, by_words, self.lead)
+        asking = self.own_words(question_ids)
+        fork, sources = look_back(self.model, cache, question_ids, source, self.allowance, by_words, self.lead, asking)
         return LookedBack(fork, self._in_words(sources))
+
+    def own_words(self, question_ids: Tensor) -> Span | None:
+        """Which of a question's tokens are its own words, see `rank.looks`."""
+        return None if self.empty is None else difference(question_ids[0].tolist(), self.empty[0].tolist())
 
     def _in_words(self, sources: Sources) -> Sources:
         texts = (self.tokenizer.decode(self.ids[0, first:last], skip_special_tokens=True) for first, last in sources.spans)

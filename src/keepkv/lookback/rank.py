@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from keepkv.cache import KeepCache
 from keepkv.errors import KeepKVError
+from keepkv.lookback.spans import Span
 from keepkv.recipe import SPAN
 
 SINKS = 4  # the first tokens of a text, which get attention from everywhere whatever is asked
@@ -30,7 +31,7 @@ class Looks(NamedTuple):
 
 
 @torch.no_grad()
-def looks(model: PreTrainedModel, cache: KeepCache, question: Tensor, lead: int = SINKS) -> Looks:
+def looks(model: PreTrainedModel, cache: KeepCache, question: Tensor, lead: int = SINKS, asking: Span | None = None) -> Looks:
     """Where a question looks in a text that a compact cache stands for.
 
     The question is read over the compact cache. In every head of the index, a token of the text gets the largest share that one
@@ -44,6 +45,8 @@ def looks(model: PreTrainedModel, cache: KeepCache, question: Tensor, lead: int 
         question: Token ids, int64 [1, n].
         lead: The text's first tokens that are not looked for: those of a chat template, and those that get attention from
             everywhere whatever is asked.
+        asking: Which of the question's tokens (first, last + 1) count: its own words, without what a chat template puts around
+            them, which looks at the same places whatever is asked. None: all.
 
     Raises:
         KeepKVError: for a cache without an index, and for a batch.
@@ -63,7 +66,7 @@ def looks(model: PreTrainedModel, cache: KeepCache, question: Tensor, lead: int 
         assert layer.watch is not None
         watch = layer.watch.banked(layer.state)
         queries = watch.banks[0].queries[head.head, head.query].float() * watch.scale
-        scores.append(peaks(queries, torch.cat(index.keys(number)), layer.keys[0, head.head]))
+        scores.append(peaks(queries, torch.cat(index.keys(number)), layer.keys[0, head.head], asking))
     return best_spans(torch.stack(scores).mean(0), max(lead, SINKS))
 
 
@@ -78,13 +81,14 @@ def _listening(cache: KeepCache, tokens: int) -> KeepCache:
     return twin
 
 
-def peaks(queries: Tensor, keys: Tensor, newer: Tensor) -> Tensor:
+def peaks(queries: Tensor, keys: Tensor, newer: Tensor, asking: Span | None = None) -> Tensor:
     """The largest share that one of some queries pays each key.
 
     Args:
         queries: [n, d] float32, scaled, of the newest n tokens.
         keys: [T, d], of the text.
         newer: [m, d], of what was read exactly behind it; the last n of these ask.
+        asking: Which of the queries (first, last + 1) count; None: all.
 
     Returns:
         [T].
@@ -92,7 +96,8 @@ def peaks(queries: Tensor, keys: Tensor, newer: Tensor) -> Tensor:
     logits = queries @ torch.cat([keys.float(), newer.float()]).T
     later = torch.ones(len(queries), len(queries), dtype=torch.bool, device=keys.device).triu(1)
     logits[:, -len(queries) :].masked_fill_(later, -torch.inf)
-    return logits.softmax(-1)[:, : len(keys)].amax(0)
+    first, last = asking or (0, len(queries))
+    return logits.softmax(-1)[first:last, : len(keys)].amax(0)
 
 
 def best_spans(scores: Tensor, lead: int) -> Looks:

@@ -80,6 +80,19 @@ def count(spans: Sequence[Span]) -> int:
     return sum(last - first for first, last in spans)
 
 
+def difference(tokens: Sequence[int], other: Sequence[int]) -> Span:
+    """Where tokens differ from others: (first, last + 1), without what both begin and end with. All of them where nothing does.
+
+    Example:
+        >>> difference([1, 2, 7, 8, 3], [1, 2, 3])
+        (2, 4)
+    """
+    most = min(len(tokens), len(other))
+    before = next((i for i in range(most) if tokens[i] != other[i]), most)
+    after = next((i for i in range(most - before) if tokens[-1 - i] != other[-1 - i]), most - before)
+    return (before, len(tokens) - after) if before + after < len(tokens) else (0, len(tokens))
+
+
 def in_turn(*rankings: Sequence[int]) -> list[int]:
     """Several rankings as one: the best of each, then the second of each, and so on; each number once.
 

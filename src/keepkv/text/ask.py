@@ -144,7 +144,7 @@ def ask(
     torch.manual_seed(recipe.seed)
     ids = prompt.text.to(model.device)
     lead = prompt.question(REPEAT).to(model.device)
-    looking = Looking.of(model, tokenizer, ids, recipe, prompt.lead)
+    looking = Looking.of(model, tokenizer, ids, recipe, prompt.lead, prompt.question(""))
     if not recipe.chunk:
         reading = read(model, ids, table, recipe, lead, phase)
 
