@@ -75,8 +75,9 @@ class Text:
         looking, size = self.looking, self.ids.shape[1]
         later = self.prompt.question(question.ask)
         by_index = looks(self.setup.model, cache, later, looking.lead, looking.own_words(later))
-        by_words = looking.words.ranked(question.ask)
-        numbers = {"index": by_index.spans, "words": by_words, "back": in_turn(by_index.spans, by_words)}
+        words = looking.words
+        numbers = {"index": by_index.spans, "words": words.ranked(question.ask, 0)}
+        numbers["back"] = in_turn(by_index.spans[: by_index.near], words.ranked(question.ask))
         if by_index.peak <= FLAT:
             numbers["back"] = []
         numbers["random"] = rng.sample(range(len(tiles(size))), len(tiles(size)))

@@ -88,7 +88,8 @@ def look_back(
 ) -> LookedBack:
     """Ranks a text's spans by a question, and brings the best ones back.
 
-    The spans that the index ranks and those that the words rank take turns, since attention and words find different things.
+    The spans that the index ranks and those that the words rank take turns, since attention and words find different things. Of
+    both rankings only those come back that are nearly as good as the best one, so that the allowance need not be spent.
 
     Args:
         model: The cache's model.
@@ -110,7 +111,7 @@ def look_back(
     assert index is not None, "looks() checks that first"
     spans: list[Span] = []
     if by_index.peak > FLAT:
-        spans = allowed(in_turn(by_index.spans, by_words or ()), index.tokens, allowance)
+        spans = allowed(in_turn(by_index.spans[: by_index.near], by_words or ()), index.tokens, allowance)
     fork = brought_back(cache, spans, source)
     sources = Sources(
         spans=tuple(spans),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from keepkv.cache import KeepCache
 from keepkv.errors import KeepKVError
-from keepkv.lookback.spans import Span
+from keepkv.lookback.spans import NEAR, Span
 from keepkv.recipe import SPAN
 
 SINKS = 4  # the first tokens of a text, which get attention from everywhere whatever is asked
@@ -23,10 +23,12 @@ class Looks(NamedTuple):
 
     Attributes:
         spans: Numbers of `spans.tiles`, the best first.
+        near: How many of them have `spans.NEAR` of the best one's score or more.
         peak: The share of the best token; 0 if there is none.
     """
 
     spans: list[int]
+    near: int
     peak: float
 
 
@@ -57,7 +59,7 @@ def looks(model: PreTrainedModel, cache: KeepCache, question: Tensor, lead: int 
     if len(question) != 1 or len(cache.starts) != 1:
         raise KeepKVError(f"looking back is for one row, got {len(question)} of a question and {len(cache.starts)} of a cache")
     if not index.tokens:
-        return Looks([], 0.0)
+        return Looks([], 0, 0.0)
     twin = _listening(cache, question.shape[1])
     model(question, past_key_values=twin, logits_to_keep=1)
     scores = []
@@ -105,4 +107,5 @@ def best_spans(scores: Tensor, lead: int) -> Looks:
     scores = scores.clone()
     scores[:lead] = 0
     best = pad(scores, (0, -len(scores) % SPAN)).view(-1, SPAN).amax(1)
-    return Looks(best.sort(descending=True, stable=True).indices.tolist(), float(best.max()))
+    near = int((best >= NEAR * best.max()).sum())
+    return Looks(best.sort(descending=True, stable=True).indices.tolist(), near, float(best.max()))

@@ -10,6 +10,7 @@ from keepkv.recipe import SPAN
 Span = tuple[int, int]
 
 LEFT = 16  # tokens that are brought back before it
+NEAR = 0.7  # of the best span's score: others that have less do not come back. They bring what is easily mistaken: docs/notes
 RIGHT = 48  # and behind it: an answer follows what it is looked up by
 
 

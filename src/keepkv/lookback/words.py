@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from keepkv.errors import InputError
-from keepkv.lookback.spans import tiles
+from keepkv.lookback.spans import NEAR, tiles
 
 MARGIN = 4  # tokens on either side that are read with a span, so that words at its ends are whole
 
@@ -49,11 +49,17 @@ class Words:
         index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False, return_ids=False), show_progress=False)
         return Words(len(texts), index)
 
-    def ranked(self, question: str) -> list[int]:
-        """Numbers of the spans that share a word with the question, stop words aside, the best first."""
+    def ranked(self, question: str, least: float = NEAR) -> list[int]:
+        """Numbers of the spans that share words with the question, stop words aside, the best first.
+
+        Args:
+            question: In words.
+            least: The least share of the best span's score.
+        """
         query = _bm25s().tokenize([question], stopwords="en", show_progress=False, return_ids=False)[0]
         scores = self.index.get_scores(query).tolist() if query else [0.0] * self.spans
-        return sorted((i for i in range(self.spans) if scores[i] > 0), key=lambda i: (-scores[i], i))
+        limit = least * max(scores)
+        return sorted((i for i in range(self.spans) if scores[i] > 0 and scores[i] >= limit), key=lambda i: (-scores[i], i))
 
 
 def _bm25s() -> Any:
