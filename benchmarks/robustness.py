@@ -28,11 +28,10 @@ from typing import Any
 import torch
 
 from keepkv import KeepCache
-from keepkv.documents import identity
 from keepkv.documents.document import Document, Recipe, compile_text, load, save
 from keepkv.documents.store import Store
 from keepkv.errors import InputError
-from keepkv.models import loading
+from keepkv.models import identity, loading
 from keepkv.text.file import read_text
 from keepkv.text.prompt import Prompt
 

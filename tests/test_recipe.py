@@ -12,6 +12,7 @@ import torch
 from helpers import FOX, make_model
 from keepkv import InputError, KeepCache, Method, Recipe
 from keepkv.cli.app import app
+from keepkv.documents.document import compile_text
 from keepkv.inspection.anatomy import inspect as inspection
 from keepkv.methods import METHODS
 from keepkv.recipe import CONVERSATION, SERVER
@@ -67,6 +68,7 @@ def test_a_cache_is_made_by_a_recipe() -> None:
     [
         ({"repeat": "recall"}, "repeat='recall'"),
         ({"backing": "tape"}, "expected 'cpu', 'disk' or None"),
+        ({"lookback": 63}, "expected 'auto', 'off' or at least 64 tokens"),
         ({"keep": "a+"}, r"as in keep=\('a\+',\)"),
     ],
 )
@@ -83,7 +85,9 @@ def test_long_texts_are_read_in_chunks_unless_a_budget_is_to_be_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "unused", [{"keep": ("Miller",)}, {"exact": True}, {"repeat": "always"}, {"tolerance": 0.5}, {"chunk": 64}], ids=str
+    "unused",
+    [{"keep": ("Miller",)}, {"exact": True}, {"repeat": "always"}, {"tolerance": 0.5}, {"chunk": 64}, {"lookback": "auto"}],
+    ids=str,
 )
 def test_what_would_be_ignored_is_refused(model_and_tokenizer, unused: dict) -> None:
     model, tokenizer = model_and_tokenizer
@@ -94,7 +98,9 @@ def test_what_would_be_ignored_is_refused(model_and_tokenizer, unused: dict) -> 
         "inspection": lambda: inspection(model, tokenizer, Prompt(tokenizer, FOX), "", Recipe(**unused)),
         "answers": lambda: ask(model, tokenizer, Prompt(tokenizer, FOX), ["?"], Recipe(**unused)),
     }
-    by_setting = {"chunk": ["inspection"], "exact": list(refusing)}
+    refusing["document"] = lambda: compile_text(model, tokenizer, FOX, Recipe(**unused))
+    looking_back = ["conversation", "server", "inspection", "document"]
+    by_setting = {"chunk": ["inspection"], "exact": [*looking_back[:3], "answers"], "lookback": looking_back}
     for user in by_setting.get(name, ["conversation", "server"]):
         with pytest.raises(InputError, match=f"{name}=.* has no effect on .*{user}"):
             refusing[user]()

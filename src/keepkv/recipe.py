@@ -20,6 +20,19 @@ LONG = 8192  # texts of more tokens than this are read in chunks, unless the rec
 
 RepeatMode = Literal["auto", "always", "never"]
 BackingKind = Literal["cpu", "disk"]
+LookbackMode = Literal["auto", "off"] | int
+SPAN = 64  # tokens of the spans that are looked back at
+
+
+def lookback_of(text: str) -> LookbackMode:
+    """`Recipe.lookback` as it is typed. Raises InputError.
+
+    Example:
+        >>> lookback_of("auto"), lookback_of("512")
+        ('auto', 512)
+    """
+    mode: Any = int(text) if text.isdecimal() else text
+    return Recipe(lookback=mode).lookback
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,12 @@ class Recipe:
         exact: Whether a document keeps every key and value beside the slots, so that joined documents can be repaired.
         full_dtype: The dtype in which the full cache is counted, for shares and ratios: "float32", "bfloat16", "float16", or
             "auto", that in which the model runs.
+        lookback: How many tokens of the text may come back, exactly, for each question, beside the slots: a number, "auto"
+            (256, or 512 for texts of more than 4,000 tokens), or "off".
 
     Raises:
-        InputError: for a `repeat`, `full_dtype` or `backing` that is none of those named, and for a `keep` that is one string.
+        InputError: for a `repeat`, `full_dtype`, `backing` or `lookback` that is none of those named, and for a `keep` that is
+            one string.
 
     Examples:
         >>> from dataclasses import replace
@@ -73,6 +89,7 @@ class Recipe:
     seed: int = 0
     exact: bool = False
     full_dtype: str = "auto"
+    lookback: LookbackMode = "off"
 
     REPEAT_MODES: ClassVar[tuple[str, ...]] = ("auto", "always", "never")
     FULL_DTYPES: ClassVar[tuple[str, ...]] = ("auto", "float32", "bfloat16", "float16")
@@ -84,6 +101,8 @@ class Recipe:
             raise InputError(f"full_dtype={self.full_dtype!r}: {nearest(str(self.full_dtype), self.FULL_DTYPES)}")
         if self.backing not in (None, "cpu", "disk"):
             raise InputError(f"backing {self.backing!r}: expected 'cpu', 'disk' or None")
+        if self.lookback not in ("auto", "off") and not (isinstance(self.lookback, int) and self.lookback >= SPAN):
+            raise InputError(f"lookback={self.lookback!r}: expected 'auto', 'off' or at least {SPAN} tokens")
         if isinstance(self.keep, str):  # its characters would be taken for regular expressions
             raise InputError(f"keep={self.keep!r}: expected several regular expressions, as in keep=({self.keep!r},)")
 

@@ -236,3 +236,20 @@ class Plan:
     def total_slots(self) -> int:
         """Slots over all layers and heads."""
         return sum(len(head) for layer in self.kept for head in layer)
+
+
+class CopyingHead(NamedTuple):
+    """A KV head, and how much it copies.
+
+    Attributes:
+        layer: Counted among the layers with full attention, from 0, as `KeepCache.keep_layers` are.
+        head: The KV head.
+        share: The attention that its best query head pays to the token after the same token's earlier place, a mean over the
+            second half of a random sequence that stands there twice; from 0 to 1.
+        query: That query head, counted within its group.
+    """
+
+    layer: int
+    head: int
+    share: float
+    query: int = 0

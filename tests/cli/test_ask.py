@@ -32,6 +32,36 @@ def test_ask_prints_one_json_object(monkeypatch, capsys, folder: str, text: str)
     assert full["alike"] == 1.0
 
 
+def test_ask_looks_back_and_shows_at_what(monkeypatch, capsys, folder: str, text: str, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("keepkv.lookback.look_back.FLAT", 0.0)
+    args = ["ask", text, "Who jumps?", "--model", folder, "--max-new-tokens", "3", "--budget", "20%", "--lookback", "128"]
+    status, out, err = run(monkeypatch, capsys, *args, "--json", "--compare", "full")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    (answer,) = result["answers"]
+    sources = answer["looked_back"]
+    assert 64 <= sources["tokens"] <= 128
+    assert sources["bytes"] > 0 < sources["index_bytes"] == result["index_bytes"]
+    assert sources["ranked_by"] == ["index", "words"]
+    ((first, last),) = sources["spans"]
+    assert last - first == sources["tokens"]
+    assert len(sources["texts"]) == 1
+    assert sources["texts"][0].removeprefix("<|user|>") in FOX * 12
+    assert result["compare"][0]["answers"][0]["looked_back"]["tokens"] == 0, "a full cache has nothing to look back at"
+    status, out, err = run(monkeypatch, capsys, *args, "--sources")
+    assert (status, err) == (0, "")
+    assert f"tokens {first:,} to {last - 1:,}: " in out
+    assert "looking back" in out
+
+
+@pytest.mark.parametrize("wrong", [["--lookback", "63"], ["--lookback", "on"], ["--sources", "--lookback", "off"]])
+def test_a_lookback_that_cannot_be_is_refused(monkeypatch, capsys, folder: str, text: str, wrong: list[str]) -> None:
+    status, _, err = run(monkeypatch, capsys, "ask", text, "Who?", "--model", folder, *wrong)
+    assert status == 2
+    assert "lookback" in err
+
+
 def test_what_looks_like_markup_is_shown_as_it_is(monkeypatch, capsys, folder: str, text: str) -> None:
     """Brackets are not read as rich's markup, which would hide them, or end the program."""
     args = ["ask", text, "What is [bold]x[/red]?", "--model", folder, "--max-new-tokens", "2", "--budget", "20%"]

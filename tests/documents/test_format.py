@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keepkv.documents import format, identity
+from keepkv.documents import format
 from keepkv.documents.document import load
 from keepkv.documents.packing import pack
 from keepkv.errors import InputError
+from keepkv.models import identity
 
 
 def same(file: Path, model, tokenizer, expected: dict[str, torch.Tensor]) -> bool:

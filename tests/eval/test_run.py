@@ -78,6 +78,22 @@ def test_question_aware_and_by_answer(setup: Setup) -> None:
     assert found.prompt == other.prompt
 
 
+@pytest.mark.parametrize("by", ["choice", "answer"])
+@pytest.mark.parametrize("name", ["needles-4", "turns"])
+def test_what_is_looked_back_at_is_measured(name: str, by: str, setup: Setup, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("keepkv.lookback.look_back.FLAT", 0.0)
+    config = replace(setup.config, tasks=(name,), methods=("snapkv",), budgets=("15%",), lookback="128", by=by)
+    job = running.Job("tiny", name, 600, 0, tuple(running.variants(config)))
+    full, ours = measured(setup._replace(config=config), job)
+    assert not any(record.failed for record in (*full, *ours))
+    assert all(64 <= record.measures["looked_back_tokens"] <= 128 for record in ours)
+    assert all(record.measures["looked_back_bytes"] > 0 < record.measures["index_bytes"] for record in ours)
+    assert all(record.seconds["lookback"] > 0 for record in ours)
+    assert len({record.kv_bytes for record in ours}) == 1, "the bytes are the compact cache's"
+    assert not any("looked_back_tokens" in record.measures for record in full)
+
+
 def test_what_fails_is_recorded(setup: Setup) -> None:
     job = running.Job("tiny", "needle", 500, 0, (running.FULL_CACHE, Variant("snapkv", "2"), Variant("streaming", "25%")))
     full, low, fine = (group[0] for group in measured(setup, job))

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from keepkv.cache.backing import Backing
+from keepkv.cache.index import Index
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations
 from keepkv.cache.policy import Policy
@@ -51,6 +52,7 @@ class BaseCache(Cache):
         column_mass: Whether all attention is summed while reading.
         auto: Whether it compresses by itself.
         rotaries: How the layers rotate keys and queries.
+        index: Keys of the tokens that were compressed, to look them up by; None unless that is wanted. Set it before reading.
     """
 
     layers: list[Any]  # KeepLayer, or transformers' sliding-window layers
@@ -63,6 +65,7 @@ class BaseCache(Cache):
         self.policy = policy
         self.column_mass = column_mass
         self.auto = auto
+        self.index: Index | None = None
         for layer in self.keep_layers:
             layer.backing = Backing(recipe.backing) if recipe.backing else None
         self._projections = families.projections(model)

@@ -487,6 +487,8 @@ class KeepCache(BaseCache):
             slot_dtype=(policy.stored_as if rows else FLOAT).name,
         )
         self._starts = self.starts
+        if rows and self.index is not None:
+            self.index = self.index.add(self.keep_layers, min(self.recipe.tail, self.keep_layers[0].tail))
         for index, layer in enumerate(self.keep_layers):
             if rows:
                 slots = [row.slots[index].newest_off(tail) for row, tail in zip(rows, tails, strict=True)]
@@ -507,7 +509,8 @@ class KeepCache(BaseCache):
         report = self._report or Report(method, budget, self._tokens(), note="not compressed yet")
         sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
         layers = tuple(index for index, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
-        report = replace(report, repeat_seconds=self._repeat_seconds, layers=layers)
+        index_bytes = self.index.bytes if self.index else 0
+        report = replace(report, repeat_seconds=self._repeat_seconds, layers=layers, index_bytes=index_bytes)
         return with_bytes_held(report, self.keep_layers, sliding, self.policy.full_dtype)
 
     def __repr__(self) -> str:
@@ -538,6 +541,7 @@ class KeepCache(BaseCache):
         self._expected = ()
         self._starts = ()
         self._refreshed = 0
+        self.index = self.index and self.index.emptied()
         self.policy = replace(self.policy, spans=())
 
 

@@ -64,6 +64,7 @@ class Report:
         kv_bytes_full: Bytes that an uncompressed cache of all tokens read would take, see `Recipe.full_dtype`.
         watch_bytes: Bytes of the queries remembered for the next compression; not part of kv_bytes.
         backing_bytes: Bytes of the exact keys and values kept outside the device; not part of kv_bytes.
+        index_bytes: Bytes of the keys that the text is looked up by; not part of kv_bytes.
         compress_seconds: Of all compressions together.
         repeat_seconds: Of repeating the text before it was compressed.
         longest_pause: Seconds of the slowest compression.
@@ -94,6 +95,7 @@ class Report:
     kv_bytes_full: int = 0
     watch_bytes: int = 0
     backing_bytes: int = 0
+    index_bytes: int = 0
     compress_seconds: float = 0.0
     repeat_seconds: float = 0.0
     longest_pause: float = 0.0
@@ -155,6 +157,7 @@ class Report:
             "compressing": f"{self.compress_seconds:.1f} s{several if self.compressions > 1 else ''}",
             "queries": f"{render.size(self.watch_bytes)} for the next compression" if self.watch_bytes else "",
             "backing": f"{render.size(self.backing_bytes)} of exact keys and values outside the device",
+            "index": f"{render.size(self.index_bytes)} to look back by" if self.index_bytes else "",
             "backend": self.backend,
             "note": self.note,
         }

@@ -20,6 +20,7 @@ from keepkv.cli.options import (
     Dtype,
     Json,
     Keep,
+    Lookback,
     MaxNewTokens,
     Method,
     Model,
@@ -29,6 +30,7 @@ from keepkv.cli.options import (
     SlotDtype,
     argument,
     checked,
+    flag,
     listed,
     option,
     warn_if_long,
@@ -66,6 +68,8 @@ def ask(
         float, option("With --budget auto: the share of its output that an attention head may lose.", "SHARE", COMPRESSION)
     ] = DEFAULT.tolerance,
     chunk: Chunk = None,
+    lookback: Lookback = DEFAULT.lookback,
+    sources: Annotated[bool, flag("Show the passages that were looked back at for each answer.", "--sources", OUTPUT)] = False,
     model: Model = "smollm2",
     max_new_tokens: MaxNewTokens = 64,
     repair: Repair = 0.0,
@@ -81,18 +85,13 @@ def ask(
 
     $ keepkv ask report.txt "Who signed it?" "When?"
     $ keepkv ask report.txt "Who signed it?" --budget 5% --compare full,snapkv
+    $ keepkv ask report.txt "What is the order number?" --lookback auto --sources
     $ pdftotext paper.pdf - | keepkv ask - "What was measured?" --json | jq .answers
     $ keepkv ask report.keep minutes.keep "Who signed it?"    (made by keepkv compile)
     """
     documents, texts = split([file, *questions])
     if documents:
-        settings = ("budget", "method", "slot_dtype", "compare", "repeat", "keep", "tolerance", "chunk", "seed")
-        for name in settings:
-            if was_typed(context, name):
-                raise InputError(
-                    f"--{name.replace('_', '-')} is for texts, and {documents[0]} is compiled already: "
-                    "leave the option out, or compile the text again with it"
-                )
+        _refuse_settings(context, documents[0])
         if repair and len(documents) == 1:
             raise InputError("--repair is for several compiled documents: keepkv ask A.keep B.keep QUESTION --repair 15%")
         model_name = model if was_typed(context, "model") else None
@@ -101,7 +100,10 @@ def ask(
         raise InputError("--repair is for several compiled documents: keepkv ask A.keep B.keep QUESTION --repair 15%")
     if was_typed(context, "tolerance") and budget != "auto":
         raise InputError(f"--tolerance is for --budget auto, and the budget is {budget}: leave one of the two out")
-    recipe = Recipe(budget, method, slot_dtype, repeat, tuple(keep or ()), tolerance=tolerance, chunk=chunk, seed=seed)
+    if sources and lookback == "off":
+        raise InputError("--sources shows what is looked back at, and --lookback is off: leave one of the two out")
+    settings = {"tolerance": tolerance, "chunk": chunk, "seed": seed, "lookback": lookback}
+    recipe = Recipe(budget, method, slot_dtype, repeat, tuple(keep or ()), **settings)
     with bar(f"loading {model}") as line:
         from keepkv.cli import console
         from keepkv.methods import get
@@ -127,10 +129,35 @@ def ask(
         typer.echo(json.dumps(output, ensure_ascii=False))
         return None
     console.show_asked(results)
+    if sources:
+        console.show_sources(results[0])
     full = next((result for result in results if result.method == "full"), None)
     if full is not None and results[0] is not full:
         console.show_verdict(results[0], full)
     return None
+
+
+def _refuse_settings(context: typer.Context, document: str) -> None:
+    """Raises InputError for options that only texts have."""
+    texts_only = (
+        "budget",
+        "method",
+        "slot_dtype",
+        "compare",
+        "repeat",
+        "keep",
+        "tolerance",
+        "chunk",
+        "lookback",
+        "sources",
+        "seed",
+    )
+    for name in texts_only:
+        if was_typed(context, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for texts, and {document} is compiled already: "
+                "leave the option out, or compile the text again with it"
+            )
 
 
 def ask_compiled(
@@ -150,9 +177,9 @@ def ask_compiled(
         import time
 
         from keepkv.cli import console
-        from keepkv.documents import format, identity
+        from keepkv.documents import format
         from keepkv.documents.document import answer, load
-        from keepkv.models import loading
+        from keepkv.models import identity, loading
 
         model_name = model or format.Contents(Path(files[0])).header.get("model", {}).get("name") or "smollm2"
         lm, tokenizer = loading.load(model_name, device, dtype)

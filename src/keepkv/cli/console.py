@@ -79,11 +79,35 @@ def show_asked(results: Sequence[AskResult]) -> None:
     else:
         numbers.add_row("reading", *(f"{result.prefill_seconds:.1f} s" for result in results))
         numbers.add_row("compressing", *(f"{result.compress_seconds:.1f} s" for result in results))
+    if any(answer.sources for result in results for answer in result.answers):
+        numbers.add_row("looking back", *map(_looked_back, results))
     numbers.add_row("answering", *(f"{result.decode_tokens_per_second:.1f} tokens/s" for result in results))
     out.print(numbers)
     for result in results:
         if result.report.note and result.method != "full":
             err.print(f"{result.method}: {result.report.note}")
+
+
+def _looked_back(result: AskResult) -> str:
+    """What a question brings back on average, and what that takes."""
+    sources = [answer.sources for answer in result.answers if answer.sources]
+    if not any(one.tokens for one in sources):
+        return "nothing"
+    mean_tokens, mean_bytes = fmean(one.tokens for one in sources), fmean(one.bytes for one in sources)
+    index, seconds = sources[0].index_bytes, fmean(one.seconds for one in sources)
+    return f"{mean_tokens:,.0f} tokens, {size(round(mean_bytes))}, index {size(index)}, {seconds:.1f} s"
+
+
+def show_sources(result: AskResult) -> None:
+    """For every answer the passages that came back, with their places."""
+    for answer in result.answers:
+        out.print(f"\n[bold]{escape(answer.question)}[/bold]")
+        sources = answer.sources
+        if sources is None or not sources.spans:
+            out.print("Nothing was looked back at.")
+            continue
+        for (first, last), text in zip(sources.spans, sources.texts, strict=True):
+            out.print(f"tokens {first:,} to {last - 1:,}: {' '.join(text.split())}", markup=False, highlight=False)
 
 
 def show_verdict(ours: AskResult, full: AskResult) -> None:

@@ -131,6 +131,16 @@ def evaluate(
             "2048 for texts of more than 8,192 tokens, otherwise 0",
         ),
     ] = None,
+    lookback: Annotated[
+        str | None,
+        _setting(
+            "For each question, bring so many tokens of the text back, word for word. The bytes of the index and of what comes "
+            "back are measures of their own.",
+            "[auto|off|TOKENS]",
+            COMPRESSION,
+            "off",
+        ),
+    ] = None,
     models: Annotated[
         str | None,
         _setting(
@@ -202,6 +212,7 @@ def evaluate(
             "slot_dtypes": _names(slot_dtypes),
             "full_dtype": full_dtype,
             "chunk": chunk,
+            "lookback": lookback,
             "haystack": haystack,
             "max_new_tokens": max_new_tokens,
             "written": written,

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from keepkv.cli.progress import err
 from keepkv.errors import BudgetError, InputError
-from keepkv.recipe import Recipe, RepeatMode
+from keepkv.recipe import Recipe, RepeatMode, lookback_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,6 +118,17 @@ Chunk = Annotated[
         COMPRESSION,
         min=0,
         show_default=False,
+    ),
+]
+Lookback = Annotated[
+    Any,
+    option(
+        "For each question, bring back so many tokens of the text, word for word, beside the compressed cache: 64 or more. "
+        '"auto" is 256, or 512 for texts of more than 4,000 tokens. Passages are found by attention and, with '
+        "pip install 'keepkv\\[eval]', by words, too.",
+        "[auto|off|TOKENS]",
+        COMPRESSION,
+        parser=lookback_of,
     ),
 ]
 Model = Annotated[str, option('"smollm2" (embedded, no network), a model folder, or a Hugging Face id.', "MODEL", MODEL)]

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keepkv.documents import identity
 from keepkv.documents.document import Document, compile_text, facts, load, save
 from keepkv.errors import InputError, KeepKVError
-from keepkv.models import families, loading
+from keepkv.models import families, identity, loading
 from keepkv.recipe import Recipe
 from keepkv.text import file
 from keepkv.text.prompt import Prompt

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import __version__, methods
 from keepkv.cache import KeepCache
-from keepkv.documents import identity
 from keepkv.documents.format import FORMAT, Contents, write
 from keepkv.documents.packing import pack, unpack
 from keepkv.errors import InputError
-from keepkv.models import families
+from keepkv.models import families, identity
 from keepkv.recipe import Recipe
 from keepkv.text.ask import AskResult, greedy
 from keepkv.text.prompt import Prompt, question_ids
@@ -148,6 +147,7 @@ def compile_text(
     """
     prompt = Prompt(tokenizer, text)
     recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
+    recipe.refuse("a document", "lookback")
     ids = prompt.text.to(model.device)
     spans = prompt.spans(*recipe.keep)
     method = methods.get(recipe.method)

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keepkv.documents.identity import digest
 from keepkv.errors import InputError
+from keepkv.models.identity import digest
 from keepkv.paths import atomic_file
 
 # Older ones are read too. New in 5: keys by channel; in 4: names of settings; in 3: quantized slots; in 2: a question's frame

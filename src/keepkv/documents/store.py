@@ -24,10 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import paths
 from keepkv.budget import Budget
-from keepkv.documents import identity
 from keepkv.documents.document import Document, compile_text, key_of, load, save, shortened
 from keepkv.documents.format import Contents
 from keepkv.errors import BudgetError, InputError
+from keepkv.models import identity
 from keepkv.recipe import Recipe
 from keepkv.text.prompt import Prompt, same_prefix
 from keepkv.text.reading import Phase, silent

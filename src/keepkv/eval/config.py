@@ -11,7 +11,7 @@ from typing import Any
 
 from keepkv.budget import Budget
 from keepkv.errors import InputError, nearest
-from keepkv.recipe import Recipe, RepeatMode
+from keepkv.recipe import Recipe, RepeatMode, lookback_of
 from keepkv.slots.slot_dtype import slot_dtype_of
 
 if sys.version_info >= (3, 11):
@@ -51,6 +51,7 @@ class Config:
     slot_dtypes: tuple[str, ...] = (Recipe.slot_dtype,)
     full_dtype: str = Recipe.full_dtype  # in which the full cache is counted
     chunk: int = -1  # tokens read at a time; 0: all at once; -1: at once up to 8,192 tokens, 2,048 at a time beyond
+    lookback: str = str(Recipe.lookback)  # tokens that come back for a question: a number, auto, or off
     period: int = 256  # tokens between the folds of live caches (turns, drift)
     written: int = 2000  # tokens that drift writes
     max_new_tokens: int = 64  # of an answer
@@ -65,7 +66,11 @@ class Config:
     def recipe(self) -> Recipe:
         """The recipe of every variant, but for its method, budget and slot dtype."""
         return Recipe(
-            repeat=self.repeat, chunk=None if self.chunk < 0 else self.chunk, seed=self.seed, full_dtype=self.full_dtype
+            repeat=self.repeat,
+            chunk=None if self.chunk < 0 else self.chunk,
+            seed=self.seed,
+            full_dtype=self.full_dtype,
+            lookback=lookback_of(self.lookback),
         )
 
     def validate(self) -> None:
@@ -91,7 +96,7 @@ class Config:
             Budget.parse(budget)
         for slot_dtype in self.slot_dtypes:
             slot_dtype_of(slot_dtype)
-        Recipe(full_dtype=self.full_dtype)
+        Recipe(full_dtype=self.full_dtype, lookback=lookback_of(self.lookback))
 
 
 GROWING = {"models", "tasks", "methods", "budgets", "slot_dtypes", "lengths", "samples", "data", "data_digests"}

@@ -20,6 +20,7 @@ from keepkv.eval import fidelity
 from keepkv.eval.config import Config
 from keepkv.eval.sample import Question, Sample
 from keepkv.eval.writing import write
+from keepkv.lookback.look_back import Looking, indexed
 from keepkv.methods import Method, get
 from keepkv.models.families import key_shape, layer_kinds
 from keepkv.recipe import CHUNK, Recipe
@@ -77,11 +78,28 @@ Measure = Callable[[Recipe], list[Outcome]]  # a variant's recipe -> an outcome 
 
 
 class CompressedReading(NamedTuple):
-    """A compressed cache, the ids [1, n] that it has read, and the seconds of reading, repeating and compressing."""
+    """A compressed cache, and what it has read.
+
+    Attributes:
+        cache: The cache.
+        ids: The ids [1, n].
+        seconds: Of reading, repeating and compressing.
+        looking: What looks back at the text for each question; None: nothing does.
+    """
 
     cache: KeepCache
     ids: Tensor
     seconds: dict[str, float]
+    looking: Looking | None = None
+
+    def back(self, question_ids: Tensor, question: Question) -> tuple[CompressedReading, dict[str, float]]:
+        """The same for one question, with what came back for it and the seconds that took, and the measures of that."""
+        if self.looking is None or not self.cache.report().kept:
+            return self, {}
+        cache, sources = self.looking.back(self.cache, question_ids, question.ask)
+        measures = {"looked_back_tokens": float(sources.tokens), "looked_back_bytes": float(sources.bytes)}
+        measures["index_bytes"] = float(sources.index_bytes)
+        return self._replace(cache=cache, seconds={**self.seconds, "lookback": sources.seconds}), measures
 
 
 def prepare_questions(setup: Setup, sample: Sample) -> Measure:
@@ -115,6 +133,7 @@ def _prepare_reading(setup: Setup, prompt: Prompt) -> Callable[[Recipe], Compres
     model, config = setup.model, setup.config
     ids = prompt.text.to(model.device)
     lead = prompt.question(REPEAT).to(model.device)
+    looking = Looking.of(model, setup.tokenizer, ids, config.recipe, prompt.lead, prompt.question(""))
     base = config.recipe.settled(ids.shape[1])
     if base.chunk:
 
@@ -123,7 +142,7 @@ def _prepare_reading(setup: Setup, prompt: Prompt) -> Callable[[Recipe], Compres
             reading = read_in_chunks(model, ids, method, replace(recipe, chunk=base.chunk), lead)
             compress = reading.cache.report().compress_seconds
             seconds = {"read": reading.seconds, "repeat": reading.repeat_cost(method), "compress": compress}
-            return CompressedReading(reading.cache, ids, seconds)
+            return CompressedReading(reading.cache, ids, seconds, looking)
 
         return in_chunks
     reading = read(model, ids, setup.methods, base, lead)
@@ -133,7 +152,7 @@ def _prepare_reading(setup: Setup, prompt: Prompt) -> Callable[[Recipe], Compres
         cache = compressed(reading.of(method), recipe)
         compress = cache.report().compress_seconds
         seconds = {"read": reading.seconds, "repeat": reading.repeat_cost(method), "compress": compress}
-        return CompressedReading(cache, ids, seconds)
+        return CompressedReading(cache, ids, seconds, looking)
 
     return at_once
 
@@ -160,7 +179,9 @@ def prepare_turns(setup: Setup, sample: Sample) -> Measure:
             cache.compress()
         compress = cache.report().compress_seconds
         seconds = {"read": time.perf_counter() - start - compress, "repeat": 0.0, "compress": compress}
-        reading = CompressedReading(cache, ids, seconds)
+        empty = setup.tokens(f"{between}{after}")
+        looking = Looking.of(setup.model, setup.tokenizer, ids, recipe, empty=empty)
+        reading = CompressedReading(cache, ids, seconds, looking)
         question_ids = [setup.tokens(f"{between}{question.ask}{after}") for question in sample.questions]
         return asked(setup, reading, question_ids, sample.questions)
 
@@ -176,17 +197,33 @@ def live(setup: Setup, recipe: Recipe, tokens: int) -> KeepCache:
         policy = Policy.of(limit, recipe.method, recipe.slot_dtype, recipe.full_dtype)
         slots = limit.total_slots(tokens, heads, policy.price(size, setup.model.dtype.itemsize))
         recipe = replace(recipe, budget=str(max(MIN_SLOTS, slots // heads)))
-    return KeepCache.of(setup.model, replace(recipe, chunk=CHUNK, period=setup.config.period))
+    return indexed(setup.model, KeepCache.of(setup.model, replace(recipe, chunk=CHUNK, period=setup.config.period)), recipe)
 
 
 def asked(
     setup: Setup, reading: CompressedReading, question_ids: Sequence[Tensor], questions: Sequence[Question]
 ) -> list[Outcome]:
-    """By choice: the likeliest, per token, of the right and the wrong answers; by answer: what the model writes."""
+    """By choice: the likeliest, per token, of the right and the wrong answers; by answer: what the model writes.
+
+    What comes back for a question, no other one sees: then each is asked by itself.
+    """
     placed = [ids.to(setup.model.device) for ids in question_ids]
+    if reading.looking is None:
+        return _asked(setup, reading, placed, questions)
+    outcomes = []
+    for ids, question in zip(placed, questions, strict=True):
+        enriched, measures = reading.back(ids, question)
+        (outcome,) = _asked(setup, enriched, [ids], [question])
+        outcomes.append(replace(outcome, cache=reading.cache, measures={**outcome.measures, **measures}))
+    return outcomes
+
+
+def _asked(
+    setup: Setup, reading: CompressedReading, question_ids: Sequence[Tensor], questions: Sequence[Question]
+) -> list[Outcome]:
     if setup.config.by == "answer":
-        return _written(setup, reading, placed, questions)
-    return [_chosen(setup, reading, ids, question) for ids, question in zip(placed, questions, strict=True)]
+        return _written(setup, reading, question_ids, questions)
+    return [_chosen(setup, reading, ids, question) for ids, question in zip(question_ids, questions, strict=True)]
 
 
 def _chosen(setup: Setup, reading: CompressedReading, question_ids: Tensor, question: Question) -> Outcome:

@@ -63,7 +63,7 @@ class Record:
         kv_bytes_full: Bytes of the full cache.
         predicted: The error that the method predicts (`Report.error`).
         fallbacks: How often the method fell back to eviction.
-        seconds: Of "read", "repeat", "compress" and "answer".
+        seconds: Of "read", "repeat", "compress" and "answer"; of "lookback" where something was looked back at.
         failed: Why there is no answer, if so.
         versions: Of Python and of the packages that a result may depend on.
         commit: Of keepkv's sources.

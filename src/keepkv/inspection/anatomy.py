@@ -154,7 +154,7 @@ def inspect(
         BudgetError, MethodError, InputError: for a recipe that this text cannot be compressed with, or keeps whole.
     """
     recipe = recipe or Recipe()
-    recipe.refuse("an inspection", "exact", *(["chunk"] if recipe.chunk else []))
+    recipe.refuse("an inspection", "exact", "lookback", *(["chunk"] if recipe.chunk else []))
     torch.manual_seed(recipe.seed)
     method = methods.get(recipe.method)
     ids = prompt.text.to(model.device)

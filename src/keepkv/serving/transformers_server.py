@@ -35,7 +35,7 @@ class PromptCaches:
     """
 
     def __init__(self, recipe: Recipe = SERVER, conversations: int = CONVERSATIONS) -> None:
-        recipe.refuse("a server", "keep", "tolerance", "exact", *(["repeat"] if recipe.repeat == "always" else []))
+        recipe.refuse("a server", "keep", "tolerance", "exact", "lookback", *(["repeat"] if recipe.repeat == "always" else []))
         self.recipe = recipe
         self.conversations = conversations
         self._caches: OrderedDict[tuple[int, ...], KeepCache] = OrderedDict()

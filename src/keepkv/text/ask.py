@@ -17,6 +17,7 @@ from keepkv.cache import KeepCache
 from keepkv.cache.auto_budget import check_tolerance, compress_to_tolerance
 from keepkv.cache.report import Report
 from keepkv.errors import InputError
+from keepkv.lookback.look_back import Looking, Sources
 from keepkv.recipe import Recipe
 from keepkv.text.prompt import NEXT_QUESTION, Prompt
 from keepkv.text.reading import REPEAT, Phase, read, read_in_chunks, silent
@@ -24,12 +25,26 @@ from keepkv.text.reading import REPEAT, Phase, read, read_in_chunks, silent
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, the answer in words, its tokens, and the seconds from its first token to its last."""
+    """A question and its answer.
+
+    Attributes:
+        question: What was asked.
+        answer: The answer in words.
+        tokens: Its tokens.
+        seconds: From its first token to its last.
+        sources: What was looked back at for it; None if nothing was to be.
+    """
 
     question: str
     answer: str
     tokens: tuple[int, ...]
     seconds: float
+    sources: Sources | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Question, answer and sources, for JSON."""
+        sources = {"looked_back": self.sources.to_dict()} if self.sources else {}
+        return {"question": self.question, "answer": self.answer, **sources}
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,8 @@ class AskResult:
             "alike": self.alike,
             "fallbacks": report.fallbacks,
             "note": report.note,
-            "answers": [{"question": answer.question, "answer": answer.answer} for answer in self.answers],
+            "index_bytes": report.index_bytes,
+            "answers": [answer.to_dict() for answer in self.answers],
         }
 
 
@@ -128,6 +144,7 @@ def ask(
     torch.manual_seed(recipe.seed)
     ids = prompt.text.to(model.device)
     lead = prompt.question(REPEAT).to(model.device)
+    looking = Looking.of(model, tokenizer, ids, recipe, prompt.lead, prompt.question(""))
     if not recipe.chunk:
         reading = read(model, ids, table, recipe, lead, phase)
 
@@ -153,7 +170,9 @@ def ask(
         answers = []
         for index, question in enumerate(questions):
             later = prompt.question(question).to(model.device)
-            answers.append(greedy(model, tokenizer, cache.fork(), ids, later, question, max_new_tokens))
+            fork, sources = looking.back(cache, later, question) if looking else (cache.fork(), None)
+            answer = greedy(model, tokenizer, fork, ids, later, question, max_new_tokens)
+            answers.append(replace(answer, sources=sources))
             progress(index + 1, len(questions))
         seconds = compressing + reading.repeat_cost(method)
         repeated = reading.is_repeated(method)
@@ -163,10 +182,7 @@ def ask(
     if full is None:
         return results
     phase("comparing")
-    alike = []
-    for cache in caches:
-        counts = [_agreement(model, cache.fork(), prompt.question(answer.question), answer.tokens) for answer in full.answers]
-        alike.append(sum(same for same, _ in counts) / max(1, sum(of for _, of in counts)))
+    alike = [_alike(model, cache, prompt, full.answers, looking) for cache in caches]
     return [replace(result, alike=share) for result, share in zip(results, alike, strict=True)]
 
 
@@ -224,6 +240,18 @@ def greedy(
     if not tokenizer.chat_template:
         answer = answer.partition(NEXT_QUESTION)[0].rstrip()  # a base model goes on with a question of its own
     return Answer(question, answer, tuple(new), seconds)
+
+
+def _alike(
+    model: PreTrainedModel, cache: KeepCache, prompt: Prompt, answers: Sequence[Answer], looking: Looking | None
+) -> float:
+    """Of the tokens of some answers, the share that this cache would have chosen at their places."""
+    counts = []
+    for answer in answers:
+        later = prompt.question(answer.question).to(model.device)
+        fork = looking.back(cache, later, answer.question).cache if looking else cache.fork()
+        counts.append(_agreement(model, fork, later, answer.tokens))
+    return sum(same for same, _ in counts) / max(1, sum(of for _, of in counts))
 
 
 def _agreement(model: PreTrainedModel, cache: KeepCache, later: Tensor, answer: Sequence[int]) -> tuple[int, int]:

@@ -58,7 +58,9 @@ class Conversation:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe = CONVERSATION, system: str = ""
     ) -> None:
-        recipe.refuse("a conversation", "keep", "tolerance", "exact", *(["repeat"] if recipe.repeat == "always" else []))
+        recipe.refuse(
+            "a conversation", "keep", "tolerance", "exact", "lookback", *(["repeat"] if recipe.repeat == "always" else [])
+        )
         self.model = model
         self.tokenizer = tokenizer
         self.system = system

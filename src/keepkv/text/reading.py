@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
+from keepkv.lookback.look_back import indexed
 from keepkv.methods import Method
 from keepkv.models.families import trained_length
 from keepkv.observe.repetition import Repeat
@@ -78,7 +79,7 @@ def read(
     """
     settings = replace(recipe, budget="100%", chunk=0)
     column_mass = any(method.column_mass for method in methods)
-    cache = KeepCache.of(model, settings, column_mass=column_mass, auto=False)
+    cache = indexed(model, KeepCache.of(model, settings, column_mass=column_mass, auto=False), recipe)
     phase(f"reading {ids.shape[1]:,} tokens")
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
@@ -113,7 +114,7 @@ def read_in_chunks(
         spans: Tokens (first, last + 1) that keep their slots.
         phase: Told what is under way.
     """
-    cache = KeepCache.of(model, replace(recipe, method=method))
+    cache = indexed(model, KeepCache.of(model, replace(recipe, method=method)), recipe)
     how = method.repeat
     repeating = how is not None and repeats(recipe.repeat, model, how, ids.shape[1])
     progress = phase(f"reading {ids.shape[1]:,} tokens in chunks ({method.name})")

@@ -7,11 +7,11 @@ import torch
 
 from documents.joining.texts import LEAD, LENGTHS, _behind, documents, prompt
 from helpers import make_model, tokens
-from keepkv.documents import identity
 from keepkv.documents.joining import cachecraft
 from keepkv.documents.joining.cacheblend import ReusedText
 from keepkv.documents.joining.joined import joined
 from keepkv.errors import InputError
+from keepkv.models import identity
 
 
 def test_a_variant_counts_the_attention_it_paid_and_needs_no_repair_where_it_stood() -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keepkv.cache import KeepCache
-from keepkv.documents import identity
 from keepkv.documents.format import Contents, write
 from keepkv.documents.joining.cacheblend import Recomputed, RecomputedLayer, ReusedText, recompute
 from keepkv.errors import InputError
+from keepkv.models import identity
 
 ALPHA = 1.0  # the paper tunes it on validation texts; more reads more again
 _TILE = 1 << 24  # logits held at once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers import make_model
-from keepkv.documents import identity
+from keepkv.models import identity
 
 
 def test_one_changed_weight_is_another_model(model_and_tokenizer) -> None:
