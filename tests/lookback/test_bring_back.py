@@ -48,7 +48,7 @@ def test_with_everything_back_it_is_the_full_cache(family: str, kind: str, slot_
 def test_read_again_over_slots_that_lost_nothing_is_the_exact_past(family: str) -> None:
     model, ids, later = make_model(family), tokens(1, LENGTH), tokens(1, 9, seed=1)
     whole = read(model, ids)
-    compact = whole.fork().compress("25%", EVERYTHING)
+    compact = whole.fork().compress("25%", EVERYTHING, slot_dtype="float")
     assert compact.layers[-1].slots is not None
     ours, theirs = (source(kind, model, whole, ids)(compact, SPANS) for kind in ("again", "exact"))
     for pair, exact_pair in zip(ours, theirs, strict=True):
@@ -90,7 +90,7 @@ def test_slots_that_stay_are_the_same_slots(slot_dtype: str) -> None:
 def test_the_backing_is_an_exact_source_too() -> None:
     model, ids = make_model(), tokens(1, LENGTH)
     whole = read(model, ids)
-    cache = KeepCache(model, "100", EVERYTHING, chunk=32, backing="cpu", tail=8).read(model, ids)
+    cache = KeepCache(model, "100", EVERYTHING, chunk=32, backing="cpu", tail=8, slot_dtype="float").read(model, ids)
     spans = [(0, 5), (30, 70), (LENGTH - 20, LENGTH - 8)]
     ours, theirs = exact(cache)(cache, spans), exact(whole)(cache, spans)
     for pair, exact_pair in zip(ours, theirs, strict=True):

@@ -81,7 +81,7 @@ def test_with_room_for_everything_it_is_the_full_cache(family: str, monkeypatch:
 
 def test_what_it_took_is_said() -> None:
     model = make_model("llama", torch.float32)
-    whole, cache = compact()
+    whole, cache = compact(slot_dtype="float")
     fork, sources = look_back(model, cache, tokens(1, 9), exact(whole), 128, by_words=[2])
     assert sources.ranked_by == ("index", "words")
     per_token = sum(2 * layer.heads * 16 * 4 for layer in cache.keep_layers)
