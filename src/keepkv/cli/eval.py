@@ -186,7 +186,7 @@ def evaluate(
         from keepkv.eval import run as running
 
         started = run / settings.FILE
-        base = settings.load_config(started) if started.exists() else settings.Config()
+        base = settings.load_run(run) if started.exists() else settings.Config()
         base = settings.load_config(config, base) if config else base
         options: dict[str, Any] = {
             "models": _names(models),
@@ -303,7 +303,7 @@ def report(
         if png:
             require_matplotlib()
         drawings = figures.all_of(run_records, result)
-        run_settings = {str(run): settings.to_toml(settings.load_config(run / settings.FILE)) for run in runs}
+        run_settings = {str(run): settings.to_toml(settings.load_run(run)) for run in runs}
         text = markdown.markdown_report(run_records, result, run_settings)
         page = html.html_report(run_records, result, drawings, run_settings, worst.texts_of(runs))
         with _writing(target):
