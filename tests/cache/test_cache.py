@@ -364,7 +364,7 @@ def test_spans_that_do_not_fit_or_name_no_row_are_refused() -> None:
     model = make_model("llama", torch.float32)
     cache = KeepCache(model, 0.1, auto=False)
     model(tokens(1, 200), past_key_values=cache)
-    with pytest.raises(BudgetError, match="100 tokens must stay in every head, but there are only 56 slots"):  # of int4
+    with pytest.raises(BudgetError, match="100 tokens must stay in every head, but there are only 89 slots"):  # of int4
         cache.fork().compress(keep=[(50, 150)])
     batch = KeepCache(model, 0.1, auto=False)
     model(tokens(2, 200), past_key_values=batch)
