@@ -188,11 +188,12 @@ def test_models_slot_dtypes_and_own_methods_are_measured_in_one_run_piece_by_pie
 
 def test_a_run_of_an_older_keepkv_goes_on(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
     args = ["--model", folder, "--haystack", str(LOG), "--tasks", "needle", "--methods", "snapkv", "--budgets", "25%"]
-    assert run(monkeypatch, capsys, "eval", str(tmp_path), *args, "--lengths", "300", "--samples", "1")[0] == 0
+    args += ["--slot-dtype", "float", "--lengths", "300", "--samples", "1"]
+    assert run(monkeypatch, capsys, "eval", str(tmp_path), *args)[0] == 0
     settings, lines = tmp_path / "config.toml", tmp_path / "records.jsonl"
     text = settings.read_text().replace(f'models = ["{folder}"]', f'model = "{folder}"')
-    settings.write_text(text.replace('slot_dtypes = ["float"]', 'slot_dtype = "float"'))
-    assert "models" not in settings.read_text()
+    settings.write_text(text.replace('slot_dtypes = ["float"]\n', ""))
+    assert not {"models", "slot_dtypes"} & {line.split()[0] for line in settings.read_text().splitlines()}
     older = [json.loads(line) for line in lines.read_text().splitlines()]
     new = ("slot_dtype", "dtype", "text")
     lines.write_text("".join(json.dumps({k: v for k, v in each.items() if k not in new}) + "\n" for each in older))

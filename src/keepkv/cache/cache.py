@@ -84,10 +84,10 @@ class KeepCache(BaseCache):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).eval()
-        >>> cache = KeepCache(model, "25%")
+        >>> cache = KeepCache(model, budget=20)
         >>> output = model(torch.arange(80)[None], past_key_values=cache)  # or model.generate(..., past_key_values=cache)
         >>> cache
-        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=18.8, tail=0, bytes=10.2 kB, live=False)
+        KeepCache(method='keepkv', budget='20', tokens=80, slots_per_head=20.0, tail=0, bytes=3.7 kB, live=False)
     """
 
     def __init__(
