@@ -46,7 +46,7 @@ def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, setup: S
     if name in ("fidelity", "drift"):
         assert full.score == 1.0
         assert full.measures["kl"] == pytest.approx(0, abs=1e-4)
-        assert ours.measures["kl"] > 0.01
+        assert ours.measures["kl"] > 5e-4, "less than all is kept: int8 holds three quarters of the tokens in these bytes"
     else:
         assert len(full.chances) == 4
 
