@@ -247,9 +247,9 @@ def load(
     Examples:
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
-        >>> load("nowhere.keep", model, tokenizer)
+        >>> load("nowhere.keep", model, tokenizer)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        keepkv.errors.InputError: 'nowhere.keep' cannot be read (No such file or directory): expected a file made by keepkv compile
+        keepkv.errors.InputError: 'nowhere.keep' cannot be read (No such file or directory): ...
     """
     contents = Contents(Path(file))
     header = contents.header
