@@ -92,10 +92,10 @@ def test_rows_of_a_batch_are_as_if_alone(method: str, family: str) -> None:
     ids, mask = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
     mask[1, : LENGTH - 75] = 0
     options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    together = KeepCache(model, 0.3, method)
+    together = KeepCache(model, 0.3, method, slot_dtype="int4")  # named: rows choose a format together
     got = model.generate(ids, attention_mask=mask, past_key_values=together, **options)
     for row, length in enumerate(lengths):
-        alone = KeepCache(model, 0.3, method)
+        alone = KeepCache(model, 0.3, method, slot_dtype="int4")
         own = ids[row : row + 1, LENGTH - length :]
         wanted = model.generate(own, attention_mask=torch.ones_like(own), past_key_values=alone, **options)
         assert together.report().kept[row] == alone.report().kept[0]
@@ -117,10 +117,10 @@ def test_beam_search_moves_the_slots_with_the_beams() -> None:
 
 def test_rows_can_be_selected_and_repeated() -> None:
     model, ids = make_model(), tokens(3, 80)
-    cache = read(model, ids, budget=0.3)
+    cache = read(model, ids, budget=0.3, slot_dtype="int4")  # named: rows choose a format together
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([1, 4]))
-    single = [read(model, ids[row : row + 1], budget=0.3) for row in (0, 2)]
+    single = [read(model, ids[row : row + 1], budget=0.3, slot_dtype="int4") for row in (0, 2)]
     new = tokens(1, 4, seed=8)
     got = model(new.repeat(2, 1), past_key_values=cache).logits
     for row, alone in enumerate(single):
