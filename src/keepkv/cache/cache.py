@@ -59,8 +59,9 @@ class KeepCache(BaseCache):
         budget: See `Recipe`. A share is that of a cache of the tokens read so far. A list has one budget for each row of the
             batch.
         method: See `Recipe`.
-        slot_dtype: See `Recipe`. Other formats than "float" round everything that is compressed, but for "auto" also where the
-            budget holds every token. Newer tokens and the method "full" stay exact.
+        slot_dtype: See `Recipe`. A format that rounds, if it is named, rounds everything that is compressed, also where the
+            budget holds every token. With "auto" that stays exact. Newer tokens and the method "full" always do. All rows of a
+            batch are stored in one format.
         full_dtype: See `Recipe`.
         period: Tokens after which a live cache folds the newer ones. None: the cache is not live, unless a chunk is given.
         chunk: Tokens of a forward pass, at most. None or 0: a prompt is read at once.

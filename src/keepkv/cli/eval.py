@@ -105,8 +105,8 @@ def evaluate(
     slot_dtypes: Annotated[
         str | None,
         _setting(
-            "How the kept keys and values are stored: names, separated by commas. Each but auto and float stores the full cache "
-            "too, as the method kivi.",
+            "How the kept keys and values are stored: names, separated by commas. Each but auto and float stores the full "
+            "cache too, as the method kivi.",
             "[auto|float|bfloat16|int8|int4|int2]",
             COMPRESSION,
             "auto",
