@@ -85,7 +85,11 @@ def main() -> None:
     for text, _ in track(documents, description="compiling"):
         exact.append(compile_text(model, tokenizer, text, Recipe("100%", "full")))
         for budget, compiled in compact.items():
-            compiled.append(_with_exact(compile_text(model, tokenizer, text, Recipe(budget)), exact[-1].cache.keep_layers))
+            compiled.append(
+                _with_exact(
+                    compile_text(model, tokenizer, text, Recipe(budget, slot_dtype="float")), exact[-1].cache.keep_layers
+                )
+            )
     records: list[dict[str, Any]] = []
     for number in track(range(args.samples), description="asking"):
         sample = rng.sample(range(len(documents)), args.documents)
@@ -172,7 +176,7 @@ def measure(
         log_probs, seconds = chances(model, cache, asks, right)
         variants[way] = log_probs, built + seconds, kv_bytes, again
     budget, name = next(iter(compact)), f"keepkv {next(iter(compact))}"
-    once = KeepCache(model, budget, auto=False)  # the same prompt read together and then compressed
+    once = KeepCache(model, budget, slot_dtype="float", auto=False)  # the same prompt read together and then compressed
     start = time.perf_counter()
     model(ids, past_key_values=once, logits_to_keep=1)
     once.repeat(model, ids, question_ids(tokenizer, REPEAT, exact[0].before, exact[0].after)).compress()

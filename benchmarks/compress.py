@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="2048,8192")
     parser.add_argument("--budgets", default="10%", help="separated by commas")
     parser.add_argument("--methods", default="keepkv", help="separated by commas")
+    parser.add_argument("--slot-dtype", default="float", help="auto compresses twice, with one scoring")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--profile", type=int, metavar="ROWS", help="a table of the dearest operations of one compression")
@@ -61,7 +62,7 @@ def main() -> None:
             return cache
 
         def observed(cache_read: dict[str, KeepCache] = cache_read) -> float:
-            cache_read["cache"] = KeepCache(model, auto=False)
+            cache_read["cache"] = KeepCache(model, slot_dtype=args.slot_dtype, auto=False)
             return clock(lambda: reading(cache_read["cache"]))
 
         variants: dict[str, Callable[[], float]] = {

@@ -71,7 +71,7 @@ def main() -> None:
     caches: dict[str, Cache] = {"full": dense(cache_read, args.tokens)}
     bases: dict[str, tuple[str, ...]] = {}
     for budget in args.budgets.split(","):
-        compact = cache_read.fork().compress(budget, args.method)
+        compact = cache_read.fork().compress(budget, args.method, slot_dtype="float")
         heads = sum(layer.heads for layer in compact.keep_layers)
         slots = sum(len(layer.slots.keys) for layer in compact.keep_layers) // heads
         caches |= {f"small {budget}": dense(cache_read, slots), f"keepkv {budget}": compact}

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--refresh", type=int, default=1024)
     parser.add_argument("--methods", default="keepkv,snapkv")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--slot-dtype", default="float")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     model, tokenizer = loading.load(args.model)
@@ -37,7 +38,7 @@ def main() -> None:
     result: dict[str, Any] = {name: str(value) for name, value in vars(args).items()}
     for method in args.methods.split(","):
         for name, options in (("folds", {}), ("refresh", {"backing": "cpu", "refresh": args.refresh})):
-            cache = KeepCache(model, args.budget, method, period=args.period, **options)
+            cache = KeepCache(model, args.budget, method, period=args.period, slot_dtype=args.slot_dtype, **options)
             loss, _ = follow(model, ids, words, truth, cache)
             report = cache.report()
             record = result[f"{method}, {name}"] = {

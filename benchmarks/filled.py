@@ -46,7 +46,7 @@ def compact(model: Any, batch: int, tokens: int, slots: int) -> KeepCache:
     """A KeepCache that has read so many tokens and holds `slots` per head on average, heads of different lengths."""
     _, heads, size = shape(model)
     like = model.lm_head.weight
-    cache = KeepCache(model, "50%", "streaming")
+    cache = KeepCache(model, "50%", "streaming", slot_dtype="float")
     model(torch.zeros(batch, 16, dtype=torch.int64, device=like.device), past_key_values=cache, logits_to_keep=1)
     for layer in cache.keep_layers:
         layer.slots, layer.seen = ragged(batch, heads, slots, size, like), tokens

@@ -121,8 +121,10 @@ def stored(cache: KeepCache) -> int:
     """Bytes of every storage that hangs on the cache, found without the cache's own help."""
     seen = {}
     for layer in cache.layers:
-        for tensor in [*vars(layer).values(), *(vars(layer.slots).values() if getattr(layer, "slots", None) else ())]:
-            if isinstance(tensor, torch.Tensor) and tensor.ndim:
+        slots = getattr(layer, "slots", None)
+        quantized = [stack for stack in (slots.keys, slots.values) if not isinstance(stack, Tensor)] if slots else []
+        for tensor in [each for holder in (layer, slots, *quantized) if holder for each in vars(holder).values()]:
+            if isinstance(tensor, Tensor) and tensor.ndim:
                 seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(seen.values())
 

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import randn
 from keepkv import choose, methods
 from keepkv.attend import dispatch
-from keepkv.compress import compress
+from keepkv.compress import Compressed, Way, compress, compress_in_ways
 from keepkv.merge import per_head
 from keepkv.observe.references import context
+from keepkv.slots.slot_dtype import FLOAT, SLOT_DTYPES
 from keepkv.types import Choice, Observation
 
 
@@ -120,3 +121,53 @@ def test_a_score_knows_how_many_slots_there_will_be() -> None:
 
     compress([observed(2), observed(2, layer=1)], methods.Method("newest", "", "", score), 90)
     assert told == [22.5, 22.5]
+
+
+def parts(made: Compressed) -> list[torch.Tensor]:
+    """All tensors of what a compression made."""
+    of_slots = [tensor for slots in made.slots for tensor in slots.tensors]
+    of_heads = [tensor for layer in made.merged for head in layer for tensor in head[:3]]
+    return [*of_slots, *of_heads, *(head for layer in made.plan.kept for head in layer)]
+
+
+@pytest.mark.parametrize("name", ["keepkv", "keepkv-paper", "snapkv", "minicache"])
+def test_each_of_several_ways_is_as_if_alone_bit_for_bit(name: str) -> None:
+    """Also those that keep everything, in which nothing is chosen, and those of fewer slots than a trial has."""
+    layers, method = [observed(2, layer=layer) for layer in range(4)], methods.get(name)
+    if method.layer_pairs:
+        ways = [Way(FLOAT, slots * 8) for slots in (20, 40)]
+    else:
+        named = [("int8", 60), ("int4", 110), ("float", 300), ("int4", 8), ("int8", 300), ("float", 36), ("int4", 0)]
+        ways = [Way(SLOT_DTYPES[slot_dtype], slots * 8) for slot_dtype, slots in named]
+    together = compress_in_ways(layers, method, ways)
+    for way, ours in zip(ways, together, strict=True):
+        theirs = compress(layers, method, way.total, slot_dtype=way.slot_dtype)
+        for x, y in zip(parts(ours), parts(theirs), strict=True):
+            assert torch.equal(x, y)
+        assert [head[3:] for layer in ours.merged for head in layer] == [head[3:] for layer in theirs.merged for head in layer]
+        assert [slots.offsets for slots in ours.slots] == [slots.offsets for slots in theirs.slots]
+        assert [type(slots.keys) for slots in ours.slots] == [type(slots.keys) for slots in theirs.slots]
+
+
+def test_several_ways_score_once_and_try_once() -> None:
+    """A third way costs its own merges and nothing else; all steps are reported."""
+    called: Counter[str] = Counter()
+    row = methods.get("keepkv")
+
+    def counted(name: str):
+        def call(*args):
+            called[name] += 1
+            return getattr(row, name)(*args)
+
+        return call
+
+    counting = {name: counted(name) for name in ("score", "references", "merge")}
+    method, layers = replace(row, **counting), [observed(2, layer=layer) for layer in range(3)]
+    for ways in (1, 3):
+        called.clear()
+        steps: list[tuple[int, int]] = []
+        names = ["int8", "int4", "int2"][:ways]
+        asked = [Way(SLOT_DTYPES[name], 50 * 6) for name in names]
+        compress_in_ways(layers, method, asked, lambda done, of, steps=steps: steps.append((done, of)))
+        assert called == {"score": 3, "references": 3, "merge": 3 + 3 * ways}
+        assert steps == [(n, 3 * (2 + ways)) for n in range(1, 3 * (2 + ways) + 1)]

@@ -26,7 +26,9 @@ def library(
 
     rule = Settings(**settings)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    cache = KeepCache(model, rule.budget, rule.uniform_method(), period=10**6, auto=False, references=rule.references)
+    cache = KeepCache(
+        model, rule.budget, rule.uniform_method(), slot_dtype="float", period=10**6, auto=False, references=rule.references
+    )
     todo, tokens, chances = [ids[i : i + chunk] for i in range(0, len(ids), chunk)], [], []
     while len(tokens) < count:
         before = cache.get_seq_length()

@@ -95,7 +95,7 @@ class Budget:
             >>> from keepkv.slots.slot_dtype import SLOT_DTYPES
             >>> price = SLOT_DTYPES["int4"].price(64, 64, element=2)
             >>> Budget.parse("10%").total_slots(tokens=1000, heads=12, price=price)
-            3855
+            3899
         """
         total = self._slots(tokens, heads, price)
         least = min(MIN_SLOTS, tokens) * heads

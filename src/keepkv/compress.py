@@ -85,24 +85,37 @@ class Way(NamedTuple):
 def compress_in_ways(
     observations: Sequence[Observation], method: Method, ways: Sequence[Way], progress: Progress = lambda done, of: None
 ) -> list[Compressed]:
-    """Compresses one sequence in several ways, which share scores and the trial. The arguments are those of `compress`."""
-    entries = sum(sum(observation.counts) for observation in observations)
-    whole = [
-        (way.total >= entries and not method.layer_pairs and not (method.judged and way.slot_dtype.rounds)) or way.total == 0
-        for way in ways
-    ]
-    if all(whole):  # nothing is chosen; a row of padding has no entries
-        return [_unmerged(observations, way.total > 0, way.slot_dtype) for way in ways]
-    totals = [min(way.total, entries) for way in ways]
-    step = _stepper(progress, len(observations) * (1 + bool(method.trial) + len(ways)))
+    """Compresses one sequence in several ways, each as `compress` does it alone; what they have in common is computed once.
 
+    They have the scores in common, and trials of as many slots. A score that goes by the number of slots gets that of the
+    largest way. The arguments are those of `compress`.
+    """
+    entries = sum(sum(observation.counts) for observation in observations)
+    made = [_unmerged(observations, way.total > 0, way.slot_dtype) if _is_whole(way, method, entries) else None for way in ways]
+    chosen = [Way(way.slot_dtype, min(way.total, entries)) for way, one in zip(ways, made, strict=True) if one is None]
+    merged = iter(_merged(observations, method, chosen, entries, progress) if chosen else [])
+    return [next(merged) if one is None else one for one in made]
+
+
+def _is_whole(way: Way, method: Method, entries: int) -> bool:
+    """Whether nothing is chosen: a row of padding has no entries, and where all stay, only what is rounded is fitted."""
+    fitted = method.layer_pairs or (method.judged and way.slot_dtype.rounds)
+    return way.total == 0 or (way.total >= entries and not fitted)
+
+
+def _merged(
+    observations: Sequence[Observation], method: Method, ways: Sequence[Way], entries: int, progress: Progress
+) -> list[Compressed]:
+    """The sequence of so many entries, compressed in every way."""
+    step = _stepper(progress, len(observations) * (1 + bool(method.trial) + len(ways)))
+    totals = [way.total for way in ways]
     scored = _score(observations, method, max(totals), step)
     if method.layer_pairs:
         price = _price(method.layer_pairs, observations[0], len(observations))
         totals = [min(entries, int(total / price)) for total in totals]
     allotted = [_allot(scored, method, total) for total in totals]
     if method.trial:
-        allotted = _corrected(observations, scored, method, allotted, step)
+        allotted = _corrected(observations, scored, method, totals, allotted, step)
 
     made: list[list[_Layer]] = [[] for _ in ways]
     for layer, observation in enumerate(observations):
@@ -209,22 +222,26 @@ def _corrected(
     observations: Sequence[Observation],
     scored: _Scored,
     method: Method,
+    totals: Sequence[int],
     allotted: Sequence[tuple[Tensor, list[list[int]]]],
     step: Callable[[], None],
 ) -> list[tuple[Tensor, list[list[int]]]]:
-    """Counts corrected by what a trial compression to a few slots per head still loses. `docs/theory.md 5.3`."""
-    largest = max(sum(map(sum, counts)) for _, counts in allotted)
-    trial_total = min(largest, (method.trial + scored.pinned) * scored.heads)
-    trial_scores, trial_counts = _allotted(scored, method, trial_total)
-    errors = []
+    """Counts corrected by what a trial compression to a few slots per head still loses. `docs/theory.md 5.3`.
+
+    Ways of fewer slots than a trial has are tried with their own number.
+    """
+    tried = [min(total, (method.trial + scored.pinned) * scored.heads) for total in totals]
+    trials = {total: _allotted(scored, method, total) for total in tried}
+    errors: dict[int, list[list[float]]] = {total: [] for total in trials}
     for layer, observation in enumerate(observations):
         with_references = replace(observation, references=scored.references[layer])
-        choices = method.choose(with_references, _own(trial_scores[layer], observation), trial_counts[layer])
-        errors.append([head.error for head in method.merge(with_references, choices)])
+        for total, (scores, counts) in trials.items():
+            choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
+            errors[total].append([head.error for head in method.merge(with_references, choices)])
         step()
     return [
-        (scores, allot.by_need(counts, trial_counts, errors, allot.room(scores), _most_fixed(scores)))
-        for scores, counts in allotted
+        (scores, allot.by_need(counts, trials[total][1], errors[total], allot.room(scores), _most_fixed(scores)))
+        for total, (scores, counts) in zip(tried, allotted, strict=True)
     ]
 
 

@@ -46,7 +46,7 @@ class Recipe:
         method: A name from the table (`keepkv methods`), FILE.py:NAME, package.module:NAME, or a `Method`.
         slot_dtype: How the slots' keys and values are stored: "float" (in the model's dtype), "bfloat16",
             "int8", "int4", "int2" (integers, keys by channel and values by vector), or "auto": int8 or int4, whichever loses
-            less (a live cache takes int8).
+            less on held-out queries (a live cache, a count of slots, and methods that hold none out: int8).
         repeat: Whether the text is repeated over its own cache before it is compressed, so that details survive. "always"
             costs about one more reading, "never" costs nothing, and "auto" repeats where that fits into the trained length.
         keep: Regular expressions. What they match in the text stays verbatim in every head.

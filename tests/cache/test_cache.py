@@ -53,7 +53,8 @@ EVERYTHING = Method(
 def test_the_compact_part_answers_like_the_dense_one(family: str) -> None:
     """All tokens moved into slots: same logits as the full cache, for one new token, for several, and again later."""
     model, ids = make_model(family), tokens(2, LENGTH + 30, seed=1)
-    ours, theirs = read(model, ids[:, :LENGTH], budget=0.99, method=EVERYTHING), DynamicCache(config=model.config)
+    ours = read(model, ids[:, :LENGTH], budget=0.99, method=EVERYTHING, slot_dtype="float")
+    theirs = DynamicCache(config=model.config)
     model(ids[:, :LENGTH], past_key_values=theirs)
     assert all(layer.slots is not None and layer.tail == 0 for layer in ours.keep_layers)
     for lo, hi in ((0, 1), (1, 20), (20, 21), (21, 30)):
@@ -63,7 +64,7 @@ def test_the_compact_part_answers_like_the_dense_one(family: str) -> None:
 
 
 def test_default_budgets_are_ragged() -> None:
-    report = read(make_model(), tokens(1, 300), budget=0.2).report()
+    report = read(make_model(), tokens(1, 300), budget=0.05).report()
     assert len({count for layer in report.kept[0] for count in layer}) > 1
 
 
@@ -74,7 +75,7 @@ def test_compression_costs_less_than_eviction_of_the_same_tokens() -> None:
     plain = Method(
         "plain", "its selection, evicted", "", row.score, row.allot, row.sinks, row.recent, references=row.references
     )
-    whole = KeepCache(model, auto=False)
+    whole = KeepCache(model, auto=False, slot_dtype="float")
     model(ids[:, :400], past_key_values=whole)
 
     def log_probs(cache: KeepCache) -> torch.Tensor:
@@ -91,10 +92,10 @@ def test_rows_of_a_batch_are_as_if_alone(method: str, family: str) -> None:
     ids, mask = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
     mask[1, : LENGTH - 75] = 0
     options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    together = KeepCache(model, 0.3, method)
+    together = KeepCache(model, 0.3, method, slot_dtype="int4")  # named: rows choose a format together
     got = model.generate(ids, attention_mask=mask, past_key_values=together, **options)
     for row, length in enumerate(lengths):
-        alone = KeepCache(model, 0.3, method)
+        alone = KeepCache(model, 0.3, method, slot_dtype="int4")
         own = ids[row : row + 1, LENGTH - length :]
         wanted = model.generate(own, attention_mask=torch.ones_like(own), past_key_values=alone, **options)
         assert together.report().kept[row] == alone.report().kept[0]
@@ -108,17 +109,18 @@ def test_beam_search_moves_the_slots_with_the_beams() -> None:
     model, ids = make_model(), tokens(2, 60)
     options = {"num_beams": 3, "max_new_tokens": 10, "do_sample": False}
     full = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    cache = KeepCache(model, 0.99, Method("all", "", "", score.recency, lambda s, n: [[60] * s.shape[1]] * len(s)))
+    everything = Method("all", "", "", score.recency, lambda s, n: [[60] * s.shape[1]] * len(s))
+    cache = KeepCache(model, 0.99, everything, slot_dtype="float")
     assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options), full)
     assert cache.report().kept
 
 
 def test_rows_can_be_selected_and_repeated() -> None:
     model, ids = make_model(), tokens(3, 80)
-    cache = read(model, ids, budget=0.3)
+    cache = read(model, ids, budget=0.3, slot_dtype="int4")  # named: rows choose a format together
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([1, 4]))
-    single = [read(model, ids[row : row + 1], budget=0.3) for row in (0, 2)]
+    single = [read(model, ids[row : row + 1], budget=0.3, slot_dtype="int4") for row in (0, 2)]
     new = tokens(1, 4, seed=8)
     got = model(new.repeat(2, 1), past_key_values=cache).logits
     for row, alone in enumerate(single):
@@ -212,7 +214,7 @@ def test_sliding_layers_hold_their_window_and_no_more() -> None:
 
 def test_reading_in_pieces_is_reading_at_once() -> None:
     model, ids = make_model(), tokens(2, 200)
-    at_once, in_pieces = (KeepCache(model, 0.2, method, column_mass=True, auto=False) for method in ("keepkv", "keepkv"))
+    at_once, in_pieces = (KeepCache(model, slot_dtype="float", column_mass=True, auto=False) for _ in range(2))
     model(ids, past_key_values=at_once)
     for lo, hi in ((0, 70), (70, 71), (71, 200)):
         model(ids[:, lo:hi], past_key_values=in_pieces)
@@ -264,11 +266,11 @@ def test_reset_makes_it_new() -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     model(ids, past_key_values=cache)
-    assert torch.equal(cache.layers[0].slots.keys, slots.keys)
+    assert torch.equal(cache.layers[0].slots.keys[:], slots.keys[:])
 
 
 def test_a_share_of_a_short_prompt_keeps_the_least_that_must_be_kept_and_says_so() -> None:
-    cache = read(make_model(), tokens(1, 20), budget=0.1)
+    cache = read(make_model(), tokens(1, 20), budget=0.1, slot_dtype="float")
     assert cache.report().slots_per_head == 4
     assert cache.report().note == "0.1 of 20 tokens is fewer than the 4 slots per KV head that must be kept: 4 are"
 
@@ -278,7 +280,7 @@ def test_a_short_row_does_not_keep_a_batch_whole() -> None:
     model = make_model("llama", torch.float32)
     mask = torch.ones(2, 400, dtype=torch.int64)
     mask[1, :370] = 0
-    cache = KeepCache(model, 0.1)
+    cache = KeepCache(model, 0.1, slot_dtype="float")
     model(tokens(2, 400), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
     assert [sum(map(sum, row)) / 6 for row in cache.report().kept] == [225 / 6, 4]
     assert "0.1 of 30 tokens" in cache.report().note
@@ -327,7 +329,7 @@ def test_own_methods_need_no_registration() -> None:
 @pytest.mark.parametrize("method", ["keepkv", "snapkv", "keepkv-paper", "h2o"])
 def test_spans_stay_in_every_head(method: str) -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 200)
-    cache = KeepCache(model, 0.2, method, auto=False)
+    cache = KeepCache(model, 0.2, method, auto=False, slot_dtype="float")
     model(ids, past_key_values=cache)
     before = [(layer.keys, layer.values) for layer in cache.keep_layers]
     cache.compress(keep=[(50, 55), (120, 123)])
@@ -347,7 +349,7 @@ def test_spans_stay_in_every_head(method: str) -> None:
 @pytest.mark.parametrize("budget", [0.3, 0.22])  # of 300 tokens, 60 of which must stay
 def test_more_tokens_than_a_trial_holds_can_stay(budget: float) -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 300)
-    cache = KeepCache(model, budget, auto=False)
+    cache = KeepCache(model, budget, auto=False, slot_dtype="float")
     model(ids, past_key_values=cache)
     cache.compress(keep=[(100, 160)])
     slots = sum(sum(layer.slots.counts) for layer in cache.keep_layers)
@@ -362,7 +364,7 @@ def test_spans_that_do_not_fit_or_name_no_row_are_refused() -> None:
     model = make_model("llama", torch.float32)
     cache = KeepCache(model, 0.1, auto=False)
     model(tokens(1, 200), past_key_values=cache)
-    with pytest.raises(BudgetError, match="100 tokens must stay in every head, but there are only 18 slots"):
+    with pytest.raises(BudgetError, match="100 tokens must stay in every head, but there are only 89 slots"):  # of int4
         cache.fork().compress(keep=[(50, 150)])
     batch = KeepCache(model, 0.1, auto=False)
     model(tokens(2, 200), past_key_values=batch)

@@ -28,7 +28,7 @@ def test_a_cache_prints_as_one_line() -> None:
     nothing = "tokens=0, slots_per_head=None, tail=0, bytes=0 B, live=False"
     assert repr(empty) == f"KeepCache(method='keepkv', budget='10%', {nothing})"
     cache = compressed(method="snapkv")
-    assert repr(cache).startswith("KeepCache(method='snapkv', budget='0.25', tokens=83, slots_per_head=18.8, tail=3, bytes=")
+    assert repr(cache).startswith("KeepCache(method='snapkv', budget='0.25', tokens=83, slots_per_head=56.5, tail=3, bytes=")
     assert repr(cache).endswith(" kB, live=False)")
     assert "tokens=[83, 83]" in repr(compressed(2))
     live = compressed(period=50)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import FOX
+from keepkv import Recipe
 from keepkv.documents import format
-from keepkv.documents.document import load
+from keepkv.documents.document import compile_text, load, save
 from keepkv.documents.packing import pack
 from keepkv.errors import InputError
 from keepkv.models import identity
@@ -82,13 +84,21 @@ def test_forged_files_are_refused(compiled, model_and_tokenizer, tmp_path: Path)
     forged(**{f"{name}.offsets": offsets * 2})
     forged(**{f"{name}.positions": tensors[f"{name}.positions"] + 10**6})
     forged(**{f"{name}.bias": tensors[f"{name}.bias"][:-1]})
-    forged(**{f"{name}.keys": tensors[f"{name}.keys"].half()})
+    stored = [part for part in tensors if part.startswith((f"{name}.keys.", f"{name}.values."))]
+    assert len(stored) == 6, "codes, steps, lows and starts of keys, codes and steps of values"
+    for part in stored:
+        forged(**{part: tensors[part][:-1]})
+        forged(**{part: tensors[part].half() if part.endswith("lows") else tensors[part].double()})
     forged(**{"layer.1.keys": torch.zeros(1, 10**6, 0, 16)})
     forged(ids=tensors["ids"] + 256)
     forged(header={"seen": 10**12})
     forged(header={"layers": [{}] * 3})
     forged(header={"recipe": {"budget": 1}})
     forged(header={"report": None})
+    plain = tmp_path / "plain.keep"
+    save(compile_text(*model_and_tokenizer, FOX, Recipe("20", "snapkv", "float")), plain, *model_and_tokenizer)
+    whole, tensors = format.Contents(plain), load_file(plain)
+    forged(**{f"{name}.keys": tensors[f"{name}.keys"].half()})
     for data in (b"", b"PK\x03\x04", (2**60).to_bytes(8, "little") + b"{}", (30).to_bytes(8, "little") + b"[" * 30):
         bad.write_bytes(data)
         with pytest.raises(InputError, match="is not a whole"):

@@ -123,7 +123,7 @@ def test_joined_caches_report_the_seconds_of_their_parts() -> None:
     model = make_model("llama", torch.float32)
     parts = []
     for seed in range(2):
-        cache = KeepCache(model, 0.4, "kvzip")
+        cache = KeepCache(model, 0.4, "kvzip", slot_dtype="float")
         parts.append(cache.read(model, tokens(1, 40, seed=seed)))
     report = join(model, parts, [0, 0]).report()
     ours = [part.report() for part in parts]

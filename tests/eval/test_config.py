@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from keepkv.errors import InputError
-from keepkv.eval.config import Config, changed, continues, load_config, to_toml
+from keepkv.eval.config import Config, changed, continues, load_config, load_run, to_toml
 
 
 def test_settings_are_toml_and_come_back(tmp_path: Path) -> None:
@@ -24,12 +24,15 @@ def test_settings_are_toml_and_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("old", "new"), [("auto", "auto"), ("context", "never"), ("recall", "always")])
 def test_the_settings_of_a_run_of_an_older_keepkv_say_what_to_write_instead(tmp_path: Path, old: str, new: str) -> None:
     file = tmp_path / "config.toml"
-    file.write_text(to_toml(Config()).replace('repeat = "auto"\nslot_dtypes = ["float"]', f'reference = "{old}"'))
+    file.write_text(to_toml(Config()).replace('repeat = "auto"\nslot_dtypes = ["auto"]', f'reference = "{old}"'))
     with pytest.raises(InputError, match=f"'reference' .* is called 'repeat' now: write repeat = \"{new}\" instead") as error:
         load_config(file)
     assert str(error.value).startswith(str(file))
     file.write_text(file.read_text().replace(f'reference = "{old}"', f'repeat = "{new}"'))
     assert load_config(file) == replace(Config(), repeat=new), "slot_dtypes is new, and has a default"
+    assert load_run(tmp_path).slot_dtypes == ("float",), "but what was recorded then was stored as floats"
+    file.write_text('slot_dtypes = ["int4"]')
+    assert load_run(tmp_path).slot_dtypes == ("int4",)
 
 
 @pytest.mark.parametrize(

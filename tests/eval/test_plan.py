@@ -20,7 +20,8 @@ CONFIG = Config(tasks=("needle",), methods=("snapkv", "full"), budgets=("10%", "
 
 
 def test_the_full_cache_comes_first_and_quantized_to_every_slot_dtype() -> None:
-    assert plan.variants(CONFIG) == [FULL_CACHE, Variant("snapkv", "10%"), Variant("snapkv", "5%")]
+    auto = [FULL_CACHE, Variant("snapkv", "10%", "auto"), Variant("snapkv", "5%", "auto")]
+    assert plan.variants(CONFIG) == auto, "where every token is kept, auto rounds nothing: that is the full cache"
     rounded = replace(CONFIG, slot_dtypes=("int8", "int4"), budgets=("10%",))
     assert plan.variants(rounded) == [
         FULL_CACHE,
@@ -31,6 +32,7 @@ def test_the_full_cache_comes_first_and_quantized_to_every_slot_dtype() -> None:
     ]
     pairs = replace(CONFIG, methods=("minicache",), budgets=("10%",), slot_dtypes=("float", "int8"))
     assert plan.variants(pairs)[2:] == [Variant("minicache", "10%")], "layers that are stored together cannot be quantized"
+    assert plan.variants(replace(pairs, slot_dtypes=("auto",))) == [FULL_CACHE, Variant("minicache", "10%", "auto")]
 
 
 def test_all_is_every_method_of_the_table() -> None:
@@ -50,7 +52,7 @@ def test_models_come_one_after_the_other_and_what_is_recorded_is_not_missing() -
         for variant in plan.variants(config)
     ]
     assert [(job.model, job.number) for job in plan.jobs(config, done)] == [("a", 1), ("b", 0), ("b", 1)]
-    grown = replace(config, slot_dtypes=("float", "int8"))
+    grown = replace(config, slot_dtypes=("auto", "int8"))
     assert plan.jobs(grown, done)[0].missing == tuple(v for v in plan.variants(grown) if v.slot_dtype == "int8")
 
 

@@ -46,7 +46,7 @@ def test_every_task_runs_and_the_full_cache_is_the_yardstick(name: str, setup: S
     if name in ("fidelity", "drift"):
         assert full.score == 1.0
         assert full.measures["kl"] == pytest.approx(0, abs=1e-4)
-        assert ours.measures["kl"] > 0.01
+        assert ours.measures["kl"] > 5e-4, "less than all is kept: int8 holds three quarters of the tokens in these bytes"
     else:
         assert len(full.chances) == 4
 
@@ -204,11 +204,12 @@ def test_models_slot_dtypes_and_own_methods_are_measured_in_one_run_piece_by_pie
 
 def test_a_run_of_an_older_keepkv_goes_on(monkeypatch, capsys, folder: str, tmp_path: Path) -> None:
     args = ["--model", folder, "--haystack", str(LOG), "--tasks", "needle", "--methods", "snapkv", "--budgets", "25%"]
-    assert run(monkeypatch, capsys, "eval", str(tmp_path), *args, "--lengths", "300", "--samples", "1")[0] == 0
+    args += ["--slot-dtype", "float", "--lengths", "300", "--samples", "1"]
+    assert run(monkeypatch, capsys, "eval", str(tmp_path), *args)[0] == 0
     settings, lines = tmp_path / "config.toml", tmp_path / "records.jsonl"
     text = settings.read_text().replace(f'models = ["{folder}"]', f'model = "{folder}"')
-    settings.write_text(text.replace('slot_dtypes = ["float"]', 'slot_dtype = "float"'))
-    assert "models" not in settings.read_text()
+    settings.write_text(text.replace('slot_dtypes = ["float"]\n', ""))
+    assert not {"models", "slot_dtypes"} & {line.split()[0] for line in settings.read_text().splitlines()}
     older = [json.loads(line) for line in lines.read_text().splitlines()]
     new = ("slot_dtype", "dtype", "text")
     lines.write_text("".join(json.dumps({k: v for k, v in each.items() if k not in new}) + "\n" for each in older))

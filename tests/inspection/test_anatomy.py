@@ -12,6 +12,7 @@ from inspection.dissected import LENGTH, dissect
 from keepkv import InputError, KeepCache
 from keepkv.inspection import anatomy
 from keepkv.inspection.html import page
+from keepkv.slots.slot_dtype import SLOT_DTYPES
 
 
 def test_the_heads_are_those_of_the_cache(family: str) -> None:
@@ -19,7 +20,9 @@ def test_the_heads_are_those_of_the_cache(family: str) -> None:
     report = cache.report()
     full = [i for i, layer in enumerate(cache.layers) if layer in cache.keep_layers]
     assert [layer[0].layer for layer in found.layers] == full
-    assert sum(head.result.slots for head in found.heads) == int(0.2 * LENGTH * len(found.heads) * 128 / 136)
+    price = cache.keep_layers[0].price(SLOT_DTYPES[report.slot_dtype])
+    paid = len(found.heads) * (0.1 * LENGTH * price.token - price.head)
+    assert sum(head.result.slots for head in found.heads) == int(paid / price.slot)
     assert report.kept == (tuple(tuple(head.result.slots for head in layer) for layer in found.layers),)
     assert report.slots_per_head == pytest.approx(sum(found.keepers) / len(found.heads))
     for head in found.heads:

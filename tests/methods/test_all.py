@@ -9,6 +9,7 @@ from helpers import make_model, read, tokens
 from keepkv import KeepCache, methods
 from keepkv.cache.report import held_bytes
 from keepkv.methods import METHODS
+from keepkv.slots.slot_dtype import SLOT_DTYPES
 
 ALONE = [name for name, row in methods.METHODS.items() if not row.keeps_all and not (row.repeat and row.repeat.needed)]
 
@@ -19,9 +20,10 @@ def test_a_row_of_a_left_padded_batch_is_compressed_as_if_alone(name: str) -> No
     ids = torch.cat([long, torch.cat([torch.full((1, 40), 2), short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :40] = 0
-    together = KeepCache(model, 0.3, name).read(model, ids, mask)
+    stored = "float" if METHODS[name].layer_pairs else "int8"  # named: rows choose a format together
+    together = KeepCache(model, 0.3, name, slot_dtype=stored).read(model, ids, mask)
     for row, alone in enumerate((long, short)):
-        cache = KeepCache(model, 0.3, name).read(model, alone)
+        cache = KeepCache(model, 0.3, name, slot_dtype=stored).read(model, alone)
         for ours, theirs in zip(together.keep_layers, cache.keep_layers, strict=True):
             part = ours.slots.rows([row], ours.heads)
             assert part.offsets == theirs.slots.offsets
@@ -37,16 +39,16 @@ LENGTH = 120
 @pytest.mark.parametrize("method", [name for name, row in sorted(METHODS.items()) if not row.keeps_all])
 def test_every_method_spends_its_budget_and_no_more(method: str, family: str) -> None:
     model, ids = make_model(family, torch.float32), tokens(1, LENGTH)
-    cache = read(model, ids, budget=0.25, method=method)
+    cache = read(model, ids, budget=0.15, method=method)
     report = cache.report()
     heads = sum(layer.heads for layer in cache.keep_layers)
-    price = cache.keep_layers[0].price()
-    budget = int(0.25 * LENGTH * heads * price.token / price.slot)
+    price = cache.keep_layers[0].price(SLOT_DTYPES[report.slot_dtype])
+    budget = int(heads * (0.15 * LENGTH * price.token - price.head) / price.slot)
     slots = sum(sum(layer) for layer in report.kept[0])
+    taken = held_bytes(x for layer in cache.keep_layers for x in layer.slots.tensors)
+    assert taken <= 0.15 * LENGTH * heads * price.token
     if METHODS[method].layer_pairs:  # more slots in the same bytes
-        size = cache.keep_layers[0].price().slot
-        taken = held_bytes(x for layer in cache.keep_layers for x in layer.slots.tensors)
-        assert (budget - heads) * size * 0.95 <= taken <= budget * size
+        assert (budget - heads) * price.slot * 0.95 <= taken <= budget * price.slot
         assert slots > budget
     else:
         alike = METHODS[method].same_tokens_in_all_heads or method == "kvcompose"  # the heads of a layer share equally

@@ -14,7 +14,7 @@ from keepkv.slots.slots import Slots
 
 
 def read(model, ids) -> KeepCache:
-    cache = KeepCache(model, auto=False)
+    cache = KeepCache(model, auto=False, slot_dtype="float")
     model(ids, past_key_values=cache)
     return cache
 

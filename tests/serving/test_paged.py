@@ -77,7 +77,13 @@ def test_a_paged_request_is_a_live_cache(method: str, cuts: list[int]) -> None:
     table = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:20]
     paged = PagedCache(model, settings, new_pages(model, 40), table)
     live = KeepCache(
-        model, settings.budget, settings.uniform_method(), period=10**6, auto=False, references=settings.references
+        model,
+        settings.budget,
+        settings.uniform_method(),
+        slot_dtype="float",
+        period=10**6,
+        auto=False,
+        references=settings.references,
     )
     compressions = 0
     for last, new in zip(itertools.accumulate(cuts), cuts, strict=True):
@@ -99,7 +105,8 @@ def test_with_whole_steps_a_paged_request_is_the_librarys_own_live_cache() -> No
     model = make_model("qwen3")
     ids = tokens(1, 300)
     paged = PagedCache(model, settings, new_pages(model, 30), torch.arange(29, 9, -1))
-    live = KeepCache(model, 32, settings.uniform_method(), chunk=64, period=32, tail=32, references=64)
+    options = {"slot_dtype": "float", "chunk": 64, "period": 32, "tail": 32, "references": 64}
+    live = KeepCache(model, 32, settings.uniform_method(), **options)
     for first, last in [*itertools.pairwise(range(0, 193, 64)), *((n, n + 1) for n in range(192, 300))]:
         ours, theirs = (model(ids[:, first:last], past_key_values=cache).logits for cache in (paged, live))
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)

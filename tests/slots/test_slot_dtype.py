@@ -10,7 +10,7 @@ import torch
 
 from attend.truth import COUNTS, expected, randn, slots_of
 from helpers import EVERYTHING, make_model, tokens
-from keepkv import InputError, KeepCache, KeepKVError
+from keepkv import BudgetError, InputError, KeepCache, KeepKVError
 from keepkv.attend.dispatch import attend, attend_slots
 from keepkv.cache.report import held_bytes
 from keepkv.methods import METHODS
@@ -213,7 +213,7 @@ def test_the_fit_knows_that_keys_are_rounded() -> None:
         ours = model(ids[:, 400:], past_key_values=cache.fork()).logits.double().log_softmax(-1)
         return float((full.exp() * (full - ours)).sum(-1).mean())
 
-    aware, after = whole.fork().compress(60, slot_dtype="int4"), whole.fork().compress(60)
+    aware, after = (whole.fork().compress(60, slot_dtype=name) for name in ("int4", "float"))
     for layer in after.keep_layers:
         layer.slots = quantized(layer.slots, "int4")
     assert kl(aware) < kl(after)
@@ -293,7 +293,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(KeepKVError, match="minicache stores the slots of two layers together"):
         cache.compress(0.5, "minicache", slot_dtype="int8")
     assert not cache.compressed
-    assert cache.policy.slot_dtype.name == "float"
+    assert cache.policy.slot_dtype.name == "auto"
 
 
 # --- auto ---
@@ -325,6 +325,105 @@ def test_auto_without_an_error_to_go_by(method: str, name: str) -> None:
     live = KeepCache(model, 50, "keepkv", slot_dtype="auto", period=30)
     model(ids, past_key_values=live)
     assert live.report().slot_dtype == "int8"
+
+
+def least_bytes(cache: KeepCache, name: str, slots: int = 4) -> float:
+    """What so many slots per head take at most."""
+    price = cache.keep_layers[0].price(SLOT_DTYPES[name])
+    return (slots * price.slot + price.head) * sum(layer.heads for layer in cache.keep_layers)
+
+
+def whole_of(length: int, batch: int = 1) -> KeepCache:
+    """A cache that has read a text and is not compressed; its slots are stored as is the default."""
+    model = make_model("llama", torch.float32)
+    cache = KeepCache(model, auto=False)
+    model(tokens(batch, length, seed=2), past_key_values=cache)
+    return cache
+
+
+def test_auto_takes_the_only_format_that_fits_into_the_bytes() -> None:
+    """So it does for a share, which would be raised in the other format and take more bytes than the share."""
+    whole = whole_of(200)
+    assert least_bytes(whole, "int4") < least_bytes(whole, "int8")
+    small = int(least_bytes(whole, "int4", 5))
+    assert small < least_bytes(whole, "int8")
+    for budget in (f"{small}B", f"{small / whole.report().kv_bytes_full:.6f}"):
+        report = whole.fork().compress(budget).report()
+        assert report.slot_dtype == "int4"
+        assert report.slots_per_head >= 4
+        assert report.kv_bytes <= small
+        assert report.note == ""
+    with pytest.raises(BudgetError, match="slots per KV head for 200 tokens, fewer than the 4"):
+        whole.fork().compress(f"{int(least_bytes(whole, 'int4', 3))}B")
+    raised = whole.fork().compress("0.5%").report()
+    assert raised.slots_per_head == 4
+    assert raised.note == "0.5% of 200 tokens is fewer than the 4 slots per KV head that must be kept: 4 are"
+
+
+def test_auto_takes_the_only_format_that_has_room_for_what_must_stay() -> None:
+    whole = whole_of(200)
+    spans = [(20, 60)]
+    budget = f"{int(least_bytes(whole, 'int4', 50))}B"
+    assert whole.fork().compress(budget, slot_dtype="int8").report().slots_per_head < 40
+    cache = whole.fork().compress(budget, keep=spans)
+    assert cache.report().slot_dtype == "int4"
+    assert cache.report().kv_bytes <= float(budget[:-1])
+    for positions in cache.keep_layers[0].slots.positions.split(cache.keep_layers[0].slots.counts):
+        assert set(range(20, 60)) <= set(positions.tolist())
+    with pytest.raises(BudgetError, match=r"180 tokens must stay .* only 5\d slots"):
+        whole.fork().compress(budget, keep=[(10, 190)])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_auto_leaves_a_text_whole_for_which_a_tile_costs_more_than_rounding_saves(length: int) -> None:
+    whole = whole_of(length)
+    held = int(least_bytes(whole, "float", length))
+    if length == 1:
+        with pytest.raises(BudgetError):
+            whole.fork().compress(f"{held}B", slot_dtype="int8")
+    for budget in (f"{held}B", "90%"):
+        report = whole.fork().compress(budget).report()
+        assert report.note == "left whole: the budget holds every token"
+        assert report.kv_bytes == report.kv_bytes_full
+        assert report.slot_dtype == "float"
+
+
+def test_auto_stores_a_count_of_slots_as_int8() -> None:
+    """Bits buy no slots there. A live cache takes int8 whatever its budget: its folds round again and again."""
+    whole = whole_of(200)
+    plain, auto = (whole.fork().compress("40", slot_dtype=name).report() for name in ("float", "auto"))
+    assert auto.slot_dtype == "int8"
+    assert auto.slots_per_head == plain.slots_per_head == 40
+    assert auto.kv_bytes < 0.5 * plain.kv_bytes
+    model = make_model("llama", torch.float32)
+    live = KeepCache(model, "20%", period=30)
+    for step, length in enumerate((100, 31, 31)):
+        model(tokens(1, length, seed=step), past_key_values=live)
+        assert (live.report().slot_dtype, live.report().compressions) == ("int8", step + 1)
+
+
+def test_auto_takes_one_format_for_all_rows_of_a_batch() -> None:
+    """That which loses least over all of them. Whatever a row's length, it gets its own share's slots and no others."""
+    model, ids, lengths = make_model("llama", torch.float32), tokens(3, 200, seed=2), (200, 90, 6)
+    mask = torch.stack([(torch.arange(200) >= 200 - length).long() for length in lengths])
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    batch = KeepCache(model, "20%", auto=False)
+    model(ids, attention_mask=mask, position_ids=places, past_key_values=batch)
+    errors = {name: batch.fork().compress(slot_dtype=name).report().error for name in ("int8", "int4")}
+    report = batch.compress().report()
+    assert report.slot_dtype == min(errors, key=errors.get)
+    assert report.error == errors[report.slot_dtype]
+    for row, length in enumerate(lengths):
+        alone = KeepCache(model, "20%", slot_dtype=report.slot_dtype)
+        model(ids[row : row + 1, 200 - length :], past_key_values=alone)
+        assert report.kept[row] == alone.report().kept[0]
+    held = KeepCache(model, ["10%", "100%", "100%"])
+    model(ids, attention_mask=mask, position_ids=places, past_key_values=held)
+    assert held.report().slot_dtype in ("int8", "int4")
+    assert [sum(map(sum, row)) for row in held.report().kept][1:] == [90 * 6, 6 * 6]
+    every = KeepCache(model, "100%")
+    model(ids, attention_mask=mask, position_ids=places, past_key_values=every)
+    assert every.report().note.startswith("left whole")
 
 
 def test_keys_with_a_bias_are_no_harm(family: str) -> None:

@@ -2,7 +2,7 @@
 
 s (q·k) + b = s [q, c, c, c]·[k, b₁, b₂, b₃], s the scale, c a power of two near 1/s, and b₁ + b₂ + b₃ = b/(s c) in the keys'
 dtype: three bfloat16 hold a float32. Keys and values become 8 wider, since kernels want both of one size, in steps of 8.
-`docs/theory.md 9.3`. PyTorch's flash attention computes it; on CUDA that of variable lengths, every (row, head) one sequence.
+`docs/theory.md 9.4`. PyTorch's flash attention computes it; on CUDA that of variable lengths, every (row, head) one sequence.
 """
 
 from __future__ import annotations

@@ -60,8 +60,9 @@ class KeepCache(BaseCache):
         budget: See `Recipe`. A share is that of a cache of the tokens read so far. A list has one budget for each row of the
             batch.
         method: See `Recipe`.
-        slot_dtype: See `Recipe`. Everything that is compressed is rounded, also where the budget holds every token. Newer
-            tokens and the method "full" stay exact.
+        slot_dtype: See `Recipe`. A format that rounds, if it is named, rounds everything that is compressed, also where the
+            budget holds every token. With "auto" that stays exact. Newer tokens and the method "full" always do. All rows of a
+            batch are stored in one format.
         full_dtype: See `Recipe`.
         period: Tokens after which a live cache folds the newer ones. None: the cache is not live, unless a chunk is given.
         chunk: Tokens of a forward pass, at most. None or 0: a prompt is read at once.
@@ -87,10 +88,10 @@ class KeepCache(BaseCache):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).eval()
-        >>> cache = KeepCache(model, "25%")
+        >>> cache = KeepCache(model, budget=20)
         >>> output = model(torch.arange(80)[None], past_key_values=cache)  # or model.generate(..., past_key_values=cache)
         >>> cache
-        KeepCache(method='keepkv', budget='25%', tokens=80, slots_per_head=18.8, tail=0, bytes=10.2 kB, live=False)
+        KeepCache(method='keepkv', budget='20', tokens=80, slots_per_head=20.0, tail=0, bytes=3.7 kB, live=False)
     """
 
     def __init__(
@@ -333,9 +334,9 @@ class KeepCache(BaseCache):
     ) -> Self:
         """Compresses everything held, but for the newest `tail` tokens, in place.
 
-        A budget of all the tokens changes nothing, unless slots are quantized. A live cache can be compressed again and again:
-        slots and newer tokens together make the new slots, and their votes and fitted values are merged further. Settings that
-        are given here hold from now on.
+        A budget of all the tokens changes nothing, unless `slot_dtype` names a format that rounds. A live cache can be
+        compressed again and again: slots and newer tokens together make the new slots, and their votes and fitted values are
+        merged further. Settings that are given here hold from now on.
 
         Args:
             budget: As in the constructor.
@@ -403,7 +404,7 @@ class KeepCache(BaseCache):
             return
 
         self._bank()
-        tried = zip((way for way, _ in ways), self._rows(ways, progress, exact), strict=True)
+        tried = self._tried(ways, progress, exact)
         taken, rows = min(tried, key=lambda way: fmean(row.error for row in way[1]))  # of equals the first
         self._settle(taken, rows, time.perf_counter() - start, taken.note(lengths, self.keep_layers), exact)
 
@@ -426,7 +427,20 @@ class KeepCache(BaseCache):
         if not ways:
             raise errors[-1]
         whole = [way for way in ways if way[0].stored_as == FLOAT and self._are_held(way[1], exact)]
-        return whole or [way for way in ways if way[0].stored_as != FLOAT] or ways
+        rounded = [way for way in ways if way[0].stored_as != FLOAT]
+        within = [way for way in rounded if not way[0].note(lengths, self.keep_layers)]  # the share buys what must be kept
+        return whole or within or rounded or ways
+
+    def _tried(
+        self, ways: Sequence[tuple[Policy, list[int]]], progress: Progress, exact: bool
+    ) -> list[tuple[Policy, list[Compressed]]]:
+        """The ways that have room for what must stay, and all rows of each. Raises BudgetError if none has."""
+        try:
+            return list(zip((policy for policy, _ in ways), self._rows(ways, progress, exact), strict=True))
+        except BudgetError:
+            if len(ways) == 1:
+                raise
+            return self._tried(ways[1:], progress, exact)  # fewer bits, more slots
 
     def _are_held(self, totals: Sequence[int], exact: bool) -> bool:
         """Whether every row's slots are enough for all its entries, see `_held`."""

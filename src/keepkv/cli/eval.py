@@ -105,11 +105,11 @@ def evaluate(
     slot_dtypes: Annotated[
         str | None,
         _setting(
-            "How the kept keys and values are stored: names, separated by commas. Each but float stores the full cache too, as "
-            "the method kivi.",
+            "How the kept keys and values are stored: names, separated by commas. Each but auto and float stores the full "
+            "cache too, as the method kivi.",
             "[auto|float|bfloat16|int8|int4|int2]",
             COMPRESSION,
-            "float",
+            "auto",
             "--slot-dtype",
         ),
     ] = None,
@@ -196,7 +196,7 @@ def evaluate(
         from keepkv.eval import run as running
 
         started = run / settings.FILE
-        base = settings.load_config(started) if started.exists() else settings.Config()
+        base = settings.load_run(run) if started.exists() else settings.Config()
         base = settings.load_config(config, base) if config else base
         options: dict[str, Any] = {
             "models": _names(models),
@@ -314,7 +314,7 @@ def report(
         if png:
             require_matplotlib()
         drawings = figures.all_of(run_records, result)
-        run_settings = {str(run): settings.to_toml(settings.load_config(run / settings.FILE)) for run in runs}
+        run_settings = {str(run): settings.to_toml(settings.load_run(run)) for run in runs}
         text = markdown.markdown_report(run_records, result, run_settings)
         page = html.html_report(run_records, result, drawings, run_settings, worst.texts_of(runs))
         with _writing(target):

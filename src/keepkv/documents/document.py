@@ -141,9 +141,9 @@ def compile_text(
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
         >>> text = "The ship Aurora left Bergen in May, with a crew of twelve and a cargo of salt. " * 3
-        >>> document = compile_text(model, tokenizer, text, Recipe("50%", "snapkv"))
+        >>> document = compile_text(model, tokenizer, text, Recipe("40", "snapkv"))
         >>> document.tokens, document.cache.report().slots_per_head
-        (85, 42.5)
+        (85, 40.0)
     """
     prompt = Prompt(tokenizer, text)
     recipe = (recipe or Recipe()).settled(prompt.text.shape[1])
@@ -247,9 +247,9 @@ def load(
     Examples:
         >>> from keepkv.models import loading
         >>> model, tokenizer = loading.load("smollm2")
-        >>> load("nowhere.keep", model, tokenizer)
+        >>> load("nowhere.keep", model, tokenizer)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        keepkv.errors.InputError: 'nowhere.keep' cannot be read (No such file or directory)
+        keepkv.errors.InputError: 'nowhere.keep' cannot be read (No such file or directory): ...
     """
     contents = Contents(Path(file))
     header = contents.header

@@ -118,6 +118,11 @@ def load_config(file: Path, base: Config | None = None) -> Config:
     return changed(base or Config(), values, str(file))
 
 
+def load_run(folder: Path) -> Config:
+    """The settings of a run. In runs of before there was a choice, slots were stored as floats. Raises as `load_config`."""
+    return load_config(folder / FILE, replace(Config(), slot_dtypes=("float",)))
+
+
 def changed(config: Config, values: Mapping[str, Any], where: str = "") -> Config:
     """The settings with other values. Raises InputError for an unknown name, or a value of another kind."""
     defaults = {field.name: getattr(Config(), field.name) for field in fields(Config)}

@@ -74,7 +74,7 @@ def _method(name: str) -> Method:
 
 
 def variants(config: Config, task: Task | None = None) -> list[Variant]:
-    """The full cache, the full cache quantized to every slot dtype, and every method at every budget in every slot dtype.
+    """The full cache, the full cache in every slot dtype that rounds it, and every method at every budget in every slot dtype.
 
     What cannot be is left out: a rival where it does not apply or with quantized slots, and a method that stores two layers'
     slots together with quantized ones.
@@ -84,14 +84,16 @@ def variants(config: Config, task: Task | None = None) -> list[Variant]:
         task: The task; None: any that is a text and questions.
     """
     table = contenders(config.methods)
-    found = [FULL_CACHE, *(Variant(QUANTIZED, "100%", name) for name in config.slot_dtypes if name != "float")]
+    exact = ("float", "auto")  # for what keeps every token, and for layers in pairs, auto is float
+    found = [FULL_CACHE, *(Variant(QUANTIZED, "100%", name) for name in config.slot_dtypes if name not in exact)]
     for budget in config.budgets:
         for name, one in table.items():
             if isinstance(one, Rival):
                 if task is None or one.applies(task):
                     found.append(Variant(name, budget))
             elif not one.keeps_all:
-                found += [Variant(name, budget, each) for each in config.slot_dtypes if each == "float" or not one.layer_pairs]
+                stored = [each for each in config.slot_dtypes if each in exact or not one.layer_pairs]
+                found += [Variant(name, budget, each) for each in stored]
     return found
 
 

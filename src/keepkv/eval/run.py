@@ -67,7 +67,7 @@ def begin(folder: Path, config: Config) -> tuple[Config, list[Record]]:
     config = settled(config)
     recorded: list[Record] = []
     if (folder / settings.FILE).exists():
-        settings.continues(settings.load_config(folder / settings.FILE), config, str(folder))
+        settings.continues(settings.load_run(folder), config, str(folder))
         recorded = records.load_records(folder) if (folder / records.FILE).exists() else []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,37 @@ def test_quantized_documents_stay_quantized(repair: float) -> None:
         assert len(layer.slots.keys) == len(exact.slots.keys)
         if not repair:
             torch.testing.assert_close(layer.slots.keys[:], exact.slots.keys, atol=0.05, rtol=0)
-    mixed = joined(model, [small[0], parts[1]]).cache
-    assert mixed.report().slot_dtype == "float"
+
+
+@pytest.mark.parametrize("repair", [0.0, 0.3])
+def test_documents_of_different_formats_take_the_finest(repair: float) -> None:
+    """No slot is rounded more than it was; a document that was left whole is exact."""
+    model = make_model("llama", torch.float32)
+    parts = [*documents(model, 20, "snapkv")[:2], documents(model)[2]]
+    order = ["float", "bfloat16", "int8", "int4", "int2"]
+    for names in (("int4", "int8"), ("int2", "int4"), ("int8", "bfloat16"), ("float", "int4"), ("int4", "int8", "float")):
+        own = [
+            replace(part, cache=part.cache if number == 2 else whole(model, part.ids).compress(20, "snapkv", slot_dtype=name))
+            for number, (part, name) in enumerate(zip(parts, names, strict=False))
+        ]
+        both, exact = joined(model, own, repair).cache, joined(model, parts[: len(names)], repair).cache
+        finest = min(names, key=order.index)
+        assert both.report().slot_dtype == finest
+        for layer, plain in zip(both.keep_layers, exact.keep_layers, strict=True):
+            assert torch.equal(layer.slots.positions, plain.slots.positions)
+            price = layer.price(SLOT_DTYPES[finest])
+            assert held_bytes(layer.slots.tensors) <= len(layer.slots.keys) * price.slot + len(layer.slots.counts) * price.head
+        assert model(tokens(1, 4, seed=6), past_key_values=both).logits.isfinite().all()
+
+
+def test_documents_that_are_compressed_together_say_how_they_are_stored() -> None:
+    """By default as everything else: in integers, whatever the documents, which were whole, said."""
+    model = make_model("llama", torch.float32)
+    cache = joined(model, documents(model, slot_dtype="auto"), 0.5, budget=0.3).cache
+    report = cache.report()
+    assert report.slot_dtype in ("int8", "int4")
+    assert not isinstance(cache.keep_layers[0].slots.keys, torch.Tensor)
+    assert report.kv_bytes <= 0.3 * report.kv_bytes_full
 
 
 @pytest.mark.parametrize("variant", ["repository", "paper"])

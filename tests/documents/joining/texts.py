@@ -15,8 +15,8 @@ LEAD = 5
 LENGTHS = (40, 33, 37)
 
 
-def read(model, ids: torch.Tensor, budget: float = 1.0, method: str = "full") -> KeepCache:
-    cache = KeepCache(model, budget, method, auto=False)
+def read(model, ids: torch.Tensor, budget: float = 1.0, method: str = "full", slot_dtype: str = "float") -> KeepCache:
+    cache = KeepCache(model, budget, method, slot_dtype=slot_dtype, auto=False)
     model(ids, past_key_values=cache)
     return cache.compress()
 
@@ -32,12 +32,12 @@ def texts() -> list[torch.Tensor]:
     return [torch.cat([lead, tokens(1, length - LEAD, seed=n)], 1) for n, length in enumerate(LENGTHS)]
 
 
-def documents(model, budget: float = 1.0, method: str = "full") -> list[Document]:
+def documents(model, budget: float = 1.0, method: str = "full", slot_dtype: str = "float") -> list[Document]:
     made = []
     for ids in texts():
         whole = read(model, ids)
         exact = [(layer.keys, layer.values) for layer in whole.keep_layers].__getitem__
-        made.append(Document(read(model, ids, budget, method), ids, LEAD, "", "", exact=exact))
+        made.append(Document(read(model, ids, budget, method, slot_dtype), ids, LEAD, "", "", exact=exact))
     return made
 
 

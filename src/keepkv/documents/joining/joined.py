@@ -51,7 +51,7 @@ def joined(
     """Several documents as one prompt, in that order, without reading them again.
 
     A document that was compiled alone knows nothing of those that now stand before it. `repair` reads some of its tokens again
-    with the earlier documents in view. Compressed documents stay compressed, and quantized if all are so in one way. Where a
+    with the earlier documents in view. Compressed documents stay compressed, stored in the finest format among theirs. Where a
     token that is read again has a slot, the slot takes the fresh key, and its value moves by what the token's value changed.
 
     Args:
@@ -92,14 +92,12 @@ def joined(
     if budget is None:
         for layer in cache.keep_layers:
             layer.watch = None
+        _store(cache, _finest(parts))
     elif not _uncompressed(cache) or any(layer.watch is None for layer in cache.keep_layers):
         raise InputError("only documents that are not compressed, and were repaired, can be compressed after they were joined")
     else:
         cache.restore(None)
         cache.compress(budget, method)
-    slot_dtypes = {part.cache.report().slot_dtype for part in parts}
-    if len(slot_dtypes) == 1:
-        _store(cache, SLOT_DTYPES[slot_dtypes.pop()])
     ids = None
     if all(part.ids is not None for part in parts):
         ids = torch.cat([part.ids[:, part.lead if n else 0 :] for n, part in enumerate(parts) if part.ids is not None], 1)
@@ -111,6 +109,12 @@ def joined(
         reading_seconds=sum(part.reading_seconds for part in parts),
         exact=None,
     )
+
+
+def _finest(parts: Sequence[Document]) -> SlotDtype:
+    """The format in which no document's slots lose more than they have. One that was left whole is exact."""
+    names = {part.cache.report().slot_dtype for part in parts}
+    return next(slot_dtype for name, slot_dtype in SLOT_DTYPES.items() if name in names)
 
 
 def _store(cache: KeepCache, slot_dtype: SlotDtype) -> None:
