@@ -26,8 +26,8 @@ def test_streaming_closes_the_gap_between_sinks_and_window() -> None:
 
 def test_streaming_shifted_again_and_again_is_as_shifted_once() -> None:
     model, ids = make_model("llama", torch.float64), tokens(1, 120)
-    live = KeepCache(model, 24, "streaming-shifted", period=1, auto=False)
-    once = KeepCache(model, 24, "streaming-shifted", auto=False)
+    live = KeepCache(model, 24, "streaming-shifted", period=1, auto=False, slot_dtype="float")
+    once = KeepCache(model, 24, "streaming-shifted", auto=False, slot_dtype="float")
     model(ids[:, :60], past_key_values=live)
     model(ids[:, :60], past_key_values=once)
     first = [layer.keys.clone() for layer in live.keep_layers]
