@@ -316,7 +316,7 @@ def test_auto_takes_the_format_that_loses_least() -> None:
     assert whole.fork().compress("100%", slot_dtype="auto").report().note.startswith("left whole")
 
 
-@pytest.mark.parametrize(("method", "name"), [("snapkv", "int8"), ("full", "float"), ("minicache", "float"), ("kivi", "float")])
+@pytest.mark.parametrize(("method", "name"), [("snapkv", "int8"), ("full", "float"), ("minicache", "float"), ("kivi", "int4")])
 def test_auto_without_an_error_to_go_by(method: str, name: str) -> None:
     model, ids = make_model("llama", torch.float32), tokens(1, 200)
     cache = KeepCache(model, 0.2, method, slot_dtype="auto")

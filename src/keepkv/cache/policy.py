@@ -62,9 +62,14 @@ class Policy:
 
     @property
     def stored_as(self) -> SlotDtype:
-        """How slots are stored: not as the user wants for a method that is always exact. AUTO: it is still to be found."""
+        """How slots are stored: not as the user wants for a method that is always exact. AUTO: it is still to be found.
+
+        A method that keeps every token saves only by rounding, so auto is the fewest bits for it.
+        """
         if self.method.always_exact or (self.method.layer_pairs and self.slot_dtype == AUTO):
             return FLOAT
+        if self.method.keeps_all and self.slot_dtype == AUTO:
+            return AUTO_FORMATS[-1]
         return self.slot_dtype
 
     @property

@@ -14,6 +14,7 @@ from keepkv.eval.rivals.rival import Rival
 from keepkv.eval.tasks import registry
 from keepkv.eval.tasks.task import Task
 from keepkv.methods import METHODS, Method, get
+from keepkv.slots.slot_dtype import AUTO_FORMATS
 
 ALL = "all"  # among the methods: every one of the table
 
@@ -84,8 +85,9 @@ def variants(config: Config, task: Task | None = None) -> list[Variant]:
         task: The task; None: any that is a text and questions.
     """
     table = contenders(config.methods)
-    exact = ("float", "auto")  # for what keeps every token, and for layers in pairs, auto is float
-    found = [FULL_CACHE, *(Variant(QUANTIZED, "100%", name) for name in config.slot_dtypes if name not in exact)]
+    exact = ("float", "auto")  # for layers in pairs, auto is float; for what keeps every token it is int4, planned once
+    same = {"float", "auto"} if AUTO_FORMATS[-1].name in config.slot_dtypes else {"float"}
+    found = [FULL_CACHE, *(Variant(QUANTIZED, "100%", name) for name in config.slot_dtypes if name not in same)]
     for budget in config.budgets:
         for name, one in table.items():
             if isinstance(one, Rival):

@@ -40,7 +40,7 @@ METHODS = (
         keeps_all=True,
         cost="nothing but the rounding; the newest tokens are rounded too, where the paper keeps 128 as they are",
         good="everything, at a third of a 16-bit cache in 4 bits",
-        bad="smaller caches than its bits give: with slots stored as the model computes them it saves nothing",
+        bad="smaller caches than its bits give (auto is int4 here): stored as the model computes them, it saves nothing",
     ),
     Method(
         name="random",
