@@ -29,7 +29,7 @@ def test_bytes_are_those_of_the_caches() -> None:
     found = checkup.check(model)
     assert (found.layers, found.compressed, found.window) == (3, 2, 23)
     ids = tokens(1, 80)
-    cache = KeepCache(model, "25%")
+    cache = KeepCache(model, "25%", slot_dtype="float")
     model(ids, past_key_values=cache)
     held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
     slots = sum(layer.slots.keys[:].numel() * 4 * 2 for layer in cache.keep_layers)

@@ -23,7 +23,7 @@ from keepkv.errors import KeepKVError, ModelError
 from keepkv.models import families
 
 PROMPT, LATER = 96, 6  # tokens that are read, and then written one by one
-SHARE = 0.25  # the budget that is tried
+SLOTS = 24  # per KV head on average: the budget that is tried
 _MOVED = {2: 2e-2, 4: 1e-4, 8: 1e-4}  # a model rounds its own angles to float32
 _ROUNDING = {2: 5e-2, 4: 1e-3, 8: 1e-6}  # by bytes of a number: how far logits may be off where every token is kept
 
@@ -110,7 +110,7 @@ def check(model: PreTrainedModel) -> Checkup:
     """
     family = model.config.get_text_config(decoder=True).model_type
     try:
-        cache = KeepCache(model, SHARE, auto=False)
+        cache = KeepCache(model, SLOTS, auto=False)
     except ModelError as error:
         return Checkup(family, str(error))
     heads, size = families.key_shape(model)
@@ -167,7 +167,7 @@ def _moved(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
 
 def _compact(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
     """A compressed cache is smaller, and it is what the model attends to."""
-    cache = KeepCache(model, SHARE)
+    cache = KeepCache(model, SLOTS)
     model(input_ids=ids[:, :PROMPT], past_key_values=cache)
     slots = max(max(layer.slots.counts) for layer in cache.keep_layers if layer.slots is not None)
     held = sum(sum(layer.slots.counts) for layer in cache.keep_layers if layer.slots is not None)
@@ -176,7 +176,7 @@ def _compact(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
         assert layer.slots is not None, "it was compressed"
         layer.slots = replace(layer.slots, values=torch.zeros_like(layer.slots.values[:]))
     got, without = (_later(model, ids, each) for each in (cache, emptied))
-    small = held <= SHARE * PROMPT * cache.heads and all(layer.tail == 0 or layer.slots for layer in cache.keep_layers)
+    small = held <= SLOTS * cache.heads and all(layer.tail == 0 or layer.slots for layer in cache.keep_layers)
     used = bool((got - without).norm() > 1e-3 * got.norm())
     finite = bool(got.isfinite().all())
     return small and used and finite, f"{held / cache.heads:.1f} of {PROMPT} tokens per head, at most {slots}"
@@ -184,7 +184,7 @@ def _compact(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
 
 def _forked(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
     """A fork goes on as the cache itself, to the last bit."""
-    cache = KeepCache(model, SHARE)
+    cache = KeepCache(model, SLOTS)
     model(input_ids=ids[:, :PROMPT], past_key_values=cache)
     twin = cache.fork()
     return torch.equal(_later(model, ids, cache), _later(model, ids, twin)), f"{LATER} tokens"
@@ -192,7 +192,7 @@ def _forked(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
 
 def _saved(model: PreTrainedModel, ids: Tensor) -> tuple[bool, str]:
     """A saved cache goes on as the cache itself, to the last bit."""
-    cache = KeepCache(model, SHARE)
+    cache = KeepCache(model, SLOTS)
     model(input_ids=ids[:, :PROMPT], past_key_values=cache)
     header, tensors = pack(cache)
     with tempfile.TemporaryDirectory() as folder:
