@@ -20,9 +20,11 @@ CONFIG = Config(tasks=("needle",), methods=("snapkv", "full"), budgets=("10%", "
 
 
 def test_the_full_cache_comes_first_and_quantized_to_every_slot_dtype() -> None:
-    auto = [FULL_CACHE, Variant("kivi", "100%", "auto"), Variant("snapkv", "10%", "auto"), Variant("snapkv", "5%", "auto")]
+    auto = [FULL_CACHE, Variant("snapkv", "10%", "auto"), Variant("snapkv", "5%", "auto")]
     assert plan.variants(CONFIG) == auto
-    both = plan.variants(replace(CONFIG, slot_dtypes=("int4", "auto")))
+    named = replace(CONFIG, methods=("kivi",), budgets=("10%",))
+    assert plan.variants(named) == [FULL_CACHE, Variant("kivi", "100%", "auto")]
+    both = plan.variants(replace(named, slot_dtypes=("int4", "auto")))
     assert [v.slot_dtype for v in both if v.method == "kivi"] == ["int4"], "where every token is kept, auto is int4"
     rounded = replace(CONFIG, slot_dtypes=("int8", "int4"), budgets=("10%",))
     assert plan.variants(rounded) == [
@@ -34,7 +36,7 @@ def test_the_full_cache_comes_first_and_quantized_to_every_slot_dtype() -> None:
     ]
     pairs = replace(CONFIG, methods=("minicache",), budgets=("10%",), slot_dtypes=("float", "int8"))
     assert plan.variants(pairs)[2:] == [Variant("minicache", "10%")], "layers that are stored together cannot be quantized"
-    assert plan.variants(replace(pairs, slot_dtypes=("auto",)))[2:] == [Variant("minicache", "10%", "auto")]
+    assert plan.variants(replace(pairs, slot_dtypes=("auto",))) == [FULL_CACHE, Variant("minicache", "10%", "auto")]
 
 
 def test_all_is_every_method_of_the_table() -> None:

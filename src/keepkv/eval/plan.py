@@ -85,9 +85,11 @@ def variants(config: Config, task: Task | None = None) -> list[Variant]:
         task: The task; None: any that is a text and questions.
     """
     table = contenders(config.methods)
-    exact = ("float", "auto")  # for layers in pairs, auto is float; for what keeps every token it is int4, planned once
-    same = {"float", "auto"} if AUTO_FORMATS[-1].name in config.slot_dtypes else {"float"}
-    found = [FULL_CACHE, *(Variant(QUANTIZED, "100%", name) for name in config.slot_dtypes if name not in same)]
+    exact = ("float", "auto")  # for layers in pairs, auto is float
+    rounded = [name for name in config.slot_dtypes if name not in exact]
+    if "auto" in config.slot_dtypes and QUANTIZED in config.methods and AUTO_FORMATS[-1].name not in rounded:
+        rounded.append("auto")  # for what keeps every token: the fewest bits
+    found = [FULL_CACHE, *(Variant(QUANTIZED, "100%", name) for name in rounded)]
     for budget in config.budgets:
         for name, one in table.items():
             if isinstance(one, Rival):
