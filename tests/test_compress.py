@@ -15,6 +15,7 @@ from keepkv.attend import dispatch
 from keepkv.compress import Compressed, Way, compress, compress_in_ways
 from keepkv.merge import per_head
 from keepkv.observe.references import context
+from keepkv.ops.rope import Rotation
 from keepkv.slots.slot_dtype import FLOAT, SLOT_DTYPES
 from keepkv.types import Choice, Observation
 
@@ -25,7 +26,9 @@ def observed(heads: int, tokens: int = 300, layer: int = 0, voted: bool = False)
     keys = centre[:, torch.arange(tokens) % 9] + 0.5 * randn(heads, tokens, 16, seed=layer + 1)
     values, queries = randn(heads, tokens, 16, seed=layer + 2), randn(heads, 2, 128, 16, seed=layer + 3)
     peak = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(layer + 4)).pow(8)
-    seen = Observation(keys, values, queries, torch.arange(tokens - 128, tokens), torch.ones(8), 0.25, layer, repeat_peak=peak)
+    seen = Observation(
+        keys, values, queries, torch.arange(tokens - 128, tokens), Rotation.halves(torch.ones(8)), 0.25, layer, repeat_peak=peak
+    )
     if voted:
         bias = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(layer + 5))
         bias[torch.arange(tokens) < 20 * torch.arange(heads)[:, None]] = -torch.inf

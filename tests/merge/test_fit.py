@@ -10,6 +10,7 @@ from keepkv.attend.states import exact
 from keepkv.merge import fit
 from keepkv.merge.merged import Merged, evict
 from keepkv.observe.references import attend_all, context
+from keepkv.ops.rope import Rotation
 from keepkv.types import Observation, ReferenceRows
 
 
@@ -149,7 +150,7 @@ def test_a_fit_over_entries_with_votes_answers_better_than_evicting_them() -> No
     bias = torch.randint(1, 6, (1, 160), generator=generator).float().log()
     queries = torch.randn(1, 1, 300, 16, generator=generator)
     seen = Observation(
-        keys, values, queries, torch.arange(160, 460), torch.ones(8), 0.2, bias=bias,
+        keys, values, queries, torch.arange(160, 460), Rotation.halves(torch.ones(8)), 0.2, bias=bias,
         key_positions=torch.arange(160)[None], read=460,
     )  # fmt: skip
     seen = Observation(**{**vars(seen), "references": context(seen)})
