@@ -201,6 +201,7 @@ def test_an_allowance_grows_with_the_text_unless_it_is_given() -> None:
 
 
 def test_words_rank_the_spans_that_share_some_with_the_question(model_and_tokenizer) -> None:
+    pytest.importorskip("bm25s")
     _, tokenizer = model_and_tokenizer
     text = "The ship sails on. " * 30 + "An umbrella is kept in the harbor office. " + "The ship sails on. " * 30
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
