@@ -319,7 +319,7 @@ def test_low_precision_folds_like_float64(dtype: torch.dtype) -> None:
     logits = {}
     for name in (torch.float64, dtype):
         model = make_model("llama", name)
-        cache = KeepCache(model, 60, period=20, references=128)
+        cache = KeepCache(model, 60, period=20, references=128, slot_dtype="float")
         full = DynamicCache(config=model.config)
         for lo, hi in ((0, 120), *((i, i + 20) for i in range(120, 240, 20))):
             model(ids[:, lo:hi], past_key_values=cache)
