@@ -23,9 +23,8 @@ from keepkv.slots.slots import Slots
 
 RUN_UP = 32  # tokens before a span that are read with it and not kept: its first tokens need their neighbors, see docs/notes
 States = Sequence[tuple[Tensor, Tensor]]  # for every layer with full attention, keys and values [1, H, n, ...]
-Source = Callable[
-    [KeepCache, Sequence[Span]], States
-]  # the states of disjoint spans, in order, of what a compact cache has read
+# The states of disjoint spans, in order, of what a compact cache has read.
+Source = Callable[[KeepCache, Sequence[Span]], States]
 
 
 def brought_back(cache: KeepCache, spans: Sequence[Span], source: Source) -> KeepCache:
@@ -155,8 +154,8 @@ def _runs(slots: Slots, stay: Tensor, lo: int, hi: int) -> Slots:
     """One head's slots that stay, run by run."""
     changes = (stay[lo + 1 : hi] != stay[lo : hi - 1]).nonzero()[:, 0].tolist() if hi > lo else []
     bounds = [lo, *(lo + 1 + change for change in changes), hi]
-    runs = [slots._between(first, last) for first, last in pairwise(bounds) if first < last and bool(stay[first])]
-    together = Slots.cat(runs or [slots._between(lo, lo)])
+    runs = [slots.between(first, last) for first, last in pairwise(bounds) if first < last and bool(stay[first])]
+    together = Slots.cat(runs or [slots.between(lo, lo)])
     return Slots(together.keys, together.values, together.bias, together.positions, (0, together.offsets[-1]))
 
 

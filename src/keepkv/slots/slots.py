@@ -120,7 +120,7 @@ class Slots:
         """Without the last `count` slots of every head."""
         if not count:
             return self
-        return Slots.cat([self._between(lo, hi - count) for lo, hi in zip(self.offsets, self.offsets[1:], strict=False)])
+        return Slots.cat([self.between(lo, hi - count) for lo, hi in zip(self.offsets, self.offsets[1:], strict=False)])
 
     def rows(self, indices: Sequence[int], heads: int) -> Slots:
         """The given rows of the batch, in that order, copied, as beam search and batch selection need. heads = H."""
@@ -129,10 +129,10 @@ class Slots:
     def _part(self, first: int, last: int) -> Slots:
         """Heads first to last - 1."""
         bounds = self.offsets[first : last + 1]
-        whole = self._between(bounds[0], bounds[-1])
+        whole = self.between(bounds[0], bounds[-1])
         return replace(whole, offsets=tuple(bound - bounds[0] for bound in bounds))
 
-    def _between(self, lo: int, hi: int) -> Slots:
+    def between(self, lo: int, hi: int) -> Slots:
         """Slots lo to hi - 1, as those of one head."""
         keys, values = vectors.cut(self.keys, lo, hi), vectors.cut(self.values, lo, hi)
         return Slots(keys, values, self.bias[lo:hi], self.positions[lo:hi], (0, hi - lo))

@@ -32,6 +32,7 @@ from keepkv.errors import InputError
 from keepkv.methods import Method
 from keepkv.observe.bank import Bank
 from keepkv.observe.watch import Watch
+from keepkv.ops.rope import Rotation
 from keepkv.recipe import Recipe
 from keepkv.slots.slot_dtype import SLOT_DTYPES, SlotDtype
 from keepkv.slots.slots import Slots
@@ -154,10 +155,11 @@ def _repaired(
             before = keys[: number + 1]
             chunk_variant = cachecraft.best(crafts[number], before)
             chosen = chunk_variant.chosen(before, share)
-        exact = [_exact(document, chunk_variant, index, place, cache) for index in range(len(cache.layers))]
+        seen, rotations = cache.get_seq_length(), cache.rotations
+        exact = [_exact(document, chunk_variant, index, place, seen, rotation) for index, rotation in enumerate(rotations)]
         text = ReusedText(document.ids[:, place.lead :], exact.__getitem__)
         recomputed = recompute(model, cache, text, share, variant, chosen)
-        cache = _appended(cache, document, place, exact, recomputed)
+        cache = _appended(cache, document, place, exact, recomputed, rotations)
         progress(number + 1, len(parts) - 1)
     report = joint_report(places)
     cache.restore(replace(report, note=f"{report.note}, {100 * share:g}% read again"))
@@ -169,14 +171,14 @@ def _exact(
     chunk_variant: cachecraft.ChunkVariant | None,
     index: int,
     place: Placement,
-    cache: KeepCache,
+    seen: int,
+    rotation: Rotation,
 ) -> tuple[Tensor, Tensor]:
-    """A layer's exact keys and values where the document stands now: its own without the lead, or a variant's."""
-    rotation = cache.rotations[index]
+    """A layer's exact keys and values behind `seen` tokens, where the document stands now: its own, or a variant's."""
     if chunk_variant is not None:
         keys = chunk_variant.recomputed.keys[index]
         values = chunk_variant.recomputed.values[index]
-        return shifted_keys(keys, cache.get_seq_length() - chunk_variant.start, rotation), values
+        return shifted_keys(keys, seen - chunk_variant.start, rotation), values
     layer = document.cache.keep_layers[index]
     keys, values = document.exact(index) if document.exact else (layer.keys, layer.values)
     return shifted_keys(keys[:, :, place.lead :], place.shift, rotation), values[:, :, place.lead :]
@@ -188,11 +190,11 @@ def _appended(
     place: Placement,
     exact: Sequence[tuple[Tensor, Tensor]],
     recomputed: Recomputed,
+    rotations: Sequence[Rotation],
 ) -> KeepCache:
     """The cache and behind it a document, in which what was read again has taken its place."""
     joint = cache.fork()
     dense = _uncompressed(cache) and _uncompressed(document.cache)
-    rotations = cache.rotations
     for index, (layer, own) in enumerate(zip(joint.keep_layers, document.cache.keep_layers, strict=True)):
         taken = recomputed.taken[index]
         tokens = recomputed.tokens[taken]
