@@ -26,22 +26,40 @@ def test_global_budgets_follow_the_scores_above_a_floor() -> None:
     assert counts == [[6, 6], [6, 62]]
 
 
-def test_budgets_by_need_make_a_slot_worth_the_same_everywhere() -> None:
-    """Errors e = c / n: with n' in proportion to sqrt(c), the loss of one slot less, c / n'^2, is the same for all heads."""
-    cost = torch.tensor([[1.0, 4.0], [9.0, 25.0]])
-    tried = [[20, 40], [10, 30]]
-    errors = (cost / torch.tensor(tried)).tolist()
-    counts = allot.by_need(tried, tried, errors, [1000] * 4, 0)
-    assert sum(map(sum, counts)) == 100
-    torch.testing.assert_close(cost / torch.tensor(counts).square(), torch.full((2, 2), 11**2 / 100**2), rtol=0.15, atol=0)
+def losses_of(scale: torch.Tensor, power: torch.Tensor, n: torch.Tensor, entries: int) -> torch.Tensor:
+    """c n^-a (1 - n/T) for heads of T entries."""
+    return scale * n.double() ** -power * (1 - n / entries)
 
 
-def test_budgets_by_need_keep_their_bounds() -> None:
-    counts = allot.by_need([[50, 50], [50, 50]], [[10, 10], [10, 10]], [[0.0, 1e-4], [0.5, 1.5]], [90] * 4, 7)
+def test_budgets_by_loss_make_the_last_slot_worth_the_same_everywhere_and_no_exchange_pays() -> None:
+    scale = torch.tensor([1.0, 4.0, 9.0, 0.5], dtype=torch.float64)
+    power = torch.tensor([0.5, 1.0, 1.5, 0.1], dtype=torch.float64)
+    tried = [losses_of(scale, power, torch.full((4,), n), 1000).view(2, 2).tolist() for n in (32, 128)]
+    counts = torch.tensor(allot.by_loss((32, 128), (tried[0], tried[1]), 800, [1000] * 4, floor=0.0)).flatten()
+    assert counts.sum() == 800
+    saved = losses_of(scale, power, counts - 1, 1000) - losses_of(scale, power, counts, 1000)
+    gained = losses_of(scale, power, counts, 1000) - losses_of(scale, power, counts + 1, 1000)
+    assert gained.max() <= saved.min() * 1.05  # nowhere is the next slot worth more than another's last one
+
+
+def test_a_head_whose_slots_stand_only_for_themselves_is_kept_whole_where_that_pays() -> None:
+    """Its loss falls in proportion to what is dropped: half of it is worth half of all of it."""
+    copying, smooth = 1 - torch.tensor([32, 128]) / 1000, torch.tensor([32.0, 128.0]) ** -1.0
+    losses = [[[float(a), float(b)] + [float(b)] * 8] for a, b in zip(copying, smooth, strict=True)]
+    (counts,) = allot.by_loss((32, 128), (losses[0], losses[1]), 2000, [1000] * 10)
+    assert counts[0] > 950
+    assert sum(counts) == 2000
+
+
+def test_budgets_by_loss_keep_their_bounds_whatever_the_losses_are() -> None:
+    strange = [[0.0, 1e-4], [0.5, 1.5]]
+    counts = allot.by_loss((10, 40), (strange, [[0.0, 0.0], [1.5, 0.5]]), 200, [90] * 4, 7)
     assert sum(map(sum, counts)) == 200
-    assert min(map(min, counts)) == 15  # .3 of the average
-    assert max(map(max, counts)) == 90
-    assert min(map(min, allot.by_need([[30, 30]], [[10, 10]], [[0.0, 1.0]], [100] * 2, 25))) == 25
+    assert min(map(min, counts)) >= 15  # .3 of the average
+    assert max(map(max, counts)) <= 90
+    assert min(map(min, allot.by_loss((10, 40), ([[0.0, 1.0]], [[0.0, 1.0]]), 60, [100] * 2, 25))) == 25
+    assert allot.by_loss((10, 40), ([[0.0, 1.0]], [[0.0, 1.0]]), 60, [3, 100]) == [[3, 57]]
+    assert allot.by_loss((10, 40), ([[0.0, 0.0]], [[0.0, 0.0]]), 60, [40, 40]) == [[30, 30]]
 
 
 def test_rules_for_all_heads_together_give_each_the_same() -> None:

@@ -172,5 +172,5 @@ def test_several_ways_score_once_and_try_once() -> None:
         names = ["int8", "int4", "int2"][:ways]
         asked = [Way(SLOT_DTYPES[name], 50 * 6) for name in names]
         compress_in_ways(layers, method, asked, lambda done, of, steps=steps: steps.append((done, of)))
-        assert called == {"score": 3, "references": 3, "merge": 3 + 3 * ways}
+        assert called == {"score": 3, "references": 3, "merge": 2 * 3 + 3 * ways}
         assert steps == [(n, 3 * (2 + ways)) for n in range(1, 3 * (2 + ways) + 1)]

@@ -7,13 +7,14 @@ must be kept, one of -inf says that there is no such entry: that head has fewer 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import torch
 from torch import Tensor
 
 Allot = Callable[[Tensor, int], list[list[int]]]
+POWERS = (0.05, 2.5)  # of n, by which a head's loss may fall
 
 
 def uniform(scores: Tensor, total: int) -> list[list[int]]:
@@ -91,33 +92,59 @@ def together(rule: Allot) -> Allot:
     return for_all_heads
 
 
-def by_need(
-    counts: list[list[int]], tried: list[list[int]], errors: list[list[float]], most: list[int], pinned: int, floor: float = 0.3
+def by_loss(
+    tried: tuple[int, int],
+    losses: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]],
+    total: int,
+    most: Sequence[int],
+    pinned: int = 0,
+    floor: float = 0.3,
 ) -> list[list[int]]:
-    """Counts × sqrt(e / n), as many in all: heads that still lose much of their output get more. `docs/theory.md 5.3`.
+    """Slots where they save most, by what every head lost in two trials. `docs/theory.md 5.3`.
 
-    If a head's loss falls as 1 / n, one slot more is worth e / n, and slots in proportion to n sqrt(e / n) make it worth the
-    same everywhere.
+    A head of T entries is taken to lose c n^-α (1 - n/T) with n slots: as a power of n where slots can stand for each other
+    (α up to 2.5), in proportion to what is dropped where they cannot (α near 0), and nothing when all stay. c and α are those
+    that give both trials' losses. With the same saving of the last slot everywhere, the sum of losses is the least.
 
     Args:
-        counts: `[L][H]`, the slots of every head so far.
-        tried: `[L][H]`, n, the slots of every head in the trial.
-        errors: `[L][H]`, e, the share of its output that every head lost in the trial.
-        most: [L × H], the entries that every head has.
+        tried: n of the first and of the second trial, the second one larger.
+        losses: `[L][H]` of both trials.
+        total: Slots over all heads.
+        most: [L × H], T, the entries that every head has.
         pinned: Entries of a head that must stay.
         floor: No head gets less than this share of the average.
 
     Returns:
-        `[L][H]`, with the same sum as `counts`.
+        `[L][H]`, which sum to `total`.
+
+    Example:
+        >>> by_loss((32, 128), ([[0.9, 0.4]], [[0.8, 0.1]]), 600, [1000, 1000])
+        [[477, 123]]
     """
-    need = [
-        [count * math.sqrt(max(error, 1e-9) / max(n, 1)) for count, n, error in zip(*heads, strict=True)]
-        for heads in zip(counts, tried, errors, strict=True)
-    ]
-    weights = [weight for heads in need for weight in heads]
-    total = sum(map(sum, counts))
-    least = max(pinned, int(floor * total / len(weights)))
-    return split(shares(weights, total, most, least), len(counts[0]))
+    few, many = tried
+    size = torch.tensor(most, dtype=torch.float64)
+    first, second = (torch.tensor(x, dtype=torch.float64).flatten().clamp(min=1e-12) for x in losses)
+    rest = [(1 - n / size).clamp(min=1e-3) for n in tried]
+    power = ((first / rest[0]) / (second / rest[1])).log() / math.log(many / few)
+    power = power.clamp(*POWERS)
+    scale = second / rest[1] * many**power
+    least = size.clamp(max=max(1, pinned, int(floor * total / len(most))))
+
+    def at(saving: Tensor) -> Tensor:
+        """How many slots each head has, when one more would save so much."""
+        low, high = torch.ones_like(size), size.clone()
+        for _ in range(50):
+            n = (low + high) / 2
+            saved = scale * n**-power * (power / n * (1 - n / size) + 1 / size)
+            low, high = torch.where(saved > saving, n, low), torch.where(saved > saving, high, n)
+        return torch.minimum(low.maximum(least), size)
+
+    low, high = -80.0, 20.0  # bisection: the largest saving, as a logarithm, that spends the total
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(torch.tensor(middle).exp()).sum() > total else (low, middle)
+    wanted = at(torch.tensor(high).exp()).tolist()
+    return split(shares(wanted, total, list(most), int(least.max())), len(losses[0][0]))
 
 
 def shares(weights: list[float], total: int, most: list[int], least: int = 0) -> list[int]:

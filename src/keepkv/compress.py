@@ -25,6 +25,7 @@ from keepkv.choose import protect
 from keepkv.errors import BudgetError
 from keepkv.merge.merged import Merged, evict
 from keepkv.methods import Method
+from keepkv.observe.validation import Validation
 from keepkv.slots.layer_pairs import LayerPairs
 from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 from keepkv.slots.slots import BESIDE, Slots
@@ -41,16 +42,24 @@ class Compressed:
         plan: Which entries kept a slot.
         slots: One Slots for each layer.
         merged: `merged[layer][head]`, what the merge reported.
+        losses: `losses[layer][head]`, as they are stored, in the text's newest quarter (`Validation.lost`); empty where that
+            was not asked.
     """
 
     plan: Plan
     slots: tuple[Slots, ...]
     merged: tuple[tuple[Merged, ...], ...]
+    losses: tuple[tuple[float, ...], ...] = ()
 
     @property
     def error(self) -> float:
         """The share of a head's output that is lost on held-out queries, a mean over heads; 0 if the method holds none out."""
         return fmean(head.error for layer in self.merged for head in layer)
+
+    @property
+    def lost(self) -> float:
+        """What ways of compressing one sequence are compared by: the mean loss in the newest quarter, or else `error`."""
+        return fmean(head for layer in self.losses for head in layer) if self.losses else self.error
 
 
 def compress(
@@ -87,7 +96,7 @@ def compress_in_ways(
 ) -> list[Compressed]:
     """Compresses one sequence in several ways, each as `compress` does it alone; what they have in common is computed once.
 
-    They have the scores in common, and trials of as many slots. A score that goes by the number of slots gets that of the
+    They have the scores and the trials in common. A score that goes by the number of slots gets that of the
     largest way. The arguments are those of `compress`.
     """
     entries = sum(sum(observation.counts) for observation in observations)
@@ -107,32 +116,35 @@ def _merged(
     observations: Sequence[Observation], method: Method, ways: Sequence[Way], entries: int, progress: Progress
 ) -> list[Compressed]:
     """The sequence of so many entries, compressed in every way."""
-    step = _stepper(progress, len(observations) * (1 + bool(method.trial) + len(ways)))
+    step = _stepper(progress, len(observations) * (1 + bool(method.trials) + len(ways)))
     totals = [way.total for way in ways]
     scored = _score(observations, method, max(totals), step)
     if method.layer_pairs:
         price = _price(method.layer_pairs, observations[0], len(observations))
         totals = [min(entries, int(total / price)) for total in totals]
     allotted = [_allot(scored, method, total) for total in totals]
-    if method.trial:
+    if method.trials:
         allotted = _corrected(observations, scored, method, totals, allotted, step)
 
     made: list[list[_Layer]] = [[] for _ in ways]
     for layer, observation in enumerate(observations):
         with_references = replace(observation, references=scored.references[layer])
         scored.references[layer] = None  # they are large, and not needed any more
+        validation = Validation.of(with_references) if method.trials and len(ways) > 1 else None
         for way, (scores, counts), layers in zip(ways, allotted, made, strict=True):
-            layers.append(_layer(with_references, method, _own(scores[layer], observation), counts[layer], way.slot_dtype))
+            one = _layer(with_references, method, _own(scores[layer], observation), counts[layer], way.slot_dtype)
+            layers.append(one if validation is None else one._replace(lost=_read_loss(validation, one, observation)))
             step()
     return [_compressed(layers, method) for layers in made]
 
 
 class _Layer(NamedTuple):
-    """One layer, compressed: each head's entries that keep a slot, what the merge reported, and the slots."""
+    """One layer, compressed: each head's entries that keep a slot, what the merge reported, the slots, and what they lose."""
 
     kept: tuple[Tensor, ...]
     merged: tuple[Merged, ...]
     slots: Slots
+    lost: tuple[float, ...] = ()
 
 
 def _layer(observation: Observation, method: Method, scores: Tensor, counts: Sequence[int], slot_dtype: SlotDtype) -> _Layer:
@@ -146,10 +158,17 @@ def _layer(observation: Observation, method: Method, scores: Tensor, counts: Seq
     return _Layer(kept, merged, _stored(observation, kept, merged, slot_dtype))
 
 
+def _read_loss(validation: Validation, layer: _Layer, observation: Observation) -> tuple[float, ...]:
+    """What a layer's heads lose in the newest quarter of the text, with their slots as they will be read."""
+    slots = [Merged(*head) for head in layer.slots.read().per_head]
+    return tuple(validation.lost(layer.kept, slots, observation.positions))
+
+
 def _compressed(layers: Sequence[_Layer], method: Method | None = None) -> Compressed:
     """The layers of one sequence together."""
-    kept, merged, slots = zip(*layers, strict=True)
-    return Compressed(Plan(kept), tuple(method.layer_pairs.pack(slots)) if method and method.layer_pairs else slots, merged)
+    kept, merged, slots, lost = zip(*layers, strict=True)
+    packed = tuple(method.layer_pairs.pack(slots)) if method and method.layer_pairs else slots
+    return Compressed(Plan(kept), packed, merged, lost if all(lost) else ())
 
 
 @dataclass(frozen=True)
@@ -226,22 +245,37 @@ def _corrected(
     allotted: Sequence[tuple[Tensor, list[list[int]]]],
     step: Callable[[], None],
 ) -> list[tuple[Tensor, list[list[int]]]]:
-    """Counts corrected by what a trial compression to a few slots per head still loses. `docs/theory.md 5.3`.
+    """Counts by what two trial compressions, to a few slots per head, still lose. `docs/theory.md 5.3`.
 
-    Ways of fewer slots than a trial has are tried with their own number.
+    The trials' slots are at most a quarter and a half of the entries. Where the newest quarter of the text cannot judge them,
+    the queries that were held out of the fit do.
     """
-    tried = [min(total, (method.trial + scored.pinned) * scored.heads) for total in totals]
-    trials = {total: _allotted(scored, method, total) for total in tried}
-    errors: dict[int, list[list[float]]] = {total: [] for total in trials}
+    entries = max(1, min(allot.room(scored.scores)))
+    sizes = [max(1, min(size, entries * share // 4)) for share, size in enumerate(method.trials, 1)]
+    sizes = [size + scored.pinned for size in sizes]
+    if sizes[0] >= sizes[1] or sizes[1] >= entries:
+        return list(allotted)
+    uniform = replace(method, allot=allot.uniform)
+    trials = [_allotted(scored, uniform, size * scored.heads) for size in sizes]
+    losses: list[list[list[float]]] = [[] for _ in trials]
     for layer, observation in enumerate(observations):
         with_references = replace(observation, references=scored.references[layer])
-        for total, (scores, counts) in trials.items():
+        validation = Validation.of(with_references)
+        for (scores, counts), lost in zip(trials, losses, strict=True):
             choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
-            errors[total].append([head.error for head in method.merge(with_references, choices)])
+            merged = method.merge(with_references, choices)
+            if validation is None:
+                lost.append([head.error for head in merged])
+            else:
+                lost.append(validation.lost([choice.kept for choice in choices], merged, observation.positions))
         step()
+    few, many = losses
     return [
-        (scores, allot.by_need(counts, trials[total][1], errors[total], allot.room(scores), _most_fixed(scores)))
-        for total, (scores, counts) in zip(tried, allotted, strict=True)
+        (
+            scores,
+            allot.by_loss((sizes[0], sizes[1]), (few, many), sum(map(sum, counts)), allot.room(scores), _most_fixed(scores)),
+        )
+        for scores, counts in allotted
     ]
 
 

@@ -57,7 +57,7 @@ def test_what_a_method_says_of_itself_decides_whether_it_can_be_served(name: str
             Settings.read({"keepkv": {"method": name}})
     else:
         served = Settings(method=name).uniform_method()
-        assert (served.allot, served.trial) == (allot.alike, 0)
+        assert (served.allot, served.trials) == (allot.alike, ())
 
 
 def test_slots_that_are_whole_for_every_head_are_allotted_alike_by_any_uniform_rule() -> None:

@@ -405,7 +405,7 @@ class KeepCache(BaseCache):
 
         self._bank()
         tried = self._tried(ways, progress, exact)
-        taken, rows = min(tried, key=lambda way: fmean(row.error for row in way[1]))  # of equals the first
+        taken, rows = min(tried, key=lambda way: fmean(row.lost for row in way[1]))  # of equals the first
         self._settle(taken, rows, time.perf_counter() - start, taken.note(lengths, self.keep_layers), exact)
 
     def _ways(self, policy: Policy, lengths: Sequence[int], exact: bool) -> list[tuple[Policy, list[int]]]:

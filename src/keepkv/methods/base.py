@@ -44,7 +44,8 @@ class Method:
         same_tokens_in_all_heads: Whether the heads of a layer keep the same tokens. The score then is the same for all of them,
             and `allot` sees one head of each layer.
         judged: Whether the merge measures its error on queries that are held out (`Merged.error`).
-        trial: Slots per head of a first compression whose errors, if `judged`, correct the allotment. 0: there is none.
+        trials: Slots per head, n and m > n, of two first compressions whose losses decide the allotment, of methods that name
+            references. Empty: there are none.
         keeps_all: Whether every token is kept, whatever the budget.
         always_exact: Whether slots are stored as the model computes them, whatever the slot dtype.
         layer_pairs: How neighboring layers store their slots together. None: each for itself.
@@ -74,7 +75,7 @@ class Method:
     needs_projection: bool = False
     same_tokens_in_all_heads: bool = False
     judged: bool = False
-    trial: int = 0
+    trials: tuple[int, ...] = ()
     keeps_all: bool = False
     always_exact: bool = False
     layer_pairs: LayerPairs | None = None

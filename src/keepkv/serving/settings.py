@@ -85,7 +85,7 @@ class Settings:
         ):
             if refused:
                 raise InputError(f"keepkv cannot serve the method {method.name}: it {reason}. Choose another method")
-        return replace(method, allot=allot.alike, trial=0)
+        return replace(method, allot=allot.alike, trials=())
 
     def check_blocks(self, block: int) -> None:
         """Raises InputError unless budget and step are whole blocks of `block` tokens."""
