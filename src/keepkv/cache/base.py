@@ -3,9 +3,9 @@
 The way of one layer in a forward pass:
 
 1. The model's attention module calls `update` with new keys and values. They are appended to the layer's tail, and the module
-   gets two proxies (sdpa_proxy.py) in their place.
-2. The module asks PyTorch for scaled dot product attention over the proxies, and PyTorch calls `_attention` here, with the
-   queries. It attends to slots and tail together, and lets the layer's watch see the queries.
+   gets two proxies (proxies.py) in their place.
+2. The module calls its attention function on the proxies, which leads to `_attention` here, with the queries. It attends to
+   slots and tail together, and lets the layer's watch see the queries.
 3. After the last layer it calls `_after_forward`, where the subclass, `KeepCache`, decides whether to compress.
 """
 
@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from keepkv.cache.attention_function import lead_to_caches
 from keepkv.cache.backing import Backing
 from keepkv.cache.index import Index
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations
 from keepkv.cache.policy import Policy
+from keepkv.cache.proxies import Call, Proxy
 from keepkv.cache.report import Report
-from keepkv.cache.sdpa_proxy import SdpaProxy
 from keepkv.errors import KeepKVError
 from keepkv.models import families
 from keepkv.models.rotation import Rotaries
@@ -60,6 +60,7 @@ class BaseCache(Cache):
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, policy: Policy, column_mass: bool, auto: bool) -> None:
         families.check_supported(model)
+        lead_to_caches(model)
         super().__init__(layers=[KeepLayer() if kind is None else kind for kind in families.layer_kinds(model)])
         self.recipe = recipe
         self.policy = policy
@@ -146,51 +147,36 @@ class BaseCache(Cache):
             families.free_passed(layer)
             return keys, values
         attend = partial(self._attention, layer_idx, key_states.shape[2])
-        return SdpaProxy.of(key_states, layer.seen, attend), SdpaProxy.of(value_states, layer.seen, attend)
+        return Proxy.of(key_states, layer.seen, attend), Proxy.of(value_states, layer.seen, attend)
 
-    def _attention(
-        self,
-        layer_idx: int,
-        new: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Scaled dot product attention of the `new` newest tokens over a layer's state, in place of PyTorch's.
+    def _attention(self, layer_idx: int, new: int, call: Call) -> Tensor:
+        """Attention of the `new` newest tokens over a layer's state, in place of the function that the model called.
 
-        The arguments from `query` on are those of PyTorch's function; `key` and `value` are proxies. From here the layer's
-        watch sees the queries, and after the last layer the cache may compress.
+        From here the layer's watch sees the queries, and after the last layer the cache may compress.
         """
         layer: KeepLayer = self.layers[layer_idx]
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        query = call.query
         if self._piece is not None:
-            return layer.repeat(query, scale, self._piece, self._piece.drafts[self.keep_layers.index(layer)])
+            return layer.repeat(call, self._piece, self._piece.drafts[self.keep_layers.index(layer)])
         if layer.slots is not None:
-            if dropout_p:
+            if call.dropout:
                 raise KeepKVError("a compressed cache is for inference: call model.eval(), which turns attention dropout off")
-            output = layer.attend(query, attn_mask, scale, new)
+            output = layer.attend(query, call.mask, call.scale, new, call.softmax)
         else:
-            keys, values = layer.keys, layer.values
-            group = key.shape[1] // keys.shape[1]
-            if group > 1:  # transformers repeats the KV heads where there is a mask
-                keys = keys.repeat_interleave(group, 1)
-                values = values.repeat_interleave(group, 1)
-            output = scaled_dot_product_attention(
-                query, keys, values, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            output = call.stock(layer.keys, layer.values)
         if self.live or not self.compressed:
-            recipe = self.recipe
-            watch = layer.watch or Watch(layer_idx, recipe.references, recipe.seed, self.column_mass, scale, self.live)
+            watch = layer.watch or self._new_watch(layer_idx, call)
             grouped = query.detach().reshape(len(query), layer.heads, -1, new, query.shape[-1])
-            layer.watch = watch.see(grouped, layer.state, attn_mask)
+            layer.watch = watch.see(grouped, layer.state, call.mask)
             if self.auto and layer_idx == self._last:
                 self._after_forward(new)
         return output
+
+    def _new_watch(self, layer_idx: int, call: Call) -> Watch:
+        """What a layer has shown that attends as in this call: nothing yet."""
+        recipe = self.recipe
+        with_mass, rounded = self.column_mass, self.live
+        return Watch(layer_idx, recipe.references, recipe.seed, with_mass, call.scale, rounded, softmax=call.softmax)
 
     def fork(self) -> Self:
         """A second cache that goes on from here on its own. It takes no memory: tensors are shared, and never changed."""

@@ -11,9 +11,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from keepkv.attend.dispatch import Backend, attend, backend_for
 from keepkv.cache.backing import Backing
+from keepkv.cache.proxies import Call
 from keepkv.errors import KeepKVError
 from keepkv.observe.repetition import Piece, attend_piece
 from keepkv.observe.watch import LayerState, Watch
+from keepkv.ops.softmax import PLAIN, Softmax
 from keepkv.slots.slot_dtype import FLOAT, Price, SlotDtype
 from keepkv.slots.slots import Slots
 
@@ -160,17 +162,18 @@ class KeepLayer(CacheLayerMixin):
             self.slots = self.slots and self.slots.rows(rows.tolist(), heads)
             self.watch = self.watch and self.watch.rows(rows)
 
-    def repeat(self, query: Tensor, scale: float, piece: Piece, draft: Slots) -> Tensor:
-        """Attention while a piece of the text is repeated, query [1, H*G, new, d]; the watch notes what it attends to."""
+    def repeat(self, call: Call, piece: Piece, draft: Slots) -> Tensor:
+        """Attention while a piece of the text is repeated, of one row; the watch notes what it attends to."""
         assert self.watch is not None
+        query = call.query
         new = query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
-        rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * scale  # [H, G*new, d]
+        rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * call.scale  # [H, G*new, d]
         keys = self.keys[0].to(wide)
         values = self.values[0].to(wide)
         first, last, _, how = piece
         before_tail = self.seen - self.tail
-        output, peak = attend_piece(rows, keys, values, new, draft, first, last, before_tail, how.alone, how.group_mean)
+        output, peak = attend_piece(rows, keys, values, new, draft, first, last, before_tail, how, call.softmax)
         before = LayerState(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
         self.watch = self.watch.repeat(peak.float(), before)
         if how.queries:
@@ -179,7 +182,7 @@ class KeepLayer(CacheLayerMixin):
             self.watch = self.watch.keep_repeated(queries, torch.arange(first, last, device=query.device))
         return output.to(query.dtype).reshape(query.shape[:-1] + output.shape[-1:])
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int, softmax: Softmax = PLAIN) -> Tensor:
         """Attention of the `new` newest tokens, query [B, H*G, new, d], over compact part and tail together."""
         assert self.slots is not None
         rows = query.reshape(len(query), self.heads, -1, query.shape[-1])  # [B, H, G*new, d]
@@ -187,5 +190,5 @@ class KeepLayer(CacheLayerMixin):
             mask = torch.ones(new, self.tail, dtype=torch.bool, device=query.device).tril(self.tail - new)[None, None]
         if mask is not None:
             mask = mask[..., mask.shape[-1] - self.tail :]
-        output = attend(rows, self.slots, self.keys, self.values, mask, scale)
+        output = attend(rows, self.slots, self.keys, self.values, mask, scale, softmax=softmax)
         return output.to(query.dtype).reshape(*query.shape[:-1], -1)

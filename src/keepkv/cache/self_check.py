@@ -7,10 +7,12 @@ The first cache for a model's class and configuration runs the model on a few to
    one of those that the model's code offers (`keepkv.models.rotation`), or none.
 2. *Attention.* A short text is read into a cache that keeps everything, and some more tokens after that. What the model then
    computes must be what it computes with transformers' own cache: the logits, or, to save time, the keys of the layer behind
-   the first layers of every kind.
+   the first layers of every kind. The same must come out where the short text has become slots, a token each: then keepkv's
+   own attention computes it, and not the model's.
 
 That costs about as much as writing one token for twelve sequences at once, and a few layers more. The verdict is remembered for
-the model's class and configuration. A model that fails is refused, and the error names the property that is missing.
+the model's class, configuration and way of attending. A model that fails is refused, and the error names the property that is
+missing.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from keepkv.cache.attention_function import leave
 from keepkv.cache.layer import KeepLayer
+from keepkv.cache.report import Report
 from keepkv.errors import KeepKVError, ModelError
 from keepkv.models import families
 from keepkv.models.rotation import Rotaries, Rotary, candidates
 from keepkv.ops.rope import Rotation
+from keepkv.slots.slots import Slots
 
 if TYPE_CHECKING:
     from keepkv.cache.cache import KeepCache
@@ -42,7 +47,7 @@ _ROTATED = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # by bytes of a number: how far a rotate
 _ATTENDED = {2: 5e-2, 4: 1e-3, 8: 1e-6}  # and what is computed with the cache
 _OTHERWISE = "use the model with transformers' own cache (past_key_values=None)"
 
-_verdicts: dict[tuple[type, str], Choice | str] = {}  # of the models tried in this process; a str is the refusal
+_verdicts: dict[tuple[type, str, str], Choice | str] = {}  # of the models tried in this process; a str is the refusal
 
 
 def checked(model: PreTrainedModel, new_cache: Callable[..., KeepCache]) -> Rotaries:
@@ -55,7 +60,8 @@ def checked(model: PreTrainedModel, new_cache: Callable[..., KeepCache]) -> Rota
     Raises:
         ModelError: for a model that cannot be compressed.
     """
-    key = type(model), model.config.to_json_string(use_diff=False)
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    key = type(model), model.config.to_json_string(use_diff=False), attention
     if key not in _verdicts:
         try:
             _verdicts[key] = _tried(model, new_cache)
@@ -63,6 +69,7 @@ def checked(model: PreTrainedModel, new_cache: Callable[..., KeepCache]) -> Rota
             _verdicts[key] = str(error)
     verdict = _verdicts[key]
     if isinstance(verdict, str):
+        leave(model)
         raise ModelError(verdict)
     return _chosen(model, verdict)
 
@@ -184,15 +191,39 @@ def _check_attention(model: PreTrainedModel, new_cache: Callable[..., KeepCache]
         for cache in (ours, theirs):
             cache.layers = [*cache.layers[:stop], _Stop()]  # type: ignore[no-untyped-call]
     ids = _some_tokens(model, _PROMPT + _LATER)
-    for part in (ids[:, :_PROMPT], ids[:, _PROMPT:]):
-        got, expected = (_run(model, part, cache) for cache in (ours, theirs))
-        off = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not off <= _ATTENDED.get(model.dtype.itemsize, _ATTENDED[2]):
-            raise ModelError(
-                f"with every token kept, the model computes something else than with transformers' own cache (off by {off:.2g} "
-                f"of the whole): its attention is not one scaled dot product over the keys and values that it hands to the "
-                f"cache. {_OTHERWISE[0].upper()}{_OTHERWISE[1:]}"
-            )
+    expected = _run(model, ids[:, :_PROMPT], theirs)
+    _compare(_run(model, ids[:, :_PROMPT], ours), expected, "with every token kept", model)
+    compact = _in_slots(ours)
+    expected = _run(model, ids[:, _PROMPT:], theirs)
+    _compare(_run(model, ids[:, _PROMPT:], ours), expected, "with every token kept", model)
+    _compare(_run(model, ids[:, _PROMPT:], compact), expected, "with every token in a slot of its own", model)
+
+
+def _compare(got: Tensor, expected: Tensor, when: str, model: PreTrainedModel) -> None:
+    """Raises ModelError unless both are the same but for rounding."""
+    off = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+    if not off <= _ATTENDED.get(model.dtype.itemsize, _ATTENDED[2]):
+        raise ModelError(
+            f"{when}, the model computes something else than with transformers' own cache (off by {off:.2g} of the whole): its "
+            f"attention is not one scaled dot product over the keys and values that it hands to the cache, with at most a cap "
+            f"and sinks. {_OTHERWISE[0].upper()}{_OTHERWISE[1:]}"
+        )
+
+
+def _in_slots(cache: KeepCache) -> KeepCache:
+    """A fork in which every token of one row has become a slot."""
+    twin = cache.fork()
+    twin.restore(Report("", "", ()))
+    for layer in twin.keep_layers:
+        if not layer.is_initialized:  # behind the layers that are tried
+            continue
+        heads, count = layer.keys.shape[1:3]
+        bias = torch.zeros(heads * count, device=layer.keys.device)
+        positions = torch.arange(count, device=layer.keys.device).repeat(heads).int()
+        offsets = tuple(range(0, heads * count + 1, count))
+        layer.compact(Slots(layer.keys[0].flatten(0, 1), layer.values[0].flatten(0, 1), bias, positions, offsets), 0)
+        layer.watch = None
+    return twin
 
 
 def _first_layers(layers: Sequence[CacheLayerMixin], choice: Choice) -> int:

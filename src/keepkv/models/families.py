@@ -20,20 +20,13 @@ def check_supported(model: PreTrainedModel) -> None:
     """Checks what can be seen of a model without running it, before anything is read.
 
     Raises:
-        ModelError: unless the model is a decoder that runs `sdpa` attention, keeps keys and values of full attention or of
-            sliding windows in every layer, and rotates them with their position.
+        ModelError: unless the model is a decoder that keeps keys and values of full attention or of sliding windows in every
+            layer, and rotates them with their position.
     """
     config = model.config.get_text_config(decoder=True)
     name = config.model_type
     if model.config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder with a decoder, keepkv needs a decoder alone")
-    if config._attn_implementation != "sdpa":
-        way = (
-            "load it with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
-            if getattr(model, "_supports_sdpa", False)
-            else f"transformers has no 'sdpa' attention for {name}, use it with transformers' own cache"
-        )
-        raise ModelError(f"the model runs {config._attn_implementation!r} attention, keepkv needs 'sdpa': {way}")
     layer_kinds(model)
     key_shape(model)
     if not attention_modules(model):

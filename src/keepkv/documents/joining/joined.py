@@ -227,7 +227,8 @@ def _watch_of(layer: KeepLayer, index: int, recomputed: Recomputed, seed: int) -
         return layer.watch
     queries = recomputed.queries[index][0]
     grouped = queries.reshape(layer.heads, -1, *queries.shape[1:])
-    watch = layer.watch or Watch(index, Recipe.references, seed, False, recomputed.scale, starts=(0,))
+    new = Watch(index, Recipe.references, seed, False, recomputed.scale, starts=(0,), softmax=recomputed.softmax[index])
+    watch = layer.watch or new
     bank = watch.banks[0] if watch.banks else Bank(grouped[:, :, :0], recomputed.tokens[:0])
     return replace(watch, banks=(bank.add(grouped, recomputed.tokens + layer.seen, watch.limit, seed),))
 
