@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from keepkv.cache.proxies import Call, Proxy
 from keepkv.errors import ModelError
+from keepkv.models import families
 from keepkv.ops.softmax import Softmax
 
 OURS = {"eager": "keepkv_eager", "flex_attention": "keepkv_flex_attention"}  # what a model ran, and then runs
@@ -50,6 +51,11 @@ def lead_to_caches(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{config.model_type} computes attention in its own way and not through transformers' attention interface, so "
             "keepkv would not see its queries: use it with transformers' own cache"
+        )
+    if way == "flex_attention" and any(getattr(kind, "users", 1) > 1 for kind in families.layer_kinds(model)):
+        raise ModelError(
+            "this model's layers share keys, and its code cuts masks by the way of attending, which it cannot do with those of "
+            "'flex_attention': model.set_attn_implementation('sdpa')"
         )
     AttentionInterface.register(OURS[way], partial(_attention, way))
     AttentionMaskInterface.register(OURS[way], ALL_MASK_ATTENTION_FUNCTIONS[way])
@@ -86,7 +92,10 @@ def _attention(
     if not isinstance(key, Proxy):
         return _called(function, module, query, key, value, attention_mask, scaling, more)
     if more.get("position_bias") is not None:
-        raise ModelError("the model adds a bias by position to its logits, which keepkv does not know")
+        raise ModelError(
+            "the model adds a bias of its own to each head's logits (by position, perhaps), which keepkv does not know: use it "
+            "with transformers' own cache"
+        )
     weights: list[Tensor | None] = []
 
     def stock(keys: Tensor, values: Tensor) -> Tensor:

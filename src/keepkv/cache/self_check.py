@@ -28,6 +28,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from keepkv.cache.attention_function import leave
 from keepkv.cache.layer import KeepLayer
+from keepkv.cache.other_layers import has_state
 from keepkv.cache.report import Report
 from keepkv.errors import KeepKVError, ModelError
 from keepkv.models import families
@@ -113,10 +114,13 @@ def _rotations_in_use(model: PreTrainedModel, cache: KeepCache) -> Choice:
     positions = torch.tensor(places, device=ids.device).repeat_interleave(_TOKENS)[:, None]
     _run(model, ids, cache, position_ids=positions)
     _check_keys(model, cache)
-    ways = candidates(model, [layer.keys.shape[-1] for layer in cache.layers])
+    ways = candidates(model, [0 if layer is None else layer.keys.shape[-1] for layer in map(_with_keys, cache.layers)])
     known: dict[Rotary, Rotation | ModelError] = {}
-    choice = []
+    choice: list[tuple[int, int] | None] = []
     for index, layer in enumerate(cache.layers):
+        if _with_keys(layer) is None:
+            choice.append(None)
+            continue
         vectors = [layer.keys]
         if isinstance(layer, KeepLayer):
             assert layer.watch is not None, "a cache that is not compressed watches"
@@ -138,6 +142,11 @@ def _in_use(
         rotation = known[rotary]
         if isinstance(rotation, Rotation) and all(_explains(rotation, x, places) for x in vectors):
             return number, rotary.size
+    if not ways:
+        raise ModelError(
+            f"layer {index} changes keys or queries with the position, and its code names no rotation (positions are learned, "
+            f"perhaps), so keepkv could not move them: {_OTHERWISE}"
+        )
     reasons = [f" ({refusal})" for rotary in ways if isinstance(refusal := known[rotary], ModelError)]
     raise ModelError(
         f"layer {index} changes keys or queries with the position in another way than by the rotation that its code names, so "
@@ -160,12 +169,21 @@ def _explains(rotation: Rotation, x: Tensor, places: list[int]) -> bool:
     return float((x[1:].flatten(0, 1) - there).norm()) <= _ROTATED[x.element_size()] * float(there.norm())
 
 
+def _with_keys(layer: Any) -> Any:
+    """The layer, if it holds keys; None if it holds a state, or nothing of its own."""
+    return layer if isinstance(layer, CacheLayerMixin) else None
+
+
 def _check_keys(model: PreTrainedModel, cache: KeepCache) -> None:
     """Raises ModelError unless every layer has handed over keys and values once, as large as the configuration says."""
     shape = families.key_shape(model)
     for index, layer in enumerate(cache.layers):
+        if _with_keys(layer) is None:
+            continue
         if not layer.is_initialized:
             raise ModelError(f"layer {index} hands no keys to the cache (it shares another layer's, perhaps): {_OTHERWISE}")
+        if not isinstance(layer, KeepLayer):
+            continue
         if layer.keys.shape != layer.values.shape:
             raise ModelError(
                 f"layer {index} has keys of {layer.keys.shape[-1]} and values of {layer.values.shape[-1]} dimensions (latent "
@@ -174,20 +192,23 @@ def _check_keys(model: PreTrainedModel, cache: KeepCache) -> None:
         if (layer.keys.shape[1], layer.keys.shape[3]) != shape:
             raise ModelError(
                 f"layer {index} has {layer.keys.shape[1]} KV heads of {layer.keys.shape[3]} dimensions, but the configuration "
-                f"says {shape[0]} of {shape[1]} for all layers: {_OTHERWISE}"
+                f"says {shape[0]} of {shape[1]}: {_OTHERWISE}"
             )
-        if isinstance(layer, KeepLayer) and (layer.watch is None or len(layer.watch.pending) != 1):
-            times = 0 if layer.watch is None else len(layer.watch.pending)
-            raise ModelError(f"layer {index} attends {times} times to the keys of a token, not once: {_OTHERWISE}")
+        rounds = 0 if layer.watch is None else len(layer.watch.pending)
+        if rounds != 1 or layer.asked:
+            times = rounds * layer.users + len(layer.asked)
+            expected = "once" if layer.users == 1 else f"{layer.users} times"
+            raise ModelError(
+                f"the keys of layer {index} are attended to {times} times for a token, not {expected}: {_OTHERWISE}"
+            )
 
 
 def _check_attention(model: PreTrainedModel, new_cache: Callable[..., KeepCache], choice: Choice) -> None:
     """Raises ModelError unless a cache that keeps everything does what transformers' own does."""
     ours = new_cache(1.0)
     theirs = DynamicCache(config=model.config.get_text_config(decoder=True))
-    stop = _first_layers(ours.layers, choice)
+    stop = len(ours.layers) if ours._all_calls > len(ours.keep_layers) else _first_layers(ours.layers, choice)
     if stop < len(ours.layers):
-        ours._last = max(index for index, layer in enumerate(ours.layers[:stop]) if isinstance(layer, KeepLayer))
         for cache in (ours, theirs):
             cache.layers = [*cache.layers[:stop], _Stop()]  # type: ignore[no-untyped-call]
     ids = _some_tokens(model, _PROMPT + _LATER)
@@ -226,10 +247,12 @@ def _in_slots(cache: KeepCache) -> KeepCache:
     return twin
 
 
-def _first_layers(layers: Sequence[CacheLayerMixin], choice: Choice) -> int:
-    """How many of the first layers have one of every kind."""
+def _first_layers(layers: Sequence[Any], choice: Choice) -> int:
+    """How many of the first layers have one of every kind, and are followed by one that hands over keys first, to stop at."""
     kinds = list(zip(map(type, layers), choice, strict=True))
-    return 1 + max(kinds.index(kind) for kind in set(kinds))
+    enough = 1 + max(kinds.index(kind) for kind in set(kinds))
+    ends = [index for index, layer in enumerate(layers) if _with_keys(layer) is not None and not has_state(layer)]
+    return next((index for index in ends if index >= enough), len(layers))
 
 
 class _EnoughError(Exception):

@@ -68,7 +68,7 @@ def measure_heads(model: PreTrainedModel, seed: int = 0) -> tuple[CopyingHead, .
     """As `copying_heads`, but nothing is remembered."""
     ids = twice(model, seed).to(model.device)
     cache = KeepCache(model, "100%", "full", auto=False, references=ids.shape[1])
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, past_key_values=cache, logits_to_keep=cache.last_logits)
     heads = []
     for layer, observation in enumerate(cache.observations()):
         shares = copied(observation)

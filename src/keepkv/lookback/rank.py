@@ -62,7 +62,7 @@ def looks(model: PreTrainedModel, cache: KeepCache, question: Tensor, lead: int 
     if not index.tokens:
         return Looks([], 0, 0.0)
     twin = _listening(cache, question.shape[1])
-    model(question, past_key_values=twin, logits_to_keep=1)
+    model(question, past_key_values=twin, logits_to_keep=twin.last_logits)
     scores = []
     for number, head in enumerate(index.heads):
         layer = twin.keep_layers[head.layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,12 @@ class Softmax:
 
     cap: float | None = None
     sinks: Tensor | None = None
+
+    @classmethod
+    def together(cls, several: Sequence[Softmax], heads: int) -> Softmax:
+        """That of several layers that share keys, whose query heads of one KV head are one group. They have the same cap."""
+        groups = [sinks for softmax in several if (sinks := softmax.of_groups(heads)) is not None]
+        return cls(several[0].cap, torch.cat(groups, 1).flatten() if groups else None)
 
     @property
     def plain(self) -> bool:

@@ -140,7 +140,9 @@ def _repaired(
     cache = parts[0].cache.fork()
     check_movable(cache)
     if len(cache.keep_layers) < len(cache.layers):
-        raise InputError("this model has sliding windows: its joined documents cannot be repaired (join them without --repair)")
+        raise InputError(
+            "not every layer of this model has full attention: joined documents cannot be repaired (drop --repair)"
+        )
     places = placements([part.cache for part in parts], [part.lead for part in parts])
     for number, (document, place) in enumerate(zip(parts[1:], places[1:], strict=True)):
         if document.ids is None or not (document.exact or _uncompressed(document.cache)):
