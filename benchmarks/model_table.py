@@ -30,7 +30,7 @@ from keepkv.inspection import checkup
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 MOST = 30_000_000  # parameters of a model that is built
-SECONDS = 60  # for one type
+SECONDS = 60  # of processor time, for one type
 
 # Whatever a configuration has of these becomes that small.
 SMALL = {
@@ -51,6 +51,7 @@ SMALL = {
     **dict.fromkeys(("linear_num_key_heads", "mamba_expand"), 2),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), 24),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 32),
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "hidden_size_per_layer_input": 16,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "image_size": 28, "patch_size": 14,
 }  # fmt: skip
@@ -70,7 +71,11 @@ OTHER: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 10, "num_kv_shared_layers": 5, "intermediate_size": [64] * 10,
         "activation_sparsity_pattern": [0.0] * 10,
     },
-    "gemma4_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 0},
+    "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 6},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "nemotron_h": {"n_groups": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in KINDS}},
     "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -81,7 +86,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32}, "mistral": {"sliding_window": None},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": [32, 64], "axial_pos_embds_dim": [32, 32]},
-    "zamba2": {"num_hidden_layers": 6, "layer_types": ["mamba", "mamba", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -161,8 +166,12 @@ def survey(kind: str) -> Result:
 
 def _layers(found: checkup.Checkup) -> str:
     """Which layers are compressed."""
-    windows = found.layers - found.compressed
-    notes = [f"{windows} of {found.layers} layers have a sliding window or chunks, and stay as they are"] if windows else []
+    kinds = {
+        "have a sliding window or chunks, and stay as they are": found.windows,
+        "have a state that every token changes, which stays as it is": found.states,
+        "use another layer's keys, or keep nothing": found.sharing,
+    }
+    notes = [f"{count} of {found.layers} layers {what}" for what, count in kinds.items() if count]
     notes += [f"{found.unrotated} of {found.compressed} compressed layers do not rotate"] if found.unrotated else []
     return "; ".join(notes)
 
@@ -173,8 +182,8 @@ def _late(signal_number: int, frame: object) -> None:
 
 def _surveyed(kind: str) -> Result:
     """As `survey`, in bounded time, and never fails."""
-    signal.signal(signal.SIGALRM, _late)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, _late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return survey(kind)
     except KeepKVError as error:
@@ -182,7 +191,7 @@ def _surveyed(kind: str) -> Result:
     except Exception as error:
         return Result("wrong", f"{type(error).__name__}: {error}")
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def page(results: dict[str, Result]) -> str:

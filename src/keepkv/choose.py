@@ -93,7 +93,8 @@ def eliminate(
 
         # Every reference row wants its exact output, and as much mass: one more column, as large as an output is.
         mass = rows.outputs.square().sum(-1).mean(-1).sqrt()[:, None, None]
-        wanted = torch.cat([rows.outputs, mass.expand(-1, share.shape[1], 1)], 2)
+        unsunk = (1 - torch.as_tensor(rows.sunk, device=mass.device))[..., None]
+        wanted = torch.cat([rows.outputs, (mass * unsunk).expand(-1, share.shape[1], 1)], 2)
         gram, target = least_squares.normal(share, repeat_share, wanted)
         # Whoever repeats the text asks for one token alone, and wants its value and its mass.
         values = columns.pick(observation.values[heads]).float()

@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool1d
 
 from keepkv.errors import ModelError
-from keepkv.observe.references import window_logits
+from keepkv.observe.references import window_shares
 from keepkv.types import Observation
 
 
@@ -43,7 +43,7 @@ def pooled_window(observation: Observation, window: int = 32, kernel: int = 5) -
     Returns:
         [H, T], +inf for the tokens of the window.
     """
-    share = window_logits(observation, window).softmax(-1).mean((1, 2))
+    share = window_shares(observation, window).mean((1, 2))
     newest = observation.positions >= observation.tokens - min(window, observation.queries.shape[2])
     before = observation.entries - int(newest.all(0).sum())
     score = torch.full_like(share, torch.inf)
@@ -67,7 +67,7 @@ def rising_window(observation: Observation, window: int) -> Tensor:
             queries=observation.queries[:, :, lo : lo + 64],
             query_positions=observation.query_positions[lo : lo + 64],
         )
-        share = window_logits(piece, 64).softmax(-1).nan_to_num_()
+        share = window_shares(piece, 64).nan_to_num_()
         first = lo - count + window
         total += torch.einsum("hgwt,w->hgt", share, weight[first : first + share.shape[2]])
     return total

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from keepkv.ops.ragged import Ragged
 from keepkv.ops.rope import Rotation
+from keepkv.ops.softmax import PLAIN, Softmax
 from keepkv.slots.slot_dtype import FLOAT, SlotDtype
 
 
@@ -29,6 +30,8 @@ class References:
         rms_share: [H, T] float32, the root mean square of each entry's softmax share over these rows, and possibly more.
         repeat_share: [H, T] float32, the same for the queries of a repetition of the text, which are modeled and not among
             the rows: each asks for one token alone. 0 where the text was not repeated. `docs/theory.md 4.4`.
+        sink_share: [H, R] float32, the share that a sink has of each row; None for a layer without sinks. All the entries
+            together have the rest.
     """
 
     queries: Tensor
@@ -37,6 +40,7 @@ class References:
     outputs: Tensor
     rms_share: Tensor
     repeat_share: Tensor
+    sink_share: Tensor | None = None
 
 
 class ReferenceRows(NamedTuple):
@@ -52,6 +56,8 @@ class ReferenceRows(NamedTuple):
         positions: [T] int64, as in `Observation`.
         repeat_share: [T], as in `References`.
         stored_as: How the slots will be stored, no tensor.
+        softmax: The layer's cap, no tensor.
+        sink_share: [R] or None, as in `References`.
     """
 
     queries: Tensor
@@ -63,6 +69,13 @@ class ReferenceRows(NamedTuple):
     positions: Tensor
     repeat_share: Tensor
     stored_as: SlotDtype = FLOAT
+    softmax: Softmax = PLAIN
+    sink_share: Tensor | None = None
+
+    @property
+    def sunk(self) -> Tensor | float:
+        """The share of every row that its sink has, [R]; 0 without sinks."""
+        return 0.0 if self.sink_share is None else self.sink_share
 
     def take(self, which: Tensor) -> ReferenceRows:
         """Only the rows `which`, int64 [m]."""
@@ -71,6 +84,7 @@ class ReferenceRows(NamedTuple):
             visible=self.visible[which],
             log_z=self.log_z.index_select(-1, which),
             outputs=self.outputs.index_select(-2, which),
+            sink_share=None if self.sink_share is None else self.sink_share.index_select(-1, which),
         )
 
     def share(self, entries: Tensor) -> Tensor:
@@ -85,7 +99,7 @@ class ReferenceRows(NamedTuple):
         Returns:
             [R, n], or [h, R, n].
         """
-        logits = self.queries @ self.keys.take_along_dim(entries[..., None], -2).mT
+        logits = self.softmax.capped(self.queries @ self.keys.take_along_dim(entries[..., None], -2).mT)
         if self.bias is not None:
             logits += self.bias.gather(-1, entries)[..., None, :]
         share = logits.sub_(self.log_z[..., None]).clamp_(max=20).exp_()
@@ -122,6 +136,7 @@ class Observation:
         read: How many tokens were read. Use `tokens`, which is never None.
         stored_as: How the slots will be stored. Before a merge, the kept keys are rounded to what will be read.
         slots: Slots per head on average that the compression will leave, for scores; None where that is not decided yet.
+        softmax: The layer's cap and sinks.
     """
 
     keys: Tensor
@@ -143,6 +158,7 @@ class Observation:
     read: int | None = None
     stored_as: SlotDtype = FLOAT
     slots: float | None = None
+    softmax: Softmax = PLAIN
 
     @property
     def heads(self) -> int:
@@ -210,6 +226,8 @@ class Observation:
             positions=self.positions[head],
             repeat_share=references.repeat_share[head],
             stored_as=self.stored_as,
+            softmax=self.softmax,
+            sink_share=None if references.sink_share is None else references.sink_share[head],
         )
 
 

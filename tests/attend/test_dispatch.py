@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from attend.truth import COUNTS, CPU, GROUP, NEW, TAIL, masks, randn, slots_in, slots_of, truth_for
-from keepkv.attend import sdpa
+from keepkv.attend import bias_in_keys, sdpa
 from keepkv.attend.dispatch import attend, attend_slots, attend_tail, backend_for
 from keepkv.errors import BackendError
+from keepkv.ops.softmax import Softmax
 
 
 def test_tail_in_tiles_is_the_tail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +85,53 @@ def test_backends_that_cannot_are_refused() -> None:
         attend_slots(query.float(), slots_of([3], dtype=torch.float32), 1.0, "sdpa")
     with pytest.raises(BackendError, match=r"keepkv\.attend\.bias_in_keys\.widen"):
         attend_slots(query.float(), slots_of([3], 16, 16, torch.float32), 1.0, "bias_in_keys")
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "padded"])
+@pytest.mark.parametrize("rows", ["few", "many"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_capped_logits_and_sinks_agree_with_float64(kind: str, rows: str, dtype, cap, sunk: bool, monkeypatch) -> None:
+    """Against slots and tail with the logits capped by hand before votes and masks, and a sink as one more column."""
+    if rows == "many":
+        monkeypatch.setattr(sdpa, "FEW", 0)
+    query, slots = randn(2, 3, GROUP * NEW, 16, dtype=dtype), slots_of(COUNTS, 16, 16, dtype)
+    keys, values = randn(2, 3, TAIL, 16, dtype=dtype, seed=2), randn(2, 3, TAIL, 16, dtype=dtype, seed=3)
+    sinks = randn(3 * GROUP, seed=4) * 3 if sunk else None
+    visible = masks(NEW, TAIL)[kind]
+    got = attend(query, slots, keys, values, visible, 0.5, softmax=Softmax(cap, sinks))
+    seen = torch.ones(2, 1, NEW, TAIL, dtype=torch.bool) if visible is None else visible.expand(2, 1, -1, -1)
+    for b in range(2):
+        for h in range(3):
+            lo, hi = slots.offsets[b * 3 + h : b * 3 + h + 2]
+            logits = query[b, h].double() @ torch.cat([slots.keys[lo:hi], keys[b, h]]).double().T * 0.5
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            logits[:, : hi - lo] += slots.bias[lo:hi]
+            logits[:, hi - lo :].masked_fill_(~seen[b, 0].repeat(GROUP, 1), -torch.inf)
+            column = torch.full((len(logits), 1), -torch.inf, dtype=torch.float64)
+            if sinks is not None:
+                column = sinks.view(3, GROUP)[h].repeat_interleave(NEW)[:, None]
+            share = torch.cat([logits, column], 1).softmax(-1)[:, :-1].nan_to_num()
+            truth = share @ torch.cat([slots.values[lo:hi], values[b, h]]).double()
+            torch.testing.assert_close(got[b, h].double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_and_caps_have_gradients() -> None:
+    slots, softmax = slots_of([9, 30], value_size=16), Softmax(2.0, randn(2, seed=4))
+    query = randn(1, 2, 5, 16).requires_grad_()
+    with torch.enable_grad():
+        output = attend(query, slots, randn(1, 2, 5, 16), randn(1, 2, 5, 16, seed=2), None, 0.3, softmax=softmax)
+        gradient = torch.autograd.grad(output.sum(), query)[0]
+    assert gradient.isfinite().all()
+    assert gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "bias_in_keys"])
+def test_a_backend_that_cannot_cap_logits_is_refused(backend: str) -> None:
+    query, slots = randn(1, 1, 2, 16, dtype=torch.float32), slots_of([3], 16, 16, torch.float32)
+    with pytest.raises(BackendError, match="does not cap logits"):
+        attend_slots(query, slots, 1.0, backend, Softmax(cap=5.0))
+    widened = bias_in_keys.widen(slots, 1.0)
+    with pytest.raises(BackendError, match="'bias_in_keys' does not cap logits"):
+        attend(query, widened, query, query, None, 1.0, softmax=Softmax(cap=5.0))

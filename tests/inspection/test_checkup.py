@@ -40,7 +40,7 @@ def test_bytes_are_those_of_the_caches() -> None:
 def test_a_refusal_says_what_is_missing() -> None:
     found = checkup.check(small_model("diffllama"))
     assert not found.passed
-    assert "attends 2 times" in found.refusal
+    assert "attended to 2 times" in found.refusal
     assert json.dumps(found.to_dict())
 
 

@@ -11,6 +11,7 @@ from keepkv.merge import fit
 from keepkv.merge.merged import Merged, evict
 from keepkv.observe.references import attend_all, context
 from keepkv.ops.rope import Rotation
+from keepkv.ops.softmax import Softmax, shares
 from keepkv.types import Observation, ReferenceRows
 
 
@@ -157,3 +158,48 @@ def test_a_fit_over_entries_with_votes_answers_better_than_evicting_them() -> No
     made = fit.fit(values, [torch.arange(0, 160, 5)], seen.rows(slice(1)))[0]
     assert made.fallbacks == 0
     assert made.error < 0.6 * made.evict_error
+
+
+@pytest.mark.parametrize("softmax", [Softmax(sinks=torch.tensor([3.0])), Softmax(cap=2.0), Softmax(2.0, torch.tensor([5.0]))])
+def test_a_fit_knows_caps_and_sinks(softmax: Softmax) -> None:
+    """Every entry twice: half of the slots with two votes each lose nothing, for queries that the fit has not seen either."""
+    keys, values = (x.repeat_interleave(2, 0).float() for x in clustered(3, 40))
+    queries, kept = randn64(300, 16, seed=4).float(), torch.arange(0, 80, 2)
+    sinks = softmax.of_rows(1, 300)
+    ref = attend_all(queries[None], keys[None], values[None], softmax=softmax, sinks=sinks)
+    rows = ReferenceRows(
+        ref.queries, ref.visible, ref.log_z, ref.outputs, keys[None], None, torch.arange(80)[None], ref.repeat_share,
+        softmax=softmax, sink_share=ref.sink_share,
+    )  # fmt: skip
+    (merged,) = fit.fit(values[None], [kept], rows)
+    assert merged.fallbacks == 0
+    assert merged.error < 1e-3 * merged.evict_error
+    assert merged.mass_error < 0.01
+
+    def output(keys, values, bias) -> torch.Tensor:
+        logits = softmax.capped(randn64(100, 16, seed=9) @ keys.double().T) + bias.double()
+        return shares(logits, None if sinks is None else sinks[0, :1].double()) @ values.double()
+
+    torch.testing.assert_close(output(*merged[:3]), output(keys, values, torch.zeros(80)), rtol=0.02, atol=0.01)
+
+
+def test_rows_that_a_sink_answers_count_little() -> None:
+    """Half of the queries give nearly everything to their sink. The fit then serves the other half as if it were alone."""
+    keys, values = (x.float() for x in clustered(5, 120))
+    queries = randn64(400, 16, seed=6).float()
+    sinks = torch.where(torch.arange(400) % 2 == 0, -torch.inf, 40.0)[None]
+    kept = torch.arange(0, 120, 8)
+
+    def fit_to(queries, sinks) -> tuple[torch.Tensor, torch.Tensor]:
+        ref = attend_all(queries[None], keys[None], values[None], sinks=sinks)
+        rows = ReferenceRows(
+            ref.queries, ref.visible, ref.log_z, ref.outputs, keys[None], None, torch.arange(120)[None], ref.repeat_share,
+            sink_share=ref.sink_share,
+        )  # fmt: skip
+        free = torch.ones(1, len(kept), dtype=torch.bool)
+        share = rows.share(kept[None])
+        return fit._fitted(share, values[None, kept], rows.outputs, ref.repeat_share[:, kept], free, 1e-3, rows.sunk)
+
+    both, one = fit_to(queries, sinks), fit_to(queries[::2], None)
+    for got, expected in zip(both, one, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)

@@ -7,7 +7,7 @@ import torch
 
 from helpers import make_model, randn64, tokens
 from keepkv import KeepCache, KeepKVError, methods
-from keepkv.observe.repetition import attend_piece
+from keepkv.observe.repetition import WHOLE, attend_piece
 from keepkv.slots.slots import Slots
 from methods.observed import INF
 
@@ -16,7 +16,7 @@ def test_kvzip_counts_shares_among_sinks_piece_and_repetition() -> None:
     keys, values, queries = randn64(1, 50, 16), randn64(1, 50, 16, seed=1), randn64(1, 20, 16, seed=2)
     positions = torch.arange(40, dtype=torch.int32)
     draft = Slots(keys[0, :40], values[0, :40], torch.zeros(40), positions, (0, 40))
-    output, peak = attend_piece(queries, keys, values, 10, draft, 20, 30, alone=True)
+    output, peak = attend_piece(queries, keys, values, 10, draft, 20, 30, how=WHOLE)
     hidden = torch.ones(10, 10, dtype=torch.bool).triu(1).repeat(2, 1)
     logits = queries[0] @ keys[0].T
     logits[:, 40:] = logits[:, 40:].masked_fill(hidden, -INF)

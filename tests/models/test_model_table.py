@@ -15,6 +15,7 @@ TABLE = runpy.run_path(str(ROOT / "benchmarks" / "model_table.py"))
 COVERING = (
     "cohere2", "ernie4_5_moe", "glm4_moe", "gpt_neox", "llama4_text", "nanochat", "olmo3", "persimmon", "qwen3_moe", "smollm3",
     "fuyu", "bert", "deepseek_v3", "diffllama", "gemma3n_text", "gemma4_text", "gpt_oss", "jamba", "minimax_m3_vl_text", "blt",
+    "gemma2", "qwen3_next", "falcon_h1", "nemotron_h", "mimo_v2_flash", "inkling_text", "ministral", "gptj",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from helpers import make_model, tokens
 from keepkv import KeepCache
 from keepkv.cache.layer import KeepLayer
-from keepkv.cache.sdpa_proxy import SdpaProxy
+from keepkv.cache.proxies import Proxy
 from keepkv.cache.self_check import unchecked
 from keepkv.models import families
 from keepkv.serving.paged import CELL, PagedConfig, Pages, new_watch, step
@@ -44,14 +44,13 @@ class PagedCache(Cache):
         cells = self.table[places // BLOCK] * BLOCK + places % BLOCK
         self.pages[layer_idx].write(cells, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         attend = partial(self._attention, layer_idx, new)
-        return tuple(SdpaProxy.of(x, self.read + new, attend) for x in (key_states, value_states))
+        return tuple(Proxy.of(x, self.read + new, attend) for x in (key_states, value_states))
 
-    def _attention(self, layer_idx, new, query, *args, scale=None, **kwargs):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        config = PagedConfig(self.settings, self.settings.uniform_method(), scale, self.rotation)
+    def _attention(self, layer_idx, new, call):
+        config = PagedConfig(self.settings, self.settings.uniform_method(), call.scale, self.rotation)
         watch = self.watches.get(layer_idx) or new_watch(config, layer_idx)
         output, self.watches[layer_idx] = step(
-            self.pages[layer_idx], self.table, query[0].transpose(0, 1), self.read, config, watch
+            self.pages[layer_idx], self.table, call.query[0].transpose(0, 1), self.read, config, watch
         )
         if layer_idx == len(self.pages) - 1:
             self.read += new

@@ -10,6 +10,9 @@
 "auto" takes `bias_in_keys` for slots that `bias_in_keys.widen` made, and otherwise what `backend_for` names. A fast kernel has
 been tried once against `states.exact` where it runs. If it refuses, "auto" is `eager`, and a warning says why. A backend that
 is asked for by name and cannot run raises BackendError.
+
+Capped logits are for `eager` alone, and "auto" takes it for them: no kernel here caps. Sinks are joined to what any backend
+computed.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from keepkv.attend import bias_in_keys, sdpa
-from keepkv.attend.states import AttentionState, block, merge_states
+from keepkv.attend import bias_in_keys, eager, sdpa
+from keepkv.attend.states import AttentionState, block, merge_states, with_sinks
 from keepkv.errors import BackendError, nearest
 from keepkv.ops.dtypes import wide
 from keepkv.ops.ragged import groups
+from keepkv.ops.softmax import PLAIN, Softmax
 from keepkv.slots.slots import Slots
 
 _BACKENDS = (
@@ -87,7 +91,14 @@ def backend_for(device: torch.device, dtype: torch.dtype, size: int, value_size:
 
 
 def attend(
-    query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
+    query: Tensor,
+    slots: Slots,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    backend: str = "auto",
+    softmax: Softmax = PLAIN,
 ) -> Tensor:
     """o = softmax(scale q·k + b) v over slots and tail together. `docs/theory.md 1.1`.
 
@@ -101,6 +112,7 @@ def attend(
         visible: What of the tail each row sees, see `attend_tail`.
         scale: The factor on q·k.
         backend: A name from the table above, or "auto".
+        softmax: The layer's cap and sinks.
 
     Returns:
         [B, H, R, d_v], float32 or better.
@@ -112,14 +124,16 @@ def attend(
         backend = "eager"
     if backend == "auto" and isinstance(slots.keys, bias_in_keys.BiasInKeys):
         backend = "bias_in_keys"
-    backend = _backend(backend, query, slots.values.shape[1])
+    backend = _backend(backend, query, slots.values.shape[1], softmax)
+    sinks = softmax.of_rows(query.shape[1], query.shape[2])
     if backend == "sdpa" and query.shape[2] <= sdpa.FEW:
-        return sdpa.attend_few(query, slots, keys, values, visible, scale)
-    compact = attend_slots(query, slots, scale, backend)
-    return merge_states(compact, attend_tail(query, keys, values, visible, scale, backend))[0]
+        return sdpa.attend_few(query, slots, keys, values, visible, scale, sinks)
+    compact = attend_slots(query, slots, scale, backend, softmax)
+    tail = attend_tail(query, keys, values, visible, scale, backend, softmax)
+    return with_sinks(merge_states(compact, tail), sinks)
 
 
-def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto") -> AttentionState:
+def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto", softmax: Softmax = PLAIN) -> AttentionState:
     """Attention over the slots alone: o = softmax(scale q·k + b) v and its log-sum-exp. Every row sees all slots of its head.
 
     Args:
@@ -127,6 +141,7 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
         slots: One layer's, as they are stored. They are ragged, and nothing is padded.
         scale: The factor on q·k.
         backend: A name from the table above, or "auto".
+        softmax: The layer's cap. Its sinks belong to the whole and are not looked at.
 
     Returns:
         Output [B, H, R, d_v] and log-sum-exp [B, H, R], float32 or better; 0 and -inf for a head without slots.
@@ -134,11 +149,20 @@ def attend_slots(query: Tensor, slots: Slots, scale: float, backend: str = "auto
     Raises:
         BackendError: for a backend that is unknown or cannot run.
     """
-    return _module(_backend(backend, query, slots.values.shape[1])).attend_slots(query, slots, scale)
+    backend = _backend(backend, query, slots.values.shape[1], softmax)
+    if backend == "eager":
+        return eager.attend_slots(query, slots, scale, softmax)
+    return _module(backend).attend_slots(query, slots, scale)
 
 
 def attend_tail(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, backend: str = "auto"
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    backend: str = "auto",
+    softmax: Softmax = PLAIN,
 ) -> AttentionState:
     """Attention over the tail alone: o = softmax(scale q·k + mask) v and its log-sum-exp.
 
@@ -151,6 +175,7 @@ def attend_tail(
         visible: [B or 1, 1, new, n], bool or additive, the same for the G query heads of a group; None where all is seen.
         scale: The factor on q·k.
         backend: A name from the table above, or "auto".
+        softmax: As in `attend_slots`.
 
     Returns:
         Output [B, H, G × new, d_v] and log-sum-exp [B, H, G × new]; 0 and -inf for a row that sees nothing.
@@ -158,7 +183,7 @@ def attend_tail(
     Raises:
         BackendError: for a backend that is unknown or cannot run.
     """
-    backend = _backend(backend, query, values.shape[-1])
+    backend = _backend(backend, query, values.shape[-1], softmax)
     if backend == "sdpa" or (backend == "bias_in_keys" and query.device.type == "cpu"):
         return sdpa.attend_tail(query, keys, values, visible, scale)
     batch, heads, rows, size = query.shape
@@ -167,13 +192,19 @@ def attend_tail(
     states = []
     for lo in range(0, apart.shape[3], step):
         bias = None if visible is None else sdpa.additive(visible[:, :, None, lo : lo + step], wide(query.dtype))
-        states.append(block(apart[:, :, :, lo : lo + step], keys[:, :, None], values[:, :, None], bias, scale))
+        states.append(block(apart[:, :, :, lo : lo + step], keys[:, :, None], values[:, :, None], bias, scale, softmax))
     output, log_mass = (torch.cat(tensors, 3).flatten(2, 3) for tensors in zip(*states, strict=True))
     return output, log_mass
 
 
 def attend_watched(
-    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, answered: int
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    answered: int,
+    softmax: Softmax = PLAIN,
+    sinks: Tensor | None = None,
 ) -> tuple[AttentionState, Tensor]:
     """Attention of reference rows, and the share that they pay each entry. Everything in the queries' dtype.
 
@@ -183,6 +214,8 @@ def attend_watched(
         values: [H, T, d_v].
         bias: [H, T], added to the logits; or None.
         answered: Only the first `answered` rows get an output.
+        softmax: The layer's cap.
+        sinks: [H, R], the logit of each row's sink, which counts in the log-sum-exp here; or None.
 
     Returns:
         The state of these rows, and the root mean square over all R rows of each entry's softmax share, [H, T].
@@ -200,10 +233,17 @@ def attend_watched(
             queries = own[:, lo : lo + step]
             share = tile[: queries.shape[:2].numel() * entries].view(*queries.shape[:2], entries)
             torch.bmm(queries, own_keys, out=share)
+            if softmax.cap is not None:
+                share.copy_(softmax.capped(share))
             if bias is not None:
                 share.add_(bias[some, None])
             top = share.amax(-1)
+            if sinks is not None:
+                sunk = sinks[some, lo : lo + step].to(top)
+                top = torch.maximum(top, sunk)
             total = share.sub_(top[..., None]).exp_().sum(-1)
+            if sinks is not None:
+                total += (sunk - top).exp_()
             share.mul_(total.reciprocal()[..., None])
             log_mass[some, lo : lo + step] = top + total.log()
             if lo < answered:
@@ -223,13 +263,15 @@ def _module(name: str) -> BackendModule:
     return cast(BackendModule, import_module(f"keepkv.attend.{name}"))
 
 
-def _backend(name: str, query: Tensor, value_size: int) -> str:
+def _backend(name: str, query: Tensor, value_size: int, softmax: Softmax = PLAIN) -> str:
     """The backend to use: the one that was asked for, or what "auto" stands for. Raises BackendError."""
     sizes = (query.shape[-1], value_size)
     if name == "auto":
-        return backend_for(query.device, query.dtype, *sizes).name
+        return "eager" if softmax.cap is not None else backend_for(query.device, query.dtype, *sizes).name
     if name not in _BACKENDS:
         raise BackendError(f"unknown attention backend {name!r}: {nearest(name, ['auto', *_BACKENDS])}")
     if reason := _module(name).reason_against(query.device, query.dtype, *sizes):
         raise BackendError(f"the attention backend {name!r} {reason}: backend='auto' takes one that can")
+    if softmax.cap is not None and name != "eager":
+        raise BackendError(f"the attention backend {name!r} does not cap logits, as this model does: 'eager' can")
     return name

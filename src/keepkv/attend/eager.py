@@ -7,6 +7,7 @@ from torch import Tensor
 
 from keepkv.attend.rotation import rotated, unrotated
 from keepkv.attend.states import AttentionState, block, stacked
+from keepkv.ops.softmax import PLAIN, Softmax
 from keepkv.slots.slots import Slots
 
 
@@ -15,9 +16,9 @@ def reason_against(device: torch.device, dtype: torch.dtype, size: int, value_si
     return ""
 
 
-def attend_slots(query: Tensor, slots: Slots, scale: float) -> AttentionState:
-    """See `dispatch.attend_slots`."""
+def attend_slots(query: Tensor, slots: Slots, scale: float, softmax: Softmax = PLAIN) -> AttentionState:
+    """See `dispatch.attend_slots`. This is the only backend that caps logits."""
     of_heads = zip(rotated(query, slots).flatten(0, 1), slots.unrotated().per_head, strict=True)
-    states = [block(own, keys, values, bias, scale) for own, (keys, values, bias) in of_heads]
+    states = [block(own, keys, values, bias, scale, softmax) for own, (keys, values, bias) in of_heads]
     output, log_mass = stacked(states, len(query))
     return unrotated(output, slots), log_mass

@@ -49,8 +49,16 @@ def available() -> bool:
 _TRIAL = ((24, (1, 2, 3, 4)), (40, (1, 2, 5, 4)), (40, (1, 2, 5, 4)), (30, (1, 2, 3, 5)))
 
 
-def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Output of one softmax over slots and tail, for few rows. Arguments as in `dispatch.attend`.
+def attend_few(
+    query: Tensor,
+    slots: Slots,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Output of one softmax over slots, tail and sinks [H, R], for few rows. Other arguments as in `dispatch.attend`.
 
     A head's logits over the tail and over its slots are written side by side, so that nothing is padded or merged. Products
     write where they belong, which autograd cannot follow.
@@ -70,17 +78,20 @@ def attend_few(query: Tensor, slots: Slots, keys: Tensor, values: Tensor, visibl
     output = flat.new_empty(batch * heads, rows, slots.values.shape[1])
     tail_values = values.to(dtype).flatten(0, 1)
     of_heads = zip(rotated.unbind(), newer.unbind(), tail_values.unbind(), slots.per_head, output.unbind(), strict=True)
-    for own, new, new_values, (old_keys, old_values, bias), to_output in of_heads:
-        logits = own.new_empty(rows, tail + len(bias))
+    for number, (own, new, new_values, (old_keys, old_values, bias), to_output) in enumerate(of_heads):
+        width = tail + len(bias)
+        logits = own.new_empty(rows, width + (sinks is not None))
         logits[:, :tail] = new
+        if sinks is not None:
+            logits[:, width] = sinks[number % heads]
         if size <= 64:  # the faster way round depends on the size
-            torch.addmm(bias, own, old_keys.T, out=logits[:, tail:])
+            torch.addmm(bias, own, old_keys.T, out=logits[:, tail:width])
         else:
-            torch.add(torch.mm(old_keys, own.T).T, bias, out=logits[:, tail:])
+            torch.add(torch.mm(old_keys, own.T).T, bias, out=logits[:, tail:width])
         share = logits.softmax(-1)
         if visible is not None or not tail:
             share.nan_to_num_()  # rows that see nothing
-        torch.mm(share[:, tail:], old_values, out=to_output)
+        torch.mm(share[:, tail:width], old_values, out=to_output)
         if value_rotation is not None:
             to_output.copy_(to_output @ value_rotation)
         to_output.addmm_(share[:, :tail], new_values)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from keepkv.ops.dtypes import wide
+from keepkv.ops.softmax import PLAIN, Softmax
 
 AttentionState = tuple[Tensor, Tensor]  # output [..., R, d_v] and log-sum-exp [..., R], both float32 or better
 
@@ -30,13 +31,15 @@ def exact(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: floa
     return logits.softmax(-1) @ values, logits.logsumexp(-1)
 
 
-def block(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> AttentionState:
+def block(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, softmax: Softmax = PLAIN
+) -> AttentionState:
     """`exact` in float32 or better throughout, as a bfloat16 logit of 30 is off by up to 0.1; bias may be None.
 
-    A row that sees nothing gets 0 and -inf.
+    Logits may be capped. Sinks are joined to the whole, see `with_sinks`. A row that sees nothing gets 0 and -inf.
     """
     dtype = wide(query.dtype)
-    logits = (query.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2)
+    logits = softmax.capped((query.to(dtype) * scale) @ keys.to(dtype).transpose(-1, -2))
     if bias is not None:
         logits = logits + bias
     log_mass = logits.logsumexp(-1)
@@ -54,6 +57,12 @@ def merge_states(first: AttentionState, second: AttentionState) -> AttentionStat
     log_mass = torch.logaddexp(first[1], second[1])
     weight = (second[1] - log_mass).exp().nan_to_num()[..., None]  # nan where neither state sees anything
     return torch.lerp(first[0], second[0], weight), log_mass
+
+
+def with_sinks(state: AttentionState, sinks: Tensor | None) -> Tensor:
+    """The output [B, H, R, d_v] of a state over all entries, once each row's sink [H, R] is joined, which has no value."""
+    output, log_mass = state
+    return output if sinks is None else output * (log_mass - sinks.to(output.dtype)).sigmoid()[..., None]
 
 
 def stacked(states: Sequence[AttentionState], batch: int) -> AttentionState:

@@ -1,7 +1,7 @@
 """The cache that a model reads and writes.
 
 cache.py has `KeepCache`, what users see. base.py is what transformers asks of a cache, layer.py one layer's state,
-sdpa_proxy.py how the cache sees queries without touching the model, policy.py and observations.py what the next compression
+proxies.py and attention_function.py how the cache sees queries, policy.py and observations.py what the next compression
 goes by and starts from, backing.py exact keys and values outside the device, report.py what a cache holds, auto_budget.py the
 budget "auto".
 """

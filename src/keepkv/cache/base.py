@@ -3,9 +3,9 @@
 The way of one layer in a forward pass:
 
 1. The model's attention module calls `update` with new keys and values. They are appended to the layer's tail, and the module
-   gets two proxies (sdpa_proxy.py) in their place.
-2. The module asks PyTorch for scaled dot product attention over the proxies, and PyTorch calls `_attention` here, with the
-   queries. It attends to slots and tail together, and lets the layer's watch see the queries.
+   gets two proxies (proxies.py) in their place.
+2. The module calls its attention function on the proxies, which leads to `_attention` here, with the queries. It attends to
+   slots and tail together, and lets the layer's watch see the queries.
 3. After the last layer it calls `_after_forward`, where the subclass, `KeepCache`, decides whether to compress.
 """
 
@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from keepkv.cache import other_layers
+from keepkv.cache.attention_function import lead_to_caches
 from keepkv.cache.backing import Backing
 from keepkv.cache.index import Index
-from keepkv.cache.layer import KeepLayer
+from keepkv.cache.layer import Asked, KeepLayer
 from keepkv.cache.observations import Observations
 from keepkv.cache.policy import Policy
+from keepkv.cache.proxies import Call, Proxy
 from keepkv.cache.report import Report
-from keepkv.cache.sdpa_proxy import SdpaProxy
-from keepkv.errors import KeepKVError
+from keepkv.cache.state_layer import keep_layer
+from keepkv.errors import KeepKVError, ModelError
 from keepkv.models import families
 from keepkv.models.rotation import Rotaries
 from keepkv.observe.repetition import Piece
@@ -55,12 +57,14 @@ class BaseCache(Cache):
         index: Keys of the tokens that were compressed, to look them up by; None unless that is wanted. Set it before reading.
     """
 
-    layers: list[Any]  # KeepLayer, or transformers' sliding-window layers
+    layers: list[Any]  # KeepLayer, or transformers' own layers for what is not compressed (other_layers.py)
     rotaries: Rotaries
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, policy: Policy, column_mass: bool, auto: bool) -> None:
         families.check_supported(model)
-        super().__init__(layers=[KeepLayer() if kind is None else kind for kind in families.layer_kinds(model)])
+        lead_to_caches(model)
+        kinds = families.layer_kinds(model)
+        super().__init__(layers=[keep_layer(kind) if families.is_compressed(kind) else kind for kind in kinds])
         self.recipe = recipe
         self.policy = policy
         self.column_mass = column_mass
@@ -69,7 +73,8 @@ class BaseCache(Cache):
         for layer in self.keep_layers:
             layer.backing = Backing(recipe.backing) if recipe.backing else None
         self._projections = families.projections(model)
-        self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
+        self._calls = 0  # of attention over compressed layers, in the forward pass that runs
+        self._all_calls = sum(layer.users for layer in self.keep_layers)
         self._report: Report | None = None  # what the last compression made, or why there was none
         self._piece: Piece | None = None  # the part of the text that is being repeated
         self._expected: tuple[int, ...] = ()  # tokens that every row will have when its prompt has been read
@@ -82,8 +87,13 @@ class BaseCache(Cache):
 
     @property
     def keep_layers(self) -> list[KeepLayer]:
-        """The layers with full attention: those that are compressed. The others have a sliding window."""
+        """The layers with full attention and keys of their own: those that are compressed."""
         return [layer for layer in self.layers if isinstance(layer, KeepLayer)]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers hold a state and no keys, for transformers' masks."""
+        return [other_layers.has_state(layer) and not hasattr(layer, "keys") for layer in self.layers]
 
     @property
     def live(self) -> bool:
@@ -107,7 +117,7 @@ class BaseCache(Cache):
 
     @property
     def rotations(self) -> list[Rotation]:
-        """How every layer rotates keys and queries now, those with a sliding window included."""
+        """How every layer rotates keys and queries now, also those that are not compressed."""
         return self.rotaries.at(max(self._tokens(), default=0))
 
     @property
@@ -136,67 +146,88 @@ class BaseCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, H, n, d]; for a layer with full attention returns proxies that lead to `_attention`."""
         layer = self.layers[layer_idx]
-        if self.chunk is not None and key_states.shape[2] > self.chunk and self._piece is None:
-            raise KeepKVError(
-                f"a forward pass of {key_states.shape[2]:,} tokens, more than chunk={self.chunk:,}: read the prompt with "
-                f"cache.read(model, input_ids), or call generate(..., prefill_chunk_size={self.chunk})"
-            )
+        self._check_chunk(key_states.shape[2])
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, KeepLayer):
-            families.free_passed(layer)
+            other_layers.free_passed(layer)
             return keys, values
+        if layer is self._first:
+            self._calls = 0
         attend = partial(self._attention, layer_idx, key_states.shape[2])
-        return SdpaProxy.of(key_states, layer.seen, attend), SdpaProxy.of(value_states, layer.seen, attend)
+        return Proxy.of(key_states, layer.seen, attend), Proxy.of(value_states, layer.seen, attend)
 
-    def _attention(
-        self,
-        layer_idx: int,
-        new: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Scaled dot product attention of the `new` newest tokens over a layer's state, in place of PyTorch's.
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Size and offset of a layer's attention masks. A forward pass that is too long ends here, before anything changes."""
+        self._check_chunk(query_length)
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
-        The arguments from `query` on are those of PyTorch's function; `key` and `value` are proxies. From here the layer's
-        watch sees the queries, and after the last layer the cache may compress.
+    def _check_chunk(self, new: int) -> None:
+        """Raises KeepKVError for a forward pass of more tokens than a chunk has."""
+        if self.chunk is not None and new > self.chunk and self._piece is None:
+            raise KeepKVError(
+                f"a forward pass of {new:,} tokens, more than chunk={self.chunk:,}: read the prompt with "
+                f"cache.read(model, input_ids), or call generate(..., prefill_chunk_size={self.chunk})"
+            )
+
+    def _attention(self, layer_idx: int, new: int, call: Call) -> Tensor:
+        """Attention of the `new` newest tokens over a layer's state, in place of the function that the model called.
+
+        From here the layer's watch sees the queries, and after the last layer the cache may compress.
         """
         layer: KeepLayer = self.layers[layer_idx]
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if self._piece is not None:
-            return layer.repeat(query, scale, self._piece, self._piece.drafts[self.keep_layers.index(layer)])
-        if layer.slots is not None:
-            if dropout_p:
-                raise KeepKVError("a compressed cache is for inference: call model.eval(), which turns attention dropout off")
-            output = layer.attend(query, attn_mask, scale, new)
-        else:
-            keys, values = layer.keys, layer.values
-            group = key.shape[1] // keys.shape[1]
-            if group > 1:  # transformers repeats the KV heads where there is a mask
-                keys = keys.repeat_interleave(group, 1)
-                values = values.repeat_interleave(group, 1)
-            output = scaled_dot_product_attention(
-                query, keys, values, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        query = call.query
+        asking = layer.asking(query, new)
+        if call.mask is not None and call.mask.shape[1] > 1:
+            raise ModelError(
+                "the model adds a bias of its own to each head's logits (by position, perhaps), which keepkv does not know: "
+                "use it with transformers' own cache"
             )
+        if self._piece is not None:
+            return layer.repeat(call, self._piece, self._piece.drafts[self.keep_layers.index(layer)])
+        if layer.slots is not None:
+            if call.dropout:
+                raise KeepKVError("a compressed cache is for inference: call model.eval(), which turns attention dropout off")
+            output = layer.attend(query, call.mask, call.scale, asking, call.softmax)
+        else:
+            output = call.stock(layer.keys, layer.values)
+        self._calls += 1
         if self.live or not self.compressed:
-            recipe = self.recipe
-            watch = layer.watch or Watch(layer_idx, recipe.references, recipe.seed, self.column_mass, scale, self.live)
-            grouped = query.detach().reshape(len(query), layer.heads, -1, new, query.shape[-1])
-            layer.watch = watch.see(grouped, layer.state, attn_mask)
-            if self.auto and layer_idx == self._last:
+            if (asked := layer.ask(call, new)) is not None:
+                watch = layer.watch or self._new_watch(layer_idx, asked)
+                layer.watch = watch.see(asked.queries, layer.state, call.mask)
+            if self.auto and self._calls == self._all_calls:
                 self._after_forward(new)
         return output
 
+    def _new_watch(self, layer_idx: int, asked: Asked) -> Watch:
+        """What a layer has shown whose users ask so: nothing yet."""
+        recipe = self.recipe
+        with_mass, rounded = self.column_mass, self.live
+        return Watch(layer_idx, recipe.references, recipe.seed, with_mass, asked.scale, rounded, softmax=asked.softmax)
+
+    @property
+    def _first(self) -> KeepLayer:
+        """The first layer that is compressed."""
+        return next(layer for layer in self.layers if isinstance(layer, KeepLayer))
+
+    @property
+    def last_logits(self) -> int | Tensor:
+        """What to give a model as `logits_to_keep` for the last token's logits, so that all layers ask for all tokens.
+
+        Where layers share keys, models run the later ones only for the tokens that a number asks logits for.
+        """
+        return 1 if self._all_calls == len(self.keep_layers) else torch.tensor([-1])
+
     def fork(self) -> Self:
-        """A second cache that goes on from here on its own. It takes no memory: tensors are shared, and never changed."""
+        """A second cache that goes on from here on its own. It takes no memory: tensors are shared, and never changed.
+
+        Only the states of linear attention, Mamba and convolutions are copied, since models write to them. Their size does not
+        grow with the text.
+        """
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
-        twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.layers = [other_layers.forked(layer) for layer in self.layers]
         return twin
 
     def __copy__(self) -> Self:
@@ -219,10 +250,19 @@ class BaseCache(Cache):
             tokens_to_remove: Minus their number; a positive number is how many tokens stay, as older transformers ask for it.
 
         Raises:
-            KeepKVError: if some of them are compressed already. Nothing has changed then.
+            KeepKVError: if some of them are compressed already, if a sliding window has moved on over some, or if a layer has a
+                state that every token changes. Nothing has changed then.
         """
-        copy.copy(self.keep_layers[0]).crop(tokens_to_remove)  # raises before any layer has changed
-        super().crop(tokens_to_remove)
+        copy.copy(self._first).crop(tokens_to_remove)  # raises before any layer has changed
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self._first.seen)
+        recording = any(getattr(layer, "record_past", False) for layer in self.layers)
+        if not tokens_to_remove and not recording:
+            return
+        for index, layer in enumerate(self.layers):
+            other_layers.check_crop(index, layer, tokens_to_remove)
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the given batch rows, in that order, as beam search asks for."""

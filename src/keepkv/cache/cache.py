@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from keepkv import methods, render
 from keepkv.budget import BudgetLike, is_single
+from keepkv.cache import other_layers
 from keepkv.cache.base import BaseCache
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations, check_observed
@@ -229,6 +230,8 @@ class KeepCache(BaseCache):
             columns = torch.arange(before, device=mask.device).expand(batch, -1)
             mask = torch.cat([(columns >= starts[:, None]).to(mask.dtype), mask], 1)
         padded = not bool(mask.all())
+        if padded and any(map(other_layers.has_state, self.layers)):
+            _check_lone_padding(mask[:, -length:], size)
         exact = self.compressed and not self.live  # nothing will be compressed any more
         method = self.policy.method
         if repeat is None and method.repeat is not None and method.repeat.needed and not exact:
@@ -245,7 +248,7 @@ class KeepCache(BaseCache):
                 if padded:
                     masks["attention_mask"] = mask[:, : before + hi]
                     masks["position_ids"] = _positions(mask, before + lo, before + hi)
-                model(input_ids[:, lo:hi], past_key_values=self, logits_to_keep=1, **masks)
+                model(input_ids[:, lo:hi], past_key_values=self, logits_to_keep=self.last_logits, **masks)
                 if repeat is not None:
                     self.repeat(model, input_ids[:, lo:hi], repeat)
                 if self.live and (self._due or hi < length or lo or (auto and before == 0)):
@@ -316,7 +319,8 @@ class KeepCache(BaseCache):
             piece = torch.cat([lead, input_ids[:, first - begin : last - begin]], dim=1)
             twin = self.fork()
             twin._piece = Piece(first, last, drafts, how)
-            model(piece, past_key_values=twin, logits_to_keep=1, **(_as_if_after(end, tokens, piece) if end > tokens else {}))
+            behind = _as_if_after(end, tokens, piece) if end > tokens else {}
+            model(piece, past_key_values=twin, logits_to_keep=self.last_logits, **behind)
             for ours, theirs in zip(self.keep_layers, twin.keep_layers, strict=True):
                 ours.watch = theirs.watch
             progress(last - begin, tokens - begin)
@@ -521,11 +525,11 @@ class KeepCache(BaseCache):
         if not all(layer.is_initialized for layer in self.keep_layers):
             return Report(method, budget, (), note="nothing has been read yet")
         report = self._report or Report(method, budget, self._tokens(), note="not compressed yet")
-        sliding = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in (layer.keys, layer.values)]
+        others = [x for layer in self.layers if not isinstance(layer, KeepLayer) for x in other_layers.tensors(layer)]
         layers = tuple(index for index, layer in enumerate(self.layers) if isinstance(layer, KeepLayer))
         index_bytes = self.index.bytes if self.index else 0
         report = replace(report, repeat_seconds=self._repeat_seconds, layers=layers, index_bytes=index_bytes)
-        return with_bytes_held(report, self.keep_layers, sliding, self.policy.full_dtype)
+        return with_bytes_held(report, self.keep_layers, others, self.policy.full_dtype)
 
     def __repr__(self) -> str:
         report = self.report()
@@ -570,6 +574,19 @@ def _as_if_after(end: int, tokens: int, piece: Tensor) -> dict[str, Any]:
         "position_ids": torch.arange(end, end + piece.shape[1], device=piece.device)[None],
         "attention_mask": torch.cat([own.new_zeros(1, tokens), own], dim=1),
     }
+
+
+def _check_lone_padding(mask: Tensor, size: int) -> None:
+    """Raises InputError where a forward pass of one token, in chunks of `size`, would be padding in a row.
+
+    transformers hides padding from layers with a state in every pass but those of one token.
+    """
+    lone = mask if size == 1 else mask[:, : int(mask.shape[1] % size == 1)]
+    if not bool(lone.all()):
+        raise InputError(
+            "a chunk of one token is padding in a row, and the state of this model's layers would take it in: read the rows "
+            f"one by one, or in chunks of another size than {size}"
+        )
 
 
 def _positions(mask: Tensor, lo: int, hi: int) -> Tensor:

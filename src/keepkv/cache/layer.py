@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,27 @@ from transformers.cache_utils import CacheLayerMixin
 
 from keepkv.attend.dispatch import Backend, attend, backend_for
 from keepkv.cache.backing import Backing
-from keepkv.errors import KeepKVError
+from keepkv.cache.proxies import Call
+from keepkv.errors import KeepKVError, ModelError
 from keepkv.observe.repetition import Piece, attend_piece
 from keepkv.observe.watch import LayerState, Watch
+from keepkv.ops.softmax import PLAIN, Softmax
 from keepkv.slots.slot_dtype import FLOAT, Price, SlotDtype
 from keepkv.slots.slots import Slots
+
+
+class Asked(NamedTuple):
+    """What layers asked of the keys that they share, or one layer of its own.
+
+    Attributes:
+        queries: [B, H, G, new, d], of the newest tokens.
+        scale: The factor on q·k.
+        softmax: The cap and sinks.
+    """
+
+    queries: Tensor
+    scale: float
+    softmax: Softmax
 
 
 class KeepLayer(CacheLayerMixin):
@@ -27,6 +43,9 @@ class KeepLayer(CacheLayerMixin):
         seen: Columns read, padding included. It alone decides positions and masks.
         watch: What was observed of the layer's attention, as long as there is more to compress; otherwise None.
         backing: The exact keys and values of what the slots stand for; None unless that is wanted.
+        users: How many layers of the model attend to these keys: more than one where layers share them.
+        asked: What those of them asked that have attended to the newest tokens, until all have.
+        group: Query heads of each of them that share a KV head; 0 until the first one has asked.
     """
 
     is_sliding = False
@@ -34,8 +53,11 @@ class KeepLayer(CacheLayerMixin):
     keys: Tensor  # None until the first token is read, as in transformers' own layers
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, users: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.users = users
+        self.asked: tuple[Asked, ...] = ()
+        self.group = 0
         self.slots: Slots | None = None
         self.seen = 0
         self.watch: Watch | None = None
@@ -83,6 +105,7 @@ class KeepLayer(CacheLayerMixin):
         self.keys = torch.cat([self.keys, key_states], dim=2)
         self.values = torch.cat([self.values, value_states], dim=2)
         self.seen += key_states.shape[2]
+        self.asked = ()
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -144,7 +167,7 @@ class KeepLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         backing = self.backing and Backing(self.backing.kind)
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.users)  # type: ignore[misc]
         self.backing = backing
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -160,26 +183,61 @@ class KeepLayer(CacheLayerMixin):
             self.slots = self.slots and self.slots.rows(rows.tolist(), heads)
             self.watch = self.watch and self.watch.rows(rows)
 
-    def repeat(self, query: Tensor, scale: float, piece: Piece, draft: Slots) -> Tensor:
-        """Attention while a piece of the text is repeated, query [1, H*G, new, d]; the watch notes what it attends to."""
+    def asking(self, query: Tensor, new: int) -> int:
+        """How many of the `new` newest tokens a query [B, H*G, n, d], or [B, H, G, d] of one token, is of: the last n of them.
+
+        The layer itself asks for all. Layers that share its keys and come later may only be run for the tokens whose logits are
+        wanted.
+        """
+        rows = query.shape[1] * query.shape[2] // self.heads
+        self.group = self.group or rows // new
+        return rows // self.group
+
+    def ask(self, call: Call, new: int) -> Asked | None:
+        """Notes what one layer asks of these keys. Returns what all their users asked, when the last of them has.
+
+        The query heads of all users that share a KV head are one group, in the order of the layers. Where one of them did not
+        ask for a token, the layer's own queries stand in.
+
+        Raises:
+            ModelError: for users whose logits are not made alike.
+        """
+        queries = call.query.detach().reshape(len(call.query), self.heads, self.group, -1, call.query.shape[-1])
+        if queries.shape[3] < new:
+            queries = torch.cat([self.asked[0].queries[:, :, :, : new - queries.shape[3]], queries], 3)
+        self.asked = (*self.asked, Asked(queries, call.scale, call.softmax))
+        if len(self.asked) < self.users:
+            return None
+        asked, self.asked = self.asked, ()
+        if len(asked) == 1:
+            return asked[0]
+        if len({(each.scale, each.softmax.cap) for each in asked}) > 1:
+            raise ModelError(
+                "layers that share keys make logits of other scales or caps: use the model with transformers' own cache"
+            )
+        softmax = Softmax.together([each.softmax for each in asked], self.heads)
+        return Asked(torch.cat([each.queries for each in asked], 2), call.scale, softmax)
+
+    def repeat(self, call: Call, piece: Piece, draft: Slots) -> Tensor:
+        """Attention while a piece of the text is repeated, of one row; the watch notes what it attends to."""
         assert self.watch is not None
+        query = call.query
         new = query.shape[2]
         wide = torch.promote_types(query.dtype, torch.float32)
-        rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * scale  # [H, G*new, d]
+        rows = query[0].reshape(self.heads, -1, query.shape[-1]).to(wide) * call.scale  # [H, G*new, d]
         keys = self.keys[0].to(wide)
         values = self.values[0].to(wide)
         first, last, _, how = piece
         before_tail = self.seen - self.tail
-        output, peak = attend_piece(rows, keys, values, new, draft, first, last, before_tail, how.alone, how.group_mean)
+        output, peak = attend_piece(rows, keys, values, new, draft, first, last, before_tail, how, call.softmax)
         before = LayerState(self.slots, self.keys[:, :, :-new], self.values[:, :, :-new], self.seen - new)
         self.watch = self.watch.repeat(peak.float(), before)
-        if how.queries:
-            grouped = query[0].detach().reshape(self.heads, -1, new, query.shape[-1])
-            queries = grouped[:, :, first - last :]  # without the instruction before the piece
+        if how.queries and (asked := self.ask(call, new)) is not None:
+            queries = asked.queries[0][:, :, first - last :]  # without the instruction before the piece
             self.watch = self.watch.keep_repeated(queries, torch.arange(first, last, device=query.device))
         return output.to(query.dtype).reshape(query.shape[:-1] + output.shape[-1:])
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int, softmax: Softmax = PLAIN) -> Tensor:
         """Attention of the `new` newest tokens, query [B, H*G, new, d], over compact part and tail together."""
         assert self.slots is not None
         rows = query.reshape(len(query), self.heads, -1, query.shape[-1])  # [B, H, G*new, d]
@@ -187,5 +245,5 @@ class KeepLayer(CacheLayerMixin):
             mask = torch.ones(new, self.tail, dtype=torch.bool, device=query.device).tril(self.tail - new)[None, None]
         if mask is not None:
             mask = mask[..., mask.shape[-1] - self.tail :]
-        output = attend(rows, self.slots, self.keys, self.values, mask, scale)
+        output = attend(rows, self.slots, self.keys, self.values, mask, scale, softmax=softmax)
         return output.to(query.dtype).reshape(*query.shape[:-1], -1)

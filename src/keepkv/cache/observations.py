@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from keepkv.cache.layer import KeepLayer
@@ -42,7 +43,7 @@ class Observations(Sequence[Observation]):
         layers: The compressed layers.
         row: The batch row.
         rotations: How each of them rotates.
-        projections: Every layer's output projection [D, heads × d_v], or None.
+        projections: For every layer the output projections [D, heads × d_v] of those that attend to its keys, or None.
         keep: Spans of positions (first, last + 1) that must stay.
         tail: How many of the newest tokens must stay too.
         exact: Whether to observe all tokens as they were, from the layers' backing, instead of slots and tail.
@@ -53,7 +54,7 @@ class Observations(Sequence[Observation]):
         layers: Sequence[KeepLayer],
         row: int,
         rotations: Sequence[Rotation],
-        projections: Sequence[Tensor | None],
+        projections: Sequence[tuple[Tensor, ...] | None],
         keep: Sequence[tuple[int, int]] = (),
         tail: int = 0,
         exact: bool = False,
@@ -86,10 +87,11 @@ class Observations(Sequence[Observation]):
                 key_positions=None,
                 read=None,
             )
-        weight = self._projections[index]
-        if weight is not None:
-            group, size = observation.queries.shape[1], observation.values.shape[2]
-            projection = weight.view(-1, observation.heads, group, size).permute(1, 2, 3, 0)
+        weights = self._projections[index]
+        if weights is not None:
+            size = observation.values.shape[2]
+            of_groups = [weight.view(len(weight), observation.heads, -1, size).permute(1, 2, 3, 0) for weight in weights]
+            projection = of_groups[0] if len(weights) == 1 else torch.cat(of_groups, 1)
             observation = replace(observation, projection=projection)
         if not self._keep and not self._tail:
             return observation

@@ -7,10 +7,12 @@ The first cache for a model's class and configuration runs the model on a few to
    one of those that the model's code offers (`keepkv.models.rotation`), or none.
 2. *Attention.* A short text is read into a cache that keeps everything, and some more tokens after that. What the model then
    computes must be what it computes with transformers' own cache: the logits, or, to save time, the keys of the layer behind
-   the first layers of every kind.
+   the first layers of every kind. The same must come out where the short text has become slots, a token each: then keepkv's
+   own attention computes it, and not the model's.
 
 That costs about as much as writing one token for twelve sequences at once, and a few layers more. The verdict is remembered for
-the model's class and configuration. A model that fails is refused, and the error names the property that is missing.
+the model's class, configuration and way of attending. A model that fails is refused, and the error names the property that is
+missing.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
+from keepkv.cache.attention_function import leave
 from keepkv.cache.layer import KeepLayer
+from keepkv.cache.other_layers import has_state
+from keepkv.cache.report import Report
 from keepkv.errors import KeepKVError, ModelError
 from keepkv.models import families
 from keepkv.models.rotation import Rotaries, Rotary, candidates
 from keepkv.ops.rope import Rotation
+from keepkv.slots.slots import Slots
 
 if TYPE_CHECKING:
     from keepkv.cache.cache import KeepCache
@@ -42,7 +48,7 @@ _ROTATED = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # by bytes of a number: how far a rotate
 _ATTENDED = {2: 5e-2, 4: 1e-3, 8: 1e-6}  # and what is computed with the cache
 _OTHERWISE = "use the model with transformers' own cache (past_key_values=None)"
 
-_verdicts: dict[tuple[type, str], Choice | str] = {}  # of the models tried in this process; a str is the refusal
+_verdicts: dict[tuple[type, str, str], Choice | str] = {}  # of the models tried in this process; a str is the refusal
 
 
 def checked(model: PreTrainedModel, new_cache: Callable[..., KeepCache]) -> Rotaries:
@@ -55,7 +61,8 @@ def checked(model: PreTrainedModel, new_cache: Callable[..., KeepCache]) -> Rota
     Raises:
         ModelError: for a model that cannot be compressed.
     """
-    key = type(model), model.config.to_json_string(use_diff=False)
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    key = type(model), model.config.to_json_string(use_diff=False), attention
     if key not in _verdicts:
         try:
             _verdicts[key] = _tried(model, new_cache)
@@ -63,6 +70,7 @@ def checked(model: PreTrainedModel, new_cache: Callable[..., KeepCache]) -> Rota
             _verdicts[key] = str(error)
     verdict = _verdicts[key]
     if isinstance(verdict, str):
+        leave(model)
         raise ModelError(verdict)
     return _chosen(model, verdict)
 
@@ -106,10 +114,13 @@ def _rotations_in_use(model: PreTrainedModel, cache: KeepCache) -> Choice:
     positions = torch.tensor(places, device=ids.device).repeat_interleave(_TOKENS)[:, None]
     _run(model, ids, cache, position_ids=positions)
     _check_keys(model, cache)
-    ways = candidates(model, [layer.keys.shape[-1] for layer in cache.layers])
+    ways = candidates(model, [0 if layer is None else layer.keys.shape[-1] for layer in map(_with_keys, cache.layers)])
     known: dict[Rotary, Rotation | ModelError] = {}
-    choice = []
+    choice: list[tuple[int, int] | None] = []
     for index, layer in enumerate(cache.layers):
+        if _with_keys(layer) is None:
+            choice.append(None)
+            continue
         vectors = [layer.keys]
         if isinstance(layer, KeepLayer):
             assert layer.watch is not None, "a cache that is not compressed watches"
@@ -131,6 +142,11 @@ def _in_use(
         rotation = known[rotary]
         if isinstance(rotation, Rotation) and all(_explains(rotation, x, places) for x in vectors):
             return number, rotary.size
+    if not ways:
+        raise ModelError(
+            f"layer {index} changes keys or queries with the position, and its code names no rotation (positions are learned, "
+            f"perhaps), so keepkv could not move them: {_OTHERWISE}"
+        )
     reasons = [f" ({refusal})" for rotary in ways if isinstance(refusal := known[rotary], ModelError)]
     raise ModelError(
         f"layer {index} changes keys or queries with the position in another way than by the rotation that its code names, so "
@@ -153,12 +169,21 @@ def _explains(rotation: Rotation, x: Tensor, places: list[int]) -> bool:
     return float((x[1:].flatten(0, 1) - there).norm()) <= _ROTATED[x.element_size()] * float(there.norm())
 
 
+def _with_keys(layer: Any) -> Any:
+    """The layer, if it holds keys; None if it holds a state, or nothing of its own."""
+    return layer if isinstance(layer, CacheLayerMixin) else None
+
+
 def _check_keys(model: PreTrainedModel, cache: KeepCache) -> None:
     """Raises ModelError unless every layer has handed over keys and values once, as large as the configuration says."""
     shape = families.key_shape(model)
     for index, layer in enumerate(cache.layers):
+        if _with_keys(layer) is None:
+            continue
         if not layer.is_initialized:
             raise ModelError(f"layer {index} hands no keys to the cache (it shares another layer's, perhaps): {_OTHERWISE}")
+        if not isinstance(layer, KeepLayer):
+            continue
         if layer.keys.shape != layer.values.shape:
             raise ModelError(
                 f"layer {index} has keys of {layer.keys.shape[-1]} and values of {layer.values.shape[-1]} dimensions (latent "
@@ -167,38 +192,67 @@ def _check_keys(model: PreTrainedModel, cache: KeepCache) -> None:
         if (layer.keys.shape[1], layer.keys.shape[3]) != shape:
             raise ModelError(
                 f"layer {index} has {layer.keys.shape[1]} KV heads of {layer.keys.shape[3]} dimensions, but the configuration "
-                f"says {shape[0]} of {shape[1]} for all layers: {_OTHERWISE}"
+                f"says {shape[0]} of {shape[1]}: {_OTHERWISE}"
             )
-        if isinstance(layer, KeepLayer) and (layer.watch is None or len(layer.watch.pending) != 1):
-            times = 0 if layer.watch is None else len(layer.watch.pending)
-            raise ModelError(f"layer {index} attends {times} times to the keys of a token, not once: {_OTHERWISE}")
+        rounds = 0 if layer.watch is None else len(layer.watch.pending)
+        if rounds != 1 or layer.asked:
+            times = rounds * layer.users + len(layer.asked)
+            expected = "once" if layer.users == 1 else f"{layer.users} times"
+            raise ModelError(
+                f"the keys of layer {index} are attended to {times} times for a token, not {expected}: {_OTHERWISE}"
+            )
 
 
 def _check_attention(model: PreTrainedModel, new_cache: Callable[..., KeepCache], choice: Choice) -> None:
     """Raises ModelError unless a cache that keeps everything does what transformers' own does."""
     ours = new_cache(1.0)
     theirs = DynamicCache(config=model.config.get_text_config(decoder=True))
-    stop = _first_layers(ours.layers, choice)
+    stop = len(ours.layers) if ours._all_calls > len(ours.keep_layers) else _first_layers(ours.layers, choice)
     if stop < len(ours.layers):
-        ours._last = max(index for index, layer in enumerate(ours.layers[:stop]) if isinstance(layer, KeepLayer))
         for cache in (ours, theirs):
             cache.layers = [*cache.layers[:stop], _Stop()]  # type: ignore[no-untyped-call]
     ids = _some_tokens(model, _PROMPT + _LATER)
-    for part in (ids[:, :_PROMPT], ids[:, _PROMPT:]):
-        got, expected = (_run(model, part, cache) for cache in (ours, theirs))
-        off = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not off <= _ATTENDED.get(model.dtype.itemsize, _ATTENDED[2]):
-            raise ModelError(
-                f"with every token kept, the model computes something else than with transformers' own cache (off by {off:.2g} "
-                f"of the whole): its attention is not one scaled dot product over the keys and values that it hands to the "
-                f"cache. {_OTHERWISE[0].upper()}{_OTHERWISE[1:]}"
-            )
+    expected = _run(model, ids[:, :_PROMPT], theirs)
+    _compare(_run(model, ids[:, :_PROMPT], ours), expected, "with every token kept", model)
+    compact = _in_slots(ours)
+    expected = _run(model, ids[:, _PROMPT:], theirs)
+    _compare(_run(model, ids[:, _PROMPT:], ours), expected, "with every token kept", model)
+    _compare(_run(model, ids[:, _PROMPT:], compact), expected, "with every token in a slot of its own", model)
 
 
-def _first_layers(layers: Sequence[CacheLayerMixin], choice: Choice) -> int:
-    """How many of the first layers have one of every kind."""
+def _compare(got: Tensor, expected: Tensor, when: str, model: PreTrainedModel) -> None:
+    """Raises ModelError unless both are the same but for rounding."""
+    off = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+    if not off <= _ATTENDED.get(model.dtype.itemsize, _ATTENDED[2]):
+        raise ModelError(
+            f"{when}, the model computes something else than with transformers' own cache (off by {off:.2g} of the whole): its "
+            f"attention is not one scaled dot product over the keys and values that it hands to the cache, with at most a cap "
+            f"and sinks. {_OTHERWISE[0].upper()}{_OTHERWISE[1:]}"
+        )
+
+
+def _in_slots(cache: KeepCache) -> KeepCache:
+    """A fork in which every token of one row has become a slot."""
+    twin = cache.fork()
+    twin.restore(Report("", "", ()))
+    for layer in twin.keep_layers:
+        if not layer.is_initialized:  # behind the layers that are tried
+            continue
+        heads, count = layer.keys.shape[1:3]
+        bias = torch.zeros(heads * count, device=layer.keys.device)
+        positions = torch.arange(count, device=layer.keys.device).repeat(heads).int()
+        offsets = tuple(range(0, heads * count + 1, count))
+        layer.compact(Slots(layer.keys[0].flatten(0, 1), layer.values[0].flatten(0, 1), bias, positions, offsets), 0)
+        layer.watch = None
+    return twin
+
+
+def _first_layers(layers: Sequence[Any], choice: Choice) -> int:
+    """How many of the first layers have one of every kind, and are followed by one that hands over keys first, to stop at."""
     kinds = list(zip(map(type, layers), choice, strict=True))
-    return 1 + max(kinds.index(kind) for kind in set(kinds))
+    enough = 1 + max(kinds.index(kind) for kind in set(kinds))
+    ends = [index for index, layer in enumerate(layers) if _with_keys(layer) is not None and not has_state(layer)]
+    return next((index for index in ends if index >= enough), len(layers))
 
 
 class _EnoughError(Exception):

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 def show_checkup(found: Checkup) -> None:
     """What a model is, what its cache takes at some lengths, and what was tried."""
     facts = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    windows = found.layers - found.compressed
+    others = {"have a sliding window": found.windows, "have a state": found.states, "use other layers' keys": found.sharing}
     facts.add_row("type", found.family)
-    facts.add_row("layers", f"{found.layers}: {found.compressed} are compressed, {windows} have a sliding window")
+    kinds = ", ".join(f"{count} {what}" for what, count in {"are compressed": found.compressed, **others}.items() if count)
+    facts.add_row("layers", f"{found.layers}: {kinds}")
     facts.add_row("keys", f"{found.heads} KV heads of {found.size} dimensions, {found.unrotated} layers without rotation")
     facts.add_row("a token takes", size(found.token_bytes))
     out.print(facts)

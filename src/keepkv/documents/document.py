@@ -152,9 +152,10 @@ def compile_text(
     spans = prompt.spans(*recipe.keep)
     method = methods.get(recipe.method)
     lead = prompt.question(REPEAT).to(model.device)
-    if recipe.exact and (recipe.chunk or any(kind is not None for kind in families.layer_kinds(model))):
+    if recipe.exact and (recipe.chunk or not all(map(families.is_compressed, families.layer_kinds(model)))):
         raise InputError(
-            "every key and value is kept only of a text that is read at once (--chunk 0), by a model without sliding windows"
+            "every key and value is kept only of a text that is read at once (--chunk 0), by a model with full attention in "
+            "all layers"
         )
     exact = None
     if recipe.chunk:

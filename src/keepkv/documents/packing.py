@@ -1,6 +1,7 @@
 """Packing: a cache of one text as named tensors and a header, and a cache made of them again.
 
 The tensors' names: layer.3.keys and .values are the exact tail [1, H, n, d] (or, of a sliding window, all it holds);
+layer.3.conv_states.0 and .recurrent_states.0 are a state [1, ...] of linear attention, Mamba or a convolution;
 layer.3.slots.bias, .positions [total], .offsets [H + 1], .keys, .values [total, d]. Keys that are quantized are
 layer.3.slots.keys.codes and .steps, see `QuantizedByVector`, or also .lows and .starts, see `QuantizedByChannel`. Keys that two
 layers share are layer.3.slots.keys.0.places, .norms [n] and directions.0 [m, d], once for both.
@@ -8,7 +9,7 @@ layers share are layer.3.slots.keys.0.places, .norms [n] and directions.0 [m, d]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keepkv.cache import KeepCache
+from keepkv.cache import KeepCache, other_layers
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.report import Head, Report
 from keepkv.documents.format import Contents
@@ -54,12 +55,18 @@ def pack(cache: KeepCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     layers = []
     for index, layer in enumerate(cache.layers):
         name = f"layer.{index}"
-        tensors[f"{name}.keys"] = layer.keys
-        tensors[f"{name}.values"] = layer.values
-        fields: dict[str, Any] = {"slots": None}
-        if not isinstance(layer, KeepLayer):
-            fields = {"window": layer.sliding_window}
-        elif layer.slots is not None:
+        fields: dict[str, Any] = {"slots": None} if isinstance(layer, KeepLayer) else {}
+        if isinstance(layer, KeepLayer) or other_layers.has_window(layer):
+            tensors[f"{name}.keys"] = layer.keys
+            tensors[f"{name}.values"] = layer.values
+        for kind, number, state in other_layers.state_tensors(layer):
+            tensors[f"{name}.{kind}.{number}"] = state
+        if other_layers.has_state(layer):
+            fields["states"] = {f"{kind}.{number}": list(x.shape) for kind, number, x in other_layers.state_tensors(layer)}
+            fields["read"] = [bool(layer.has_previous_state[number]) for number in range(layer.number_of_states)]
+        if other_layers.has_window(layer):
+            fields["window"] = layer.sliding_window
+        if isinstance(layer, KeepLayer) and layer.slots is not None:
             slots = layer.slots
             tensors[f"{name}.slots.bias"] = slots.bias
             tensors[f"{name}.slots.positions"] = slots.positions
@@ -146,17 +153,26 @@ class _LayerReader:
 
     def fill(self, name: str, layer: Any, fields: Mapping[str, Any], seen: int) -> None:
         """Fills a new layer of a cache."""
+        if other_layers.has_state(layer):
+            states = {state: self._state(f"{name}.{state}", shape) for state, shape in fields["states"].items()}
+            other_layers.fill_state(layer, states, [bool(read) for read in fields["read"]])
+        if other_layers.has_window(layer):
+            keys = self._take(f"{name}.keys", 1, None, None, None)
+            size = keys.shape[2]
+            values = self._take(f"{name}.values", 1, keys.shape[1], size, None, dtype=keys.dtype)
+            if fields["window"] != layer.sliding_window or size != min(seen, layer.sliding_window - 1):
+                raise ValueError
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            layer.cumulative_length = seen
+        if not isinstance(layer, KeepLayer):
+            return
         heads, width = self._shape
         keys = self._take(f"{name}.keys", 1, heads, None, width)
         size = keys.shape[2]
         values = self._take(f"{name}.values", 1, heads, size, width, dtype=keys.dtype)
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-        if not isinstance(layer, KeepLayer):
-            if fields["window"] != layer.sliding_window or size != min(seen, layer.sliding_window - 1):
-                raise ValueError
-            layer.cumulative_length = seen
-            return
         layer.seen = seen
         if fields["slots"] is not None:
             layer.slots = self._slots(f"{name}.slots", fields["slots"], heads, width, keys.dtype, seen)
@@ -210,6 +226,13 @@ class _LayerReader:
         return QuantizedByChannel(
             codes, steps, self._take(f"{name}.lows", len(starts) - 1, width, dtype=dtype), starts, bits, width
         )
+
+    def _state(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A state of one row, of a shape that only the model's code knows."""
+        state = self._take(name, *shape)
+        if state.dim() < 2 or state.shape[0] != 1 or not state.is_floating_point():
+            raise ValueError
+        return state
 
     def _take(self, name: str, *shape: int | None, dtype: torch.dtype | None = None) -> Tensor:
         return self._contents.take(name, *shape, dtype=dtype).to(self._device)

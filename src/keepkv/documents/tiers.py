@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from keepkv.cache import other_layers
 from keepkv.cache.layer import KeepLayer
 from keepkv.documents.document import Document
 from keepkv.documents.store import Shelf
@@ -129,8 +130,7 @@ def on_device(document: Document, device: torch.device) -> Document:
     """A document whose cache is on another device."""
     cache = document.cache.fork()
     for layer in cache.layers:
-        layer.keys = layer.keys.to(device)
-        layer.values = layer.values.to(device)
+        other_layers.moved(layer, device)
         if isinstance(layer, KeepLayer) and layer.slots is not None:
             layer.slots = layer.slots.to(device)
     ids = None if document.ids is None else document.ids.to(device)

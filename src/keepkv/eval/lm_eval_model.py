@@ -167,7 +167,7 @@ class KeepKV(TemplateLM):  # type: ignore[misc]
         if self._last is None or self._last[0] != key:
             tokens = torch.tensor([ids], device=self.model.device)
             cache = KeepCache(self.model, self.budget, self.method, seed=self.seed, auto=False)
-            logits = self.model(tokens, past_key_values=cache, logits_to_keep=1).logits[0]
+            logits = self.model(tokens, past_key_values=cache, logits_to_keep=cache.last_logits).logits[0]
             if self.method.repeat is not None and self.method.repeat.needed:
                 cache.repeat(self.model, tokens, None, self.method.repeat)
             try:

@@ -22,7 +22,7 @@ from keepkv.eval.sample import Question, Sample
 from keepkv.eval.writing import write
 from keepkv.lookback.look_back import Looking, indexed
 from keepkv.methods import Method, get
-from keepkv.models.families import key_shape, layer_kinds
+from keepkv.models.families import is_compressed, key_shape, layer_kinds
 from keepkv.recipe import CHUNK, Recipe
 from keepkv.text.conversation import turn_template
 from keepkv.text.prompt import Prompt
@@ -193,7 +193,7 @@ def live(setup: Setup, recipe: Recipe, tokens: int) -> KeepCache:
     limit = Budget.parse(recipe.budget_text)
     if limit.kind == "fraction":
         heads, size = key_shape(setup.model)
-        heads *= sum(kind is None for kind in layer_kinds(setup.model))
+        heads *= sum(map(is_compressed, layer_kinds(setup.model)))
         policy = Policy.of(limit, recipe.method, recipe.slot_dtype, recipe.full_dtype)
         slots = limit.total_slots(tokens, heads, policy.price(size, setup.model.dtype.itemsize))
         recipe = replace(recipe, budget=str(max(MIN_SLOTS, slots // heads)))

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv.cache import KeepCache
-from keepkv.models.families import layer_kinds
+from keepkv.models.families import is_compressed, layer_kinds
 from keepkv.text.prompt import NEXT_QUESTION
 
 MOST_BYTES = 2 << 30  # of the caches of a batch
@@ -61,13 +61,13 @@ def write(
 def _batches(model: PreTrainedModel, cache: KeepCache, questions: Sequence[Tensor]) -> Iterator[list[int]]:
     """Questions that are asked together.
 
-    A live cache would fold the padding too, and in a sliding window padding would take the place of tokens: there only
-    questions of one length go together.
+    A live cache would fold the padding too, in a sliding window padding would take the place of tokens, and a recurrent state
+    would take it in: there only questions of one length go together.
     """
     most = min(MOST_ROWS, max(1, MOST_BYTES // max(1, cache.report().kv_bytes)))
     lengths = [question.shape[1] for question in questions]
     order = sorted(range(len(questions)), key=lambda i: lengths[i])
-    windows = any(kind is not None for kind in layer_kinds(model))
+    windows = not all(map(is_compressed, layer_kinds(model)))
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) == most or cache.live or (windows and lengths[i] != lengths[batch[0]])):

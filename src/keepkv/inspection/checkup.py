@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from keepkv.cache import KeepCache
+from keepkv.cache import KeepCache, other_layers
 from keepkv.documents.format import Contents, write
 from keepkv.documents.packing import pack, unpack
 from keepkv.errors import KeepKVError, ModelError
@@ -49,13 +49,18 @@ class Checkup:
     Args:
         family: The model's type in transformers.
         refusal: Why the model cannot be compressed, and what to do; "" if it can. Nothing else is known then.
-        layers: Layers that have a cache.
-        compressed: Those of them that are compressed; the others have a sliding window.
+        layers: All layers.
+        compressed: Those of them that are compressed.
+        windows: Those with a sliding window or chunks.
+        states: Those with a state that every token changes (linear attention, Mamba, convolutions), compressed ones too.
+        sharing: Those that use another layer's keys, or hold nothing else either.
         unrotated: Compressed layers that do not rotate their keys.
-        heads: KV heads of a layer.
-        size: d, the size of a key.
+        heads: KV heads of a compressed layer.
+        size: d, the size of a key of those.
         window: Tokens that a sliding window holds; 0 without one.
         element: Bytes of a number.
+        window_bytes: Of one token in all sliding windows together.
+        state_bytes: Of all states, whatever the length.
         trials: What was tried.
     """
 
@@ -63,11 +68,16 @@ class Checkup:
     refusal: str = ""
     layers: int = 0
     compressed: int = 0
+    windows: int = 0
+    states: int = 0
+    sharing: int = 0
     unrotated: int = 0
     heads: int = 0
     size: int = 0
     window: int = 0
     element: int = 0
+    window_bytes: int = 0
+    state_bytes: int = 0
     trials: tuple[Trial, ...] = ()
 
     @property
@@ -82,8 +92,7 @@ class Checkup:
 
     def full_bytes(self, tokens: int) -> int:
         """Bytes of transformers' cache of so many tokens."""
-        windows = (self.layers - self.compressed) * min(tokens, self.window)
-        return tokens * self.token_bytes + 2 * windows * self.heads * self.size * self.element
+        return tokens * self.token_bytes + min(tokens, self.window) * self.window_bytes + self.state_bytes
 
     def kept_bytes(self, tokens: int, share: float) -> int:
         """The same where the layers with full attention are compressed to a share."""
@@ -114,16 +123,23 @@ def check(model: PreTrainedModel) -> Checkup:
     except ModelError as error:
         return Checkup(family, str(error))
     heads, size = families.key_shape(model)
-    windows = [layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")]
+    model(input_ids=_random_tokens(model)[:, :1], past_key_values=cache)
+    windows = [layer for layer in cache.layers if other_layers.has_window(layer)]
+    states = [layer for layer in cache.layers if other_layers.has_state(layer)]
     return Checkup(
         family,
         layers=len(cache.layers),
         compressed=len(cache.keep_layers),
+        windows=len(windows),
+        states=len(states),
+        sharing=sum(not other_layers.tensors(layer) for layer in cache.layers),
         unrotated=sum(not len(rotation.frequencies) for rotation in cache.keep_rotations),
         heads=heads,
         size=size,
-        window=max(windows, default=1) - 1,
+        window=max((layer.sliding_window for layer in windows), default=1) - 1,
         element=model.dtype.itemsize,
+        window_bytes=sum(x.numel() * x.element_size() for layer in windows for x in (layer.keys, layer.values)),
+        state_bytes=sum(x.numel() * x.element_size() for layer in states for _, _, x in other_layers.state_tensors(layer)),
         trials=tuple(_trials(model)),
     )
 

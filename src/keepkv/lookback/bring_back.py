@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from keepkv.cache import KeepCache
 from keepkv.cache.layer import KeepLayer
+from keepkv.cache.other_layers import has_window
 from keepkv.errors import KeepKVError
 from keepkv.lookback.spans import Span, count
 from keepkv.slots.slots import Slots
@@ -71,7 +72,8 @@ def tokens(model: PreTrainedModel, ids: Tensor) -> Source:
 
     The 32 tokens before a span are read with it, and not kept, so that its first tokens see their neighbors. In a layer with a
     sliding window they would see nothing before these. So the tokens of one window before them are read first, and forgotten
-    by the other layers. REFORM (arXiv 2506.01215) reads gathered tokens again, too.
+    by the other layers. A layer with a recurrent state starts from the state behind the whole text, of which it changes a copy:
+    what it was at a span is not known. REFORM (arXiv 2506.01215) reads gathered tokens again, too.
 
     Args:
         model: The cache's model.
@@ -84,7 +86,7 @@ def tokens(model: PreTrainedModel, ids: Tensor) -> Source:
         return cache
 
     def states(cache: KeepCache, spans: Sequence[Span]) -> States:
-        window = max((layer.sliding_window for layer in cache.layers if not isinstance(layer, KeepLayer)), default=0)
+        window = max((layer.sliding_window for layer in cache.layers if has_window(layer)), default=0)
         back: States = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.keep_layers]
         for number, (first, last) in enumerate(spans):
             begin = max(0, first - RUN_UP)
@@ -110,7 +112,7 @@ def _as_of(cache: KeepCache, begin: int, spans: Sequence[Span], back: States) ->
     """A fork as of before token `begin`: the slots before it, and of the `spans` that are back what stands before it."""
     twin = cache.fork()
     twin.auto = False
-    twin.layers = [layer if isinstance(layer, KeepLayer) else _Begun(layer.sliding_window, begin) for layer in twin.layers]
+    twin.layers = [_Begun(layer.sliding_window, begin) if has_window(layer) else layer for layer in twin.layers]
     size = count([(first, min(last, begin)) for first, last in spans if first < begin])
     for layer, (keys, values) in zip(twin.keep_layers, back, strict=True):
         slots = layer.slots and without(layer.slots, [*spans, (begin, layer.seen)])

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from keepkv import paths
 from keepkv.cache import KeepCache
 from keepkv.models import identity
+from keepkv.ops.softmax import shares
 from keepkv.types import CopyingHead, Observation
 
 TOKENS = 256  # of the sequence
@@ -67,7 +68,7 @@ def measure_heads(model: PreTrainedModel, seed: int = 0) -> tuple[CopyingHead, .
     """As `copying_heads`, but nothing is remembered."""
     ids = twice(model, seed).to(model.device)
     cache = KeepCache(model, "100%", "full", auto=False, references=ids.shape[1])
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, past_key_values=cache, logits_to_keep=cache.last_logits)
     heads = []
     for layer, observation in enumerate(cache.observations()):
         shares = copied(observation)
@@ -101,8 +102,9 @@ def copied(observation: Observation) -> Tensor:
     size = (observation.tokens - 1) // 2
     asking = torch.arange(size + 1, observation.tokens - 1, device=observation.keys.device)  # the last token has no next one
     queries = observation.queries[:, :, asking].float() * observation.scale
-    logits = queries @ observation.keys.float()[:, None].mT  # [H, G, n, T]
+    logits = observation.softmax.capped(queries @ observation.keys.float()[:, None].mT)  # [H, G, n, T]
+    sinks = observation.softmax.of_groups(observation.heads)
     later = torch.arange(observation.tokens, device=asking.device) > asking[:, None]
-    shares = logits.masked_fill_(later, -torch.inf).softmax(-1)
-    target = (asking - size + 1)[:, None].expand(*shares.shape[:2], -1, 1)
-    return shares.gather(-1, target)[..., 0].mean(-1)
+    paid = shares(logits.masked_fill_(later, -torch.inf), None if sinks is None else sinks[..., None])
+    target = (asking - size + 1)[:, None].expand(*paid.shape[:2], -1, 1)
+    return paid.gather(-1, target)[..., 0].mean(-1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from keepkv.cache import KeepCache
 from keepkv.errors import KeepKVError
 from keepkv.lookback.spans import NEAR, Span
+from keepkv.ops.softmax import PLAIN, Softmax, shares
 from keepkv.recipe import SPAN
 
 SINKS = 4  # the first tokens of a text, which get attention from everywhere whatever is asked
@@ -61,14 +62,15 @@ def looks(model: PreTrainedModel, cache: KeepCache, question: Tensor, lead: int 
     if not index.tokens:
         return Looks([], 0, 0.0)
     twin = _listening(cache, question.shape[1])
-    model(question, past_key_values=twin, logits_to_keep=1)
+    model(question, past_key_values=twin, logits_to_keep=twin.last_logits)
     scores = []
     for number, head in enumerate(index.heads):
         layer = twin.keep_layers[head.layer]
         assert layer.watch is not None
         watch = layer.watch.banked(layer.state)
         queries = watch.banks[0].queries[head.head, head.query].float() * watch.scale
-        scores.append(peaks(queries, torch.cat(index.keys(number)), layer.keys[0, head.head], asking))
+        softmax = watch.softmax.of_head(layer.heads, head.head, head.query)
+        scores.append(peaks(queries, torch.cat(index.keys(number)), layer.keys[0, head.head], asking, softmax))
     return best_spans(torch.stack(scores).mean(0), max(lead, SINKS))
 
 
@@ -83,7 +85,7 @@ def _listening(cache: KeepCache, tokens: int) -> KeepCache:
     return twin
 
 
-def peaks(queries: Tensor, keys: Tensor, newer: Tensor, asking: Span | None = None) -> Tensor:
+def peaks(queries: Tensor, keys: Tensor, newer: Tensor, asking: Span | None = None, softmax: Softmax = PLAIN) -> Tensor:
     """The largest share that one of some queries pays each key.
 
     Args:
@@ -91,15 +93,16 @@ def peaks(queries: Tensor, keys: Tensor, newer: Tensor, asking: Span | None = No
         keys: [T, d], of the text.
         newer: [m, d], of what was read exactly behind it; the last n of these ask.
         asking: Which of the queries (first, last + 1) count; None: all.
+        softmax: The head's cap and sink.
 
     Returns:
         [T].
     """
-    logits = queries @ torch.cat([keys.float(), newer.float()]).T
+    logits = softmax.capped(queries @ torch.cat([keys.float(), newer.float()]).T)
     later = torch.ones(len(queries), len(queries), dtype=torch.bool, device=keys.device).triu(1)
     logits[:, -len(queries) :].masked_fill_(later, -torch.inf)
     first, last = asking or (0, len(queries))
-    return logits.softmax(-1)[first:last, : len(keys)].amax(0)
+    return shares(logits, softmax.sinks)[first:last, : len(keys)].amax(0)
 
 
 def best_spans(scores: Tensor, lead: int) -> Looks:

@@ -69,13 +69,13 @@ def fit(
     judge = torch.arange(HOLD_OUT - 1, count, HOLD_OUT, device=values.device)
     trained, judged = rows.take(train), rows.take(judge)
     repeat_share = slots.pick(rows.repeat_share) * slots.real
-    votes, fitted = _fitted(trained.on(slots), own, trained.outputs, repeat_share, free, strength)
+    votes, fitted = _fitted(trained.on(slots), own, trained.outputs, repeat_share, free, strength, trained.sunk)
 
     share = judged.on(slots)
     stored, own_stored = rows.stored_as.round_values(fitted), rows.stored_as.round_values(own)
     dropped_share = rows.repeat_share.square().sum(1) - repeat_share.square().sum(1)  # what the repetition asks in vain
-    error, mass_error = lost(share, votes, stored, judged.outputs)
-    evict_error, evict_mass_error = lost(share, torch.ones_like(votes), own_stored, judged.outputs)
+    error, mass_error = lost(share, votes, stored, judged.outputs, judged.sunk)
+    evict_error, evict_mass_error = lost(share, torch.ones_like(votes), own_stored, judged.outputs, judged.sunk)
     has_free = free.any(1)
     better = has_free & (error < trust * evict_error)  # not if it is NaN
     fitted = torch.where(better[:, None, None], fitted, own)
@@ -113,14 +113,20 @@ def slots_to_fit(kept: Sequence[Tensor], rows: ReferenceRows, verbatim: Tensor |
 
 
 def _fitted(
-    share: Tensor, values: Tensor, outputs: Tensor, repeat_share: Tensor, free: Tensor, strength: float
+    share: Tensor,
+    values: Tensor,
+    outputs: Tensor,
+    repeat_share: Tensor,
+    free: Tensor,
+    strength: float,
+    sunk: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Votes [h, n] and values [h, n, d_v], block by block, from shares [h, R, n] and exact outputs [h, R, d_v].
 
-    `docs/theory.md 6.4`.
+    sunk: the share of every row that a sink has [h, R]. It counts as a slot's mass and has no value. `docs/theory.md 6.4`.
     """
     votes, fitted = torch.ones_like(repeat_share), values.clone()
-    mass = share.sum(2)
+    mass = share.sum(2) + sunk
     asked_alone = share.shape[1] * repeat_share.square()  # R r², what the repetition asks of each slot
     count = share.shape[2]
     blocks = torch.arange(count).tensor_split(-(-count // BLOCK))
@@ -145,14 +151,14 @@ def _fitted(
     return votes, fitted
 
 
-def lost(share: Tensor, votes: Tensor, values: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+def lost(share: Tensor, votes: Tensor, values: Tensor, outputs: Tensor, sunk: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """The share of the output that is lost, and the rms error of the mass, over rows of exact shares on the slots, both [h].
 
     mean over rows of min(1, ||d||² / ||Y/2||²) with d = m o/(m + 1) - Y/2, o the output over the slots and m their mass: the
     output that is seen once the slots are joined with newer tokens of equal mass. It is bounded, so that no single row
-    decides. `docs/theory.md 6.5`.
+    decides. sunk: the share of every row that a sink has, which is part of the mass. `docs/theory.md 6.5`.
     """
-    mass = (share @ votes[..., None])[..., 0]
+    mass = (share @ votes[..., None])[..., 0] + sunk
     wrong = (share @ (votes[..., None] * values)) / (mass[..., None] + 1) - outputs / 2
     lost = wrong.square().sum(2) / (outputs / 2).square().sum(2).clamp(min=1e-30)
     return lost.clamp(max=1).mean(1), (mass - 1).square().mean(1).sqrt()

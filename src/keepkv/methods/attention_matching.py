@@ -50,7 +50,8 @@ def match(
 
     # Votes. What is not free has a vote of 1, and its mass is there already.
     free_share = share * free[:, None]
-    fixed_mass = (share - free_share).sum(2, keepdim=True)
+    sunk = torch.as_tensor(rows.sunk, device=share.device)[..., None]
+    fixed_mass = (share - free_share).sum(2, keepdim=True) + sunk
     gram = free_share.mT @ free_share
     target = free_share.sum(1)[..., None] - free_share.mT @ fixed_mass
     w = least_squares.ridge(gram, target, 1e-6, free).clamp(min=1e-12)
@@ -65,7 +66,7 @@ def match(
 
     # Values, with these votes: what the others leave over of the exact outputs.
     share = share * beta.exp()[:, None]
-    share = share / share.sum(2, keepdim=True).clamp(min=1e-30)
+    share = share / (share.sum(2, keepdim=True) + sunk).clamp(min=1e-30)
     free_share = share * free[:, None]
     rest = rows.outputs - share @ own.masked_fill(free[..., None], 0)
     solution = least_squares.ridge(free_share.mT @ free_share, free_share.mT @ rest, strength, free)
@@ -79,7 +80,8 @@ def repeated(observation: Observation) -> References:
     assert observation.repeated is not None, "the method table has the text repeated, and its queries kept"
     queries = observation.repeated.float().flatten(1, 2) * observation.scale
     keys, values = observation.keys.float(), observation.values.float()
-    return attend_all(queries, keys, values, None, observation.bias, observation.tokens)
+    sinks = observation.softmax.of_rows(observation.heads, queries.shape[1])
+    return attend_all(queries, keys, values, None, observation.bias, observation.tokens, observation.softmax, sinks)
 
 
 def answered_most(observation: Observation) -> Tensor:

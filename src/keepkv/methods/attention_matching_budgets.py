@@ -64,7 +64,9 @@ def error_curve(values: Tensor, kept: Sequence[Tensor], rows: ReferenceRows) -> 
     for entries in kept:
         merged = match(values[None], [entries], train)[0]
         before = 0 if rows.bias is None else rows.bias[0, entries]
-        error, _ = lost(judge.on(Ragged.of([entries])), (merged.bias - before).exp()[None], merged.values[None], judge.outputs)
+        error, _ = lost(
+            judge.on(Ragged.of([entries])), (merged.bias - before).exp()[None], merged.values[None], judge.outputs, judge.sunk
+        )
         errors.append(float(error))
     return errors
 

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool1d
 
 from keepkv import allot, score
 from keepkv.methods.base import Method
-from keepkv.observe.references import window_logits
+from keepkv.observe.references import window_shares
 from keepkv.types import Observation
 
 
@@ -40,7 +40,7 @@ def defensive(observation: Observation, window: int = 32, kernel: int = 5, first
     Raises:
         ModelError: if the weights of the model cannot be read.
     """
-    share = window_logits(observation, window).softmax(-1)
+    share = window_shares(observation, window)
     newest = observation.positions >= observation.tokens - min(window, observation.queries.shape[2])
     before = observation.entries - int(newest.all(0).sum())
     risk = torch.full(share[:, 0, 0].shape, torch.inf, device=share.device)

@@ -8,6 +8,7 @@ from torch.linalg import vector_norm
 
 from keepkv.methods.base import Method
 from keepkv.observe.references import FUTURE
+from keepkv.ops.softmax import shares
 from keepkv.types import Observation
 
 
@@ -34,7 +35,8 @@ def expected_attention(observation: Observation, sinks: int = 4) -> Tensor:
         logits += observation.bias[:, None]
     logits = logits.masked_fill((observation.positions < sinks)[:, None], -torch.inf)
     value_norm: Tensor = vector_norm(observation.values.float(), dim=-1)
-    return logits.softmax(-1).nan_to_num_().mean(1) * value_norm
+    sinks_of_layer = observation.softmax.of_groups(observation.heads)
+    return shares(logits, sinks_of_layer).nan_to_num_().mean(1) * value_norm
 
 
 METHODS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from keepkv.methods.base import Method
-from keepkv.observe.references import window_logits
+from keepkv.observe.references import window_shares
 from keepkv.types import Observation
 
 
@@ -14,7 +14,7 @@ def last_query(observation: Observation) -> Tensor:
 
     There is one score for all heads, so that they keep the same tokens.
     """
-    share = window_logits(observation, 1).softmax(-1).mean((0, 1, 2))
+    share = window_shares(observation, 1).mean((0, 1, 2))
     return share.expand(observation.heads, -1)
 
 

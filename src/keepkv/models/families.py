@@ -6,11 +6,12 @@ model tries the rest (`keepkv.cache.self_check`). Which of transformers' models 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from keepkv.errors import ModelError
 from keepkv.models.rotation import attention_modules
@@ -20,96 +21,142 @@ def check_supported(model: PreTrainedModel) -> None:
     """Checks what can be seen of a model without running it, before anything is read.
 
     Raises:
-        ModelError: unless the model is a decoder that runs `sdpa` attention, keeps keys and values of full attention or of
-            sliding windows in every layer, and rotates them with their position.
+        ModelError: unless the model is a decoder that keeps keys and values of full attention in some layers, and in the
+            others nothing that grows, and rotates them with their position, or knows the order of tokens by a state.
     """
     config = model.config.get_text_config(decoder=True)
     name = config.model_type
     if model.config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder with a decoder, keepkv needs a decoder alone")
-    if config._attn_implementation != "sdpa":
-        way = (
-            "load it with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')"
-            if getattr(model, "_supports_sdpa", False)
-            else f"transformers has no 'sdpa' attention for {name}, use it with transformers' own cache"
-        )
-        raise ModelError(f"the model runs {config._attn_implementation!r} attention, keepkv needs 'sdpa': {way}")
-    layer_kinds(model)
+    kinds = layer_kinds(model)
     key_shape(model)
-    if not attention_modules(model):
+    # A state knows the order of tokens without rotation.
+    in_order = any(getattr(kind, "states", 0) or hasattr(kind, "conv_states") for kind in kinds)
+    if not attention_modules(model) and not in_order:
         raise ModelError(
             f"{name} does not rotate its keys with their position (rotary positions), so keepkv could not move queries: use it "
             "with transformers' own cache"
         )
 
 
-def layer_kinds(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
-    """Per layer None for full attention, or transformers' own cache layer for a sliding window, which is not compressed.
+@dataclass(frozen=True)
+class FullAttention:
+    """A layer whose keys and values grow with the text: what is compressed.
+
+    Attributes:
+        users: How many layers attend to them: more than one where layers share keys.
+        states: How many states the layer has beside them, which every token changes.
+    """
+
+    users: int = 1
+    states: int = 0
+
+
+def layer_kinds(model: PreTrainedModel) -> list[Any]:
+    """Per layer `FullAttention`, or transformers' own cache layer for what is not compressed.
+
+    These are sliding windows, states (linear attention, Mamba, convolutions), and layers that hold nothing.
 
     Raises:
         ModelError: for any other kind of layer, and for a model without full attention in any layer.
     """
-    kinds: list[CacheLayerMixin | None] = []
-    for index, layer in enumerate(DynamicCache(config=model.config.get_text_config(decoder=True)).layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    config = model.config.get_text_config(decoder=True)
+    kinds: list[Any] = []
+    layers = DynamicCache(config=config).layers
+    users = _users(config, len(layers))
+    for index, layer in enumerate(layers):
+        name = type(layer).__name__
+        if name not in (*_FULL, *_OTHERS):
             raise ModelError(
-                f"layer {index} keeps {_kept(layer)}: keepkv compresses keys and values of full attention, and passes over "
-                "sliding windows; use the model with transformers' own cache"
+                f"layer {index} keeps more than keys and values ({name}: an indexer that picks tokens, perhaps): keepkv "
+                "compresses keys and values of full attention, and passes over sliding windows and recurrent states; use the "
+                "model with transformers' own cache"
             )
-        kinds.append(layer if isinstance(layer, DynamicSlidingWindowLayer) else None)
-    if None not in kinds:
-        raise ModelError("every layer of this model has a sliding window: its cache is bounded and nothing can be compressed")
+        full = FullAttention(len(users[index]), getattr(layer, "number_of_states", 0))
+        kinds.append(full if name in _FULL else layer)
+    if not any(map(is_compressed, kinds)):
+        raise ModelError(
+            "no layer of this model has full attention (sliding windows or recurrent states alone): its cache is bounded and "
+            "nothing can be compressed"
+        )
     return kinds
 
 
-def _kept(layer: object) -> str:
-    """What a layer of transformers' cache keeps that is neither full attention nor a sliding window."""
-    name = type(layer).__name__
-    if "Linear" in name:
-        return f"a state that every token changes ({name}: linear attention, Mamba, a convolution)"
-    if "Dummy" in name:
-        return f"nothing of its own ({name}: it uses another layer's keys)"
-    return f"more than keys and values ({name}: an indexer that picks tokens, perhaps)"
+# Of transformers' cache layers, by name: older transformers have not all of them.
+_FULL = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
+_OTHERS = (
+    "DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer", "DummyLayer",
+)  # fmt: skip
+
+
+def is_compressed(kind: Any) -> bool:
+    """Whether a layer of this kind (`layer_kinds`) is compressed."""
+    return isinstance(kind, FullAttention)
+
+
+def _users(config: Any, layers: int) -> list[tuple[int, ...]]:
+    """Which layers attend to each layer's keys: itself, and others where layers share keys; none where it uses another's.
+
+    Layers that share keys are named by transformers (`kv_sharing_modes`): one stores them, later ones of its type use them.
+    """
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    all_users: list[tuple[int, ...]] = [(index,) for index in range(layers)]
+    source: dict[str, int] = {}
+    for index, (mode, layer_type) in enumerate(zip(modes, getattr(config, "layer_types", None) or (), strict=False)):
+        if mode == "store":
+            source[layer_type] = index
+        if mode == "reuse" and layer_type in source:
+            all_users[source[layer_type]] += (index,)
+            all_users[index] = ()
+    return all_users
 
 
 def key_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """Number of KV heads of a layer, and the size d of a key. Raises ModelError where layers differ in them."""
+    """Number of KV heads of a layer that is compressed, and the size d of a key. Raises ModelError where they differ."""
     config = model.config.get_text_config(decoder=True)
+    by_layer = getattr(config, "per_layer_config", None)
     try:
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    except (AttributeError, RuntimeError) as error:  # a configuration by layer refuses to name one number for all
+        shapes = {
+            _shape_of(by_layer[index] if by_layer else config)
+            for index, kind in enumerate(layer_kinds(model))
+            if is_compressed(kind) and (not by_layer or index < len(by_layer))
+        }
+    except (AttributeError, RuntimeError, TypeError) as error:
         raise ModelError(
-            "the layers of this model have keys of different sizes or numbers of heads, keepkv needs the same in all: use the "
-            "model with transformers' own cache"
+            f"the configuration of {config.model_type} does not say how many KV heads of which size a layer has (it is not a "
+            "model with attention, perhaps): use the model with transformers' own cache"
         ) from error
+    if len(shapes) > 1:
+        raise ModelError(
+            "the layers with full attention have keys of different sizes or numbers of heads, keepkv needs the same in all: "
+            "use the model with transformers' own cache"
+        )
+    return shapes.pop()
+
+
+def _shape_of(config: Any) -> tuple[int, int]:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return int(heads), int(size)
 
 
-def free_passed(layer: CacheLayerMixin) -> None:
-    """Frees the tokens that a sliding window has passed: transformers' layers keep views, which hold a whole pass's keys."""
-    for name in ("keys", "values"):
-        view = getattr(layer, name)
-        if view.untyped_storage().nbytes() > 2 * view.numel() * view.element_size():
-            setattr(layer, name, view.clone())
+def projections(model: PreTrainedModel) -> list[tuple[Tensor, ...] | None]:
+    """Per layer with full attention the output projections [D, heads × d_v] of all layers that attend to its keys.
 
-
-def projections(model: PreTrainedModel) -> list[Tensor | None]:
-    """Per layer with full attention its output projection [D, heads × d_v], or None where its weights cannot be read.
-
-    They cannot be read, for example, where they are quantized, or where they are not called `o_proj`.
+    Its own one is the first. None where they cannot be read: where weights are quantized, for example, or are not called
+    `o_proj`.
     """
-    attention = attention_modules(model)
     kinds = layer_kinds(model)
-    if len(attention) != len(kinds):  # layers that are run through more than once
-        return [None] * kinds.count(None)
-    weights = []
-    for index, kind in enumerate(kinds):
-        if kind is not None:
-            continue
-        weight = getattr(getattr(attention.get(index), "o_proj", None), "weight", None)
-        weights.append(weight.detach() if isinstance(weight, Tensor) and weight.is_floating_point() else None)
-    return weights
+    users = _users(model.config.get_text_config(decoder=True), len(kinds))
+    weights: dict[int, Tensor] = {}
+    for module in model.get_decoder().modules():
+        index, weight = getattr(module, "layer_idx", None), getattr(getattr(module, "o_proj", None), "weight", None)
+        if isinstance(index, int) and isinstance(weight, Tensor) and weight.is_floating_point():
+            weights.setdefault(index, weight.detach())
+    groups = [own for own, kind in zip(users, kinds, strict=True) if is_compressed(kind)]
+    if any(index not in weights for own in groups for index in own):  # also of layers that are run through more than once
+        return [None] * len(groups)
+    return [tuple(weights[index] for index in own) for own in groups]
 
 
 def trained_length(model: PreTrainedModel) -> int | None:

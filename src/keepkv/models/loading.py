@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load(
     name: str = smollm2.NAME, device: str = "auto", dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model, in evaluation mode and with `sdpa` attention, and its tokenizer.
+    """Loads a model, in evaluation mode and with the attention that transformers prefers for it, and its tokenizer.
 
     Args:
         name: "smollm2" (the embedded model), a model that `make models` fetched, a folder, or a Hugging Face id.
@@ -40,7 +40,7 @@ def load(
         source = _source(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, attn_implementation="sdpa")
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(_why(name, error)) from error
     model = model.to(torch_device).eval()

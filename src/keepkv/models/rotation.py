@@ -240,7 +240,8 @@ def _names(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]
 
 def _rotary_modules(holder: nn.Module) -> list[nn.Module]:
     """The modules within another one that may make its angles."""
-    return [module for name, module in holder.named_modules() if "rotary" in name.rpartition(".")[2]]
+    named = ((f"{name.rpartition('.')[2]} {type(module).__name__}".lower(), module) for name, module in holder.named_modules())
+    return [module for names, module in named if "rotary" in names.split()[0] or "rotaryembedding" in names]
 
 
 def _by_layer_type(rotary: nn.Module) -> bool:

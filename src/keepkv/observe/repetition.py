@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from keepkv.ops.softmax import PLAIN, Softmax
 from keepkv.slots.slots import Slots
 
 SINKS = 4  # the first tokens that every piece's shares are counted with, where they are counted alone
@@ -34,6 +35,7 @@ class Repeat(NamedTuple):
     group_mean: bool = False
 
 
+TOGETHER = Repeat()  # the default: each piece over a draft of the rest
 WHOLE = Repeat(chunk=2048, draft=1, alone=True, queries=True, needed=True)  # as in KVzip: every piece over the full cache
 
 
@@ -62,8 +64,8 @@ def attend_piece(
     first: int,
     last: int,
     offset: int = 0,
-    alone: bool = False,
-    group_mean: bool = False,
+    how: Repeat = TOGETHER,
+    softmax: Softmax = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a piece that is being repeated, and what it asks of every token.
 
@@ -79,8 +81,8 @@ def attend_piece(
         first: The piece's first token.
         last: The token behind its last one.
         offset: The position of the tail's first token.
-        alone: See `Repeat`.
-        group_mean: See there.
+        how: How shares are counted (`Repeat.alone`, `Repeat.group_mean`).
+        softmax: The layer's cap and sinks.
 
     Returns:
         The output [H, R, d_v], and the largest share that each token of the tail got [H, n], 0 outside the piece.
@@ -93,19 +95,23 @@ def attend_piece(
     # The columns of the logits are: the piece, the repetition, and what the draft has outside the piece.
     near = torch.arange(first - offset, last - offset, device=keys.device)
     near = torch.cat([near, torch.arange(tail, tail + new, device=keys.device)])
+    sinks = softmax.of_rows(heads, queries.shape[1])
     hidden = torch.ones(new, new, dtype=torch.bool, device=keys.device).triu(1).repeat(queries.shape[1] // new, 1)
     for head, (lo, hi) in enumerate(zip(draft.offsets, draft.offsets[1:], strict=False)):
         far = lo + ((draft.positions[lo:hi] < first) | (draft.positions[lo:hi] >= last)).nonzero()[:, 0]
-        share = queries[head] @ torch.cat([keys[head, near], draft.keys[far].to(keys.dtype)]).T
+        share = softmax.capped(queries[head] @ torch.cat([keys[head, near], draft.keys[far].to(keys.dtype)]).T)
         share[:, size : len(near)].masked_fill_(hidden, -torch.inf)
         share[:, len(near) :] += draft.bias[far]
         # A softmax in place: the logits of a piece are the largest matrix here.
-        share.sub_(share.amax(1, keepdim=True)).exp_()
-        share.mul_(share.sum(1, keepdim=True).reciprocal_())
+        top = share.amax(1, keepdim=True)
+        total = share.sub_(top).exp_().sum(1, keepdim=True)
+        if sinks is not None:
+            total += (sinks[head, :, None].to(top.dtype) - top).exp_()
+        share.mul_(total.reciprocal_())
         output[head] = share @ torch.cat([values[head, near], draft.values[far].to(values.dtype)])
-        if alone:  # the output is that over all; only the shares are counted anew, as those among fewer entries
+        if how.alone:  # the output is that over all; only the shares are counted anew, as those among fewer entries
             counted = torch.cat([torch.ones_like(near, dtype=torch.bool), draft.positions[far] < SINKS])
             share.mul_(share[:, counted].sum(1, keepdim=True).clamp_(min=1e-30).reciprocal_())
         own_peak = share[:, :size].reshape(-1, new, size).amax(1)  # [G, size]
-        peak[head, first - offset : last - offset] = own_peak.mean(0) if group_mean else own_peak.amax(0)
+        peak[head, first - offset : last - offset] = own_peak.mean(0) if how.group_mean else own_peak.amax(0)
     return output, peak

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from keepkv.errors import InputError, KeepKVError
 from keepkv.observe.bank import Bank
 from keepkv.ops.rope import Rotation
+from keepkv.ops.softmax import PLAIN, Softmax, shares
 from keepkv.slots.slots import Slots
 from keepkv.types import Observation
 
@@ -81,6 +82,7 @@ class Watch:
         column_mass: For each row [H, T'], the attention received by the first T' entries of what the layer holds; or None.
         repeat_peak: [H, T'], of one row, the largest share that each of these got during the repetition; or None.
         repeated: At most `limit` queries of a repetition of the text, of one row; or None.
+        softmax: The layer's cap and sinks.
     """
 
     layer: int
@@ -97,6 +99,7 @@ class Watch:
     column_mass: tuple[Tensor, ...] | None = None
     repeat_peak: Tensor | None = None
     repeated: Bank | None = None
+    softmax: Softmax = PLAIN
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -142,7 +145,7 @@ class Watch:
             banks.append(bank.add(queries, query_positions, self.limit + self.old, self.seed))
             if self.with_column_mass:
                 keys, _, bias, positions = state.entries(row, start)
-                mass = _column_mass(queries, query_positions, keys, bias, positions, self.scale)
+                mass = _column_mass(queries, query_positions, keys, bias, positions, self.scale, self.softmax)
                 masses.append(mass if self.column_mass is None else mass + _grown(self.column_mass[row], mass.shape[1]))
         return replace(self, banks=tuple(banks), pending=(), waiting=0, column_mass=tuple(masses) if masses else None)
 
@@ -178,6 +181,7 @@ class Watch:
             bias=bias,
             key_positions=positions,
             read=state.seen - start,
+            softmax=self.softmax,
         )
 
     def compacted(self, kept: Sequence[Sequence[Tensor]], state: LayerState) -> Watch:
@@ -252,7 +256,13 @@ def _starts(mask: Tensor | None, batch: int, seen: int, settled: tuple[int, ...]
 
 
 def _column_mass(
-    queries: Tensor, query_positions: Tensor, keys: Tensor, bias: Tensor | None, positions: Tensor | None, scale: float
+    queries: Tensor,
+    query_positions: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    scale: float,
+    softmax: Softmax,
 ) -> Tensor:
     """Attention of queries [H, G, n, d], asked at positions [n], summed per entry [H, T], mean over the group; in tiles."""
     heads, group, new, _ = queries.shape
@@ -262,10 +272,12 @@ def _column_mass(
     total = torch.zeros(heads, entries, device=keys.device)
     step = max(1, _TILE // (heads * group * max(1, entries)))
     wide = keys.float()[:, None]
+    sinks = softmax.of_groups(heads)
+    sinks = None if sinks is None else sinks[..., None]
     for lo in range(0, new, step):
-        logits = (queries[:, :, lo : lo + step].float() * scale) @ wide.transpose(-1, -2)
+        logits = softmax.capped((queries[:, :, lo : lo + step].float() * scale) @ wide.transpose(-1, -2))
         if bias is not None:
             logits += bias[:, None, None]
         logits.masked_fill_((positions[:, None] > query_positions[lo : lo + step, None])[:, None], -torch.inf)
-        total += logits.softmax(-1).nan_to_num_().sum(2).mean(1)
+        total += shares(logits, sinks).nan_to_num_().sum(2).mean(1)
     return total

@@ -82,7 +82,7 @@ def read(
     cache = indexed(model, KeepCache.of(model, settings, column_mass=column_mass, auto=False), recipe)
     phase(f"reading {ids.shape[1]:,} tokens")
     start = time.perf_counter()
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, past_key_values=cache, logits_to_keep=cache.last_logits)
     seconds = time.perf_counter() - start
     repeated = {}
     for how in dict.fromkeys(method.repeat for method in methods):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from keepkv.cache import KeepCache
 from keepkv.cache.layer import KeepLayer
+from keepkv.ops.softmax import PLAIN, Softmax
 from keepkv.slots.slots import Slots
 
 BlendVariant = Literal["repository", "paper"]
@@ -46,6 +47,7 @@ class Recomputed(NamedTuple):
         taken: Which of them replace the old ones, bool [m].
         queries: The tokens' queries [1, HG, m, d].
         scale: Of the queries.
+        softmax: Each layer's cap and sinks; empty where the queries are.
     """
 
     tokens: Tensor
@@ -54,6 +56,7 @@ class Recomputed(NamedTuple):
     taken: tuple[Tensor, ...]
     queries: tuple[Tensor, ...]
     scale: float
+    softmax: tuple[Softmax, ...] = ()
 
 
 @torch.no_grad()
@@ -104,7 +107,8 @@ def recompute(
     positions = (before.get_seq_length() + chosen)[None]
     model(text.ids[:, chosen], position_ids=positions, past_key_values=twin, logits_to_keep=1)
     keys, values, taken = zip(*(layer.recomputed for layer in layers), strict=True)
-    return Recomputed(chosen, keys, values, taken, tuple(layer.query for layer in layers), layers[0].scale)
+    queries, softmax = zip(*((layer.query, layer.softmax) for layer in layers), strict=True)
+    return Recomputed(chosen, keys, values, taken, queries, layers[0].scale, softmax)
 
 
 @torch.no_grad()
@@ -205,13 +209,14 @@ class RecomputedLayer(KeepLayer):
         columns = torch.arange(self.tail, device=device)
         return (columns <= self._before + self.tokens[:, None])[None, None]
 
-    def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int, softmax: Softmax = PLAIN) -> Tensor:
         sees = self.sees(query.device)
         self.query = query
         self.scale = scale
+        self.softmax = softmax
         assert self.slots is not None
-        if len(self.slots.bias):
-            return super().attend(query, sees, scale, new)
+        if len(self.slots.bias) or not softmax.plain:
+            return super().attend(query, sees, scale, new, softmax)
         return scaled_dot_product_attention(query, self.keys, self.values, sees, scale=scale, enable_gqa=True)
 
 

@@ -23,6 +23,7 @@ from keepkv.documents.format import Contents, write
 from keepkv.documents.joining.cacheblend import Recomputed, RecomputedLayer, ReusedText, recompute
 from keepkv.errors import InputError
 from keepkv.models import identity
+from keepkv.ops.softmax import PLAIN, Softmax, shares
 
 ALPHA = 1.0  # the paper tunes it on validation texts; more reads more again
 _TILE = 1 << 24  # logits held at once
@@ -170,9 +171,9 @@ def observe(
     class CountingLayer(RecomputedLayer):
         """Notes the attention that the text pays in a layer."""
 
-        def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int) -> Tensor:
-            attention.append(_attention_paid(query, self.keys, self.sees(query.device), scale, [0, *ends]))
-            return super().attend(query, mask, scale, new)
+        def attend(self, query: Tensor, mask: Tensor | None, scale: float, new: int, softmax: Softmax = PLAIN) -> Tensor:
+            attention.append(_attention_paid(query, self.keys, self.sees(query.device), scale, [0, *ends], softmax))
+            return super().attend(query, mask, scale, new, softmax)
 
     recomputed = recompute(model, cache, text, 1.0, layer_type=CountingLayer)
     inter, intra = (torch.stack(x) for x in zip(*attention, strict=True))
@@ -180,16 +181,19 @@ def observe(
     return ChunkVariant(tuple(names), sizes, cache.get_seq_length(), inter, intra, recomputed)
 
 
-def _attention_paid(query: Tensor, keys: Tensor, sees: Tensor, scale: float, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _attention_paid(
+    query: Tensor, keys: Tensor, sees: Tensor, scale: float, bounds: Sequence[int], softmax: Softmax
+) -> tuple[Tensor, Tensor]:
     """Attention of query [1, HG, n, d] to the columns between bounds, [n, j], and after the last, [n]: means over heads."""
     group = query.shape[1] // keys.shape[1]
     wide = keys[0].float().transpose(-1, -2)
     step = max(1, _TILE // (query.shape[1] * keys.shape[2]))
+    sinks = softmax.of_groups(len(wide))
     tiles = []
     for lo in range(0, query.shape[2], step):
         rows = query[0, :, lo : lo + step].float().reshape(len(wide), group, -1, query.shape[-1]) * scale
-        logits = (rows @ wide[:, None]).masked_fill_(~sees[..., lo : lo + step, :], -torch.inf)
-        share = logits.softmax(-1).mean((0, 1))
+        logits = softmax.capped(rows @ wide[:, None]).masked_fill_(~sees[..., lo : lo + step, :], -torch.inf)
+        share = shares(logits, None if sinks is None else sinks[..., None]).mean((0, 1))
         edges = pairwise([*bounds, share.shape[-1]])
         tiles.append(torch.stack([share[:, start:end].sum(-1) for start, end in edges], -1))
     paid = torch.cat(tiles)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from keepkv.cache import KeepCache
 from keepkv.cache.layer import KeepLayer
+from keepkv.cache.other_layers import has_state, has_window
 from keepkv.cache.report import Head, Report
 from keepkv.errors import InputError
 from keepkv.ops.rope import Rotation
@@ -71,7 +72,8 @@ def join(model: PreTrainedModel, caches: Sequence[KeepCache], leads: Sequence[in
         leads: How many tokens the chat template puts before each text.
 
     Raises:
-        InputError: for rotary frequencies that depend on the length, and for a text that is nothing but its lead.
+        InputError: for rotary frequencies that depend on the length, for layers with a state, and for a text that is nothing
+            but its lead.
     """
     joint = KeepCache(model, 1.0, "full", auto=False)
     check_movable(joint)
@@ -80,14 +82,22 @@ def join(model: PreTrainedModel, caches: Sequence[KeepCache], leads: Sequence[in
         layers = [place.cache.layers[index] for place in places]
         if isinstance(layer, KeepLayer):
             _join_layers(layer, layers, places, rotation)
-        else:
+        elif has_window(layer):
             _join_windows(layer, layers, places, rotation)
     joint.restore(joint_report(places))
     return joint
 
 
 def check_movable(cache: KeepCache) -> None:
-    """Raises InputError if the rotary frequencies of the cache's model depend on the length: its keys cannot be moved."""
+    """Raises InputError for a model whose texts cannot be put together.
+
+    That is, if its rotary frequencies depend on the length, or if a layer has a state that every token changes.
+    """
+    if any(map(has_state, cache.layers)):
+        raise InputError(
+            "this model has layers with a state that every token changes (linear attention, Mamba, a convolution): the states "
+            "of two texts cannot be joined, read the texts one behind the other"
+        )
     if not cache.rotaries.fixed:
         raise InputError(
             "this model's rotary frequencies change with the length (rope type dynamic or longrope): joined documents would "

@@ -140,7 +140,9 @@ def _repaired(
     cache = parts[0].cache.fork()
     check_movable(cache)
     if len(cache.keep_layers) < len(cache.layers):
-        raise InputError("this model has sliding windows: its joined documents cannot be repaired (join them without --repair)")
+        raise InputError(
+            "not every layer of this model has full attention: joined documents cannot be repaired (drop --repair)"
+        )
     places = placements([part.cache for part in parts], [part.lead for part in parts])
     for number, (document, place) in enumerate(zip(parts[1:], places[1:], strict=True)):
         if document.ids is None or not (document.exact or _uncompressed(document.cache)):
@@ -227,7 +229,8 @@ def _watch_of(layer: KeepLayer, index: int, recomputed: Recomputed, seed: int) -
         return layer.watch
     queries = recomputed.queries[index][0]
     grouped = queries.reshape(layer.heads, -1, *queries.shape[1:])
-    watch = layer.watch or Watch(index, Recipe.references, seed, False, recomputed.scale, starts=(0,))
+    new = Watch(index, Recipe.references, seed, False, recomputed.scale, starts=(0,), softmax=recomputed.softmax[index])
+    watch = layer.watch or new
     bank = watch.banks[0] if watch.banks else Bank(grouped[:, :, :0], recomputed.tokens[:0])
     return replace(watch, banks=(bank.add(grouped, recomputed.tokens + layer.seen, watch.limit, seed),))
 

@@ -18,7 +18,7 @@ from keepkv.errors import InputError
 from keepkv.eval.measure import CompressedReading, Measure, Outcome, Setup, asked
 from keepkv.eval.rivals.rival import Rival
 from keepkv.eval.sample import Question, Sample
-from keepkv.models.families import key_shape, layer_kinds
+from keepkv.models.families import is_compressed, key_shape, layer_kinds
 from keepkv.models.loading import DTYPES
 from keepkv.recipe import Recipe
 from keepkv.text.prompt import Prompt
@@ -97,8 +97,9 @@ def best_passages(passages: Sequence[str], question: str, count: Callable[[str],
 def full_bytes(setup: Setup, tokens: int) -> int:
     """Bytes of the full cache of so many tokens, in the dtype in which the run counts it."""
     heads, size = key_shape(setup.model)
-    windows = (getattr(kind, "sliding_window", None) for kind in layer_kinds(setup.model))
-    held = sum(tokens if window is None else min(tokens, window - 1) for window in windows)
+    kinds = layer_kinds(setup.model)
+    windows = (min(tokens, getattr(kind, "sliding_window", 1) - 1) for kind in kinds if not is_compressed(kind))
+    held = tokens * sum(map(is_compressed, kinds)) + sum(windows)
     dtype = DTYPES.get(setup.config.full_dtype, setup.model.dtype)
     return 2 * held * heads * size * dtype.itemsize
 

@@ -175,7 +175,7 @@ def model_rotation(vllm_config: Any, device: torch.device) -> Rotation:
     decoder = model.get_decoder()
     with device:
         decoder.rotary_emb = type(decoder.rotary_emb)(config)  # that of the model has no numbers
-    full = families.layer_kinds(model).index(None)
+    full = list(map(families.is_compressed, families.layer_kinds(model))).index(True)
     return Rotaries([candidates(model, families.key_shape(model)[1])[full][0]]).at(2)[0]
 
 
