@@ -97,7 +97,8 @@ def free_passed(layer: CacheLayerMixin) -> None:
 def projections(model: PreTrainedModel) -> list[Tensor | None]:
     """Per layer with full attention its output projection [D, heads × d_v], or None where its weights cannot be read.
 
-    They cannot be read, for example, where they are quantized, or where they are not called `o_proj`.
+    They cannot be read, for example, where they are quantized, also to float8, where they are not in memory (offloaded to the
+    meta device), or where they are not called `o_proj`.
     """
     attention = attention_modules(model)
     kinds = layer_kinds(model)
@@ -108,8 +109,13 @@ def projections(model: PreTrainedModel) -> list[Tensor | None]:
         if kind is not None:
             continue
         weight = getattr(getattr(attention.get(index), "o_proj", None), "weight", None)
-        weights.append(weight.detach() if isinstance(weight, Tensor) and weight.is_floating_point() else None)
+        weights.append(weight.detach() if isinstance(weight, Tensor) and _is_readable(weight) else None)
     return weights
+
+
+def _is_readable(weight: Tensor) -> bool:
+    """Whether a weight's numbers are there, and are what the model multiplies with."""
+    return weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta
 
 
 def trained_length(model: PreTrainedModel) -> int | None:

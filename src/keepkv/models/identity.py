@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keepkv import schema
-from keepkv.errors import InputError
+from keepkv.errors import InputError, ModelError
+from keepkv.models.rotation import attention_modules
 
 # Of a configuration, what nothing depends on in inference, and what has a field of its own in an identity
 _WITHOUT_EFFECT = {
@@ -104,11 +105,31 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def fingerprint(model: PreTrainedModel) -> str:
+    """What tells models apart without a pass over the weights: the configuration, and some numbers of the first and last layer.
+
+    Copies of a model, and a model that is wrapped, have the same.
+    """
+    config = model.config.get_text_config(decoder=True)
+    total = hashlib.sha256(json.dumps([config.model_type, _settings(config.to_dict())], sort_keys=True).encode())
+    modules = [module for _, module in sorted(attention_modules(model).items())]
+    sample = [
+        parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 8)][:8].float()
+        for module in (*modules[:1], *modules[-1:])
+        for parameter in list(module.parameters())[:2]
+        if not parameter.is_meta
+    ]
+    total.update(torch.cat(sample).cpu().numpy().tobytes() if sample else b"")
+    return total.hexdigest()
+
+
 @torch.no_grad()
 def _weights(model: PreTrainedModel) -> str:
     total = hashlib.sha256()
     sums: list[Tensor] = []
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
+        if weight.is_meta:
+            raise ModelError(f"the weights {name} are not in memory (offloaded), so that nobody can tell which model this is")
         total.update(f"{name} {list(weight.shape)} {weight.dtype} ".encode())
         raw = weight.detach().contiguous().view(-1).view(torch.uint8)
         words = len(raw) // 8
