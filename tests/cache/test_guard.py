@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from helpers import make_model, tokens
 from keepkv import BudgetError, InputError, KeepCache, KeepKVError, ModelError
@@ -144,15 +145,16 @@ def test_a_crop_that_fails_changes_nothing() -> None:
 
 @pytest.mark.parametrize("way", ["lookup", "assistant"])
 def test_assisted_generation_over_a_cache_that_has_read_is_refused(way: str) -> None:
+    if not hasattr(Cache, "activate_past_recording"):
+        pytest.skip("this transformers does not say that it will take back what it reads")
     model = make_model()
     more = {"prompt_lookup_num_tokens": 3} if way == "lookup" else {"assistant_model": make_model(seed=1)}
     ids = tokens(1, 60)
     cache = KeepCache(model, "50%", "snapkv", tail=8)
     expected = model.generate(ids, past_key_values=KeepCache(model, "50%", "snapkv", tail=8), max_new_tokens=4, do_sample=False)
-    if hasattr(type(cache).__mro__[2], "activate_past_recording"):  # since transformers 5.16
-        read = cache.fork().read(model, ids[:, :-1])
-        with pytest.raises(KeepKVError, match="read the whole prompt again"):
-            model.generate(ids, past_key_values=read, max_new_tokens=4, do_sample=False, **more)
+    read = cache.fork().read(model, ids[:, :-1])
+    with pytest.raises(KeepKVError, match="read the whole prompt again"):
+        model.generate(ids, past_key_values=read, max_new_tokens=4, do_sample=False, **more)
     assert model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, **more).shape == expected.shape
 
 

@@ -7,6 +7,7 @@ hold slots at the right positions, in no more memory than it says, and answer wi
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 import pytest
@@ -22,7 +23,8 @@ from keepkv import KeepCache, KeepKVError
 
 MODEL = make_model(num_hidden_layers=2, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
 TOKENS = st.lists(st.integers(3, 96), min_size=1, max_size=12)
-QUICK = settings(max_examples=12, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = int(os.environ.get("KEEPKV_EXAMPLES", "6"))  # `make nightly` draws more
+QUICK = settings(max_examples=EXAMPLES, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class Caches(RuleBasedStateMachine):
