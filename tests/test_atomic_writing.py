@@ -118,3 +118,48 @@ def test_a_disk_that_is_full_costs_no_document_and_no_conversation(compiled, fol
             save(tmp_path / name)
         assert (tmp_path / name).read_bytes() == before[name]
     assert {path.name for path in tmp_path.iterdir()} == set(savers)
+
+
+def test_nothing_is_opened_that_could_be_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("text")
+    assert paths.read_file(tmp_path / "file") == b"text"
+    for place in (tmp_path / "pipe", tmp_path, Path(os.devnull), Path("/dev/zero")):
+        with pytest.raises(OSError, match=r"regular file|directory"):
+            paths.read_file(place, pipes=True)
+    with pytest.raises(OSError, match="more than 3 bytes"):
+        paths.read_file(tmp_path / "file", limit=3)
+    with pytest.raises(OSError, match="null byte"):
+        paths.read_file(Path("a\0b"))
+    read_end, write_end = os.pipe()  # a shell's <(...)
+    os.write(write_end, b"piped")
+    os.close(write_end)
+    assert paths.read_file(Path(f"/dev/fd/{read_end}"), pipes=True) == b"piped"
+    os.close(read_end)
+
+
+def test_what_a_user_has_read_or_said_is_for_its_owner(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        for private, mode in ((True, 0o600), (False, 0o644)):
+            paths.write_file(tmp_path / str(private), "text", private=private)
+            assert (tmp_path / str(private)).stat().st_mode & 0o777 == mode
+        (tmp_path / "True").chmod(0o640)
+        paths.write_file(tmp_path / "True", "more", private=True)  # whoever has given it other rights means them
+        assert (tmp_path / "True").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(umask)
+
+
+def test_what_killed_processes_leave_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f".{name}.abc.tmp" for name in ("model", "model.x", "other"))
+    for place in (old, new, other):
+        place.mkdir()
+        (place / "weights").write_text("half")
+    new = new.rename(tmp_path / ".model.def.tmp")
+    for place in (old, other):
+        os.utime(place / "weights", (0, 0))
+        os.utime(place, (0, 0))
+    with atomic_folder(tmp_path / "model"):
+        pass
+    assert [place.exists() for place in (old, new, other)] == [False, True, True]

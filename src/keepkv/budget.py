@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class Budget:
             raise BudgetError(f"budget {text!r} cannot be read: {_EXPECTED}")
         number = float(match[1] + (match[2] or ""))
         unit = (match[3] or "").upper()
+        if not math.isfinite(number * _BYTES["GI"]):
+            raise BudgetError(f"budget {text[:40]!r} is too large a number: {_EXPECTED}")
         if unit.endswith("B"):
             return Budget("bytes", number * _BYTES[unit[:-1]], text)
         exponent = (match[2] or "").lower().removeprefix("e")

@@ -5,10 +5,11 @@ The command line, the server, files, the evaluation and the library hand this va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from keepkv import schema
 from keepkv.budget import TOLERANCE, BudgetLike
 from keepkv.errors import InputError, nearest
 
@@ -148,14 +149,42 @@ class Recipe:
         """The recipe of what `to_dict` returned, in this keepkv or an older one.
 
         Raises:
-            KeyError, TypeError: for anything else.
+            ValueError: for anything else.
         """
         settings = dict(values)
         if "reference" in settings:  # files of format 3 and older
-            settings["repeat"] = {"auto": "auto", "context": "never", "recall": "always"}[settings.pop("reference")]
+            older = {"auto": "auto", "context": "never", "recall": "always"}
+            settings["repeat"] = older.get(schema.text(settings.pop("reference")))
             settings["slot_dtype"] = settings.pop("slots", "float")
-        return Recipe(**{**settings, "keep": tuple(settings["keep"])})
+        unknown = settings.keys() - {field.name for field in fields(Recipe)}
+        if unknown or not {"budget", "method", "keep"} <= settings.keys():
+            raise ValueError("these are not the settings of a recipe")
+        checked = {name: _READ.get(name, schema.text)(value) for name, value in settings.items()}
+        try:
+            return Recipe(**checked)
+        except InputError as error:
+            raise ValueError(str(error)) from error
 
+
+def _count(value: object) -> int | None:
+    return None if value is None else schema.whole(value)
+
+
+# How the settings of a file are read; those that are not named here are texts
+_READ: dict[str, Callable[[Any], Any]] = {
+    "budget": lambda value: value if isinstance(value, str) else schema.number(value, 0),
+    "keep": lambda value: tuple(map(schema.text, schema.sequence(value))),
+    "tolerance": schema.number,
+    "chunk": _count,
+    "period": _count,
+    "tail": schema.whole,
+    "backing": lambda value: None if value is None else schema.text(value),
+    "refresh": _count,
+    "references": schema.whole,
+    "seed": lambda value: schema.whole(value, -(2**63), 2**64),
+    "exact": schema.flag,
+    "lookback": lambda value: value if isinstance(value, str) else schema.whole(value),
+}
 
 CONVERSATION = Recipe(budget="1024", period=512, chunk=CHUNK)  # of any length, so the budget is no share of it
 SERVER = Recipe(period=512)  # prompts of any length, answers of any length

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import converse
+from helpers import converse, run
 from keepkv.cli import app
 from keepkv.cli.chat import Chat
 
@@ -44,6 +44,32 @@ def test_chat_talks_through_a_pipe(monkeypatch, capsys, folder: str) -> None:
         app.main()
     assert ended.value.code in (0, None)
     assert "tokens in 1 turns" in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_text_ends_the_line_and_not_the_chat(monkeypatch, capsys, folder: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/report\n"), encoding="utf-8"))
+    status, out, err = run(monkeypatch, capsys, "chat", "--model", folder, "--max-new-tokens", "3")
+    assert status == 0
+    assert "not UTF-8" in " ".join(err.split())
+    assert "nothing has been read yet" in out
+
+
+def test_a_compression_that_is_interrupted_changes_neither_budget_nor_cache(model_and_tokenizer, monkeypatch, capsys) -> None:
+    chat = Chat(lambda: converse(model_and_tokenizer), 8, 0.0)
+    chat.run(iter(["Hello, this is a line of some length to be compressed, and a little more of it"]))
+    before = chat.talk.cache.fork()
+
+    def interrupted(*_: object) -> None:
+        chat.talk.cache.keep_layers[0].slots = None  # half-way
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("keepkv.cache.cache.KeepCache._settle", interrupted)
+    chat.run(iter(["/budget 10"]))
+    assert chat.talk.cache.policy.budget_text == before.policy.budget_text == "40"
+    held = [layer.slots and layer.slots.counts for layer in chat.talk.cache.keep_layers]
+    assert held == [layer.slots and layer.slots.counts for layer in before.keep_layers]
+    assert held[0]
+    assert "stopped" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder: str) -> None:

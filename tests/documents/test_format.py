@@ -16,7 +16,7 @@ from keepkv.documents import format
 from keepkv.documents.document import compile_text, load, save
 from keepkv.documents.packing import pack
 from keepkv.errors import InputError
-from keepkv.models import identity
+from keepkv.models import identity, loading
 
 
 def same(file: Path, model, tokenizer, expected: dict[str, torch.Tensor]) -> bool:
@@ -108,3 +108,49 @@ def test_forged_files_are_refused(compiled, model_and_tokenizer, tmp_path: Path)
         format.Contents(bad)
     with pytest.raises(InputError, match="cannot be read"):
         format.Contents(tmp_path / "none.keep")
+
+
+def test_a_file_belongs_to_a_configuration_too(compiled, folder: str) -> None:
+    _, file = compiled
+    model, tokenizer = loading.load(folder)
+    known = identity.of_model(model)
+    assert json.loads(json.dumps(known)) == known
+    for name, value in (("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("max_position_embeddings", 99), ("new_softcap", 30.0)):
+        other = {**known, "config": {**known["config"], name: value}}
+        if name in known["config"]:
+            with pytest.raises(InputError, match=f"another configuration \\({name} was"):
+                load(file, model, tokenizer, other)
+        else:  # a field of another transformers
+            load(file, model, tokenizer, other)
+
+
+def test_a_loaded_file_may_be_written_over_and_cut_short(compiled, model_and_tokenizer, tmp_path: Path) -> None:
+    _, file = compiled
+    model, tokenizer = model_and_tokenizer
+    used = tmp_path / "used.keep"
+    used.write_bytes(file.read_bytes())
+    document = load(used, model, tokenizer)
+    question = document.question(tokenizer, "Who?")
+    before = model(question, past_key_values=document.cache.fork()).logits
+    used.write_bytes(b"\x55" * used.stat().st_size)
+    assert torch.equal(model(question, past_key_values=document.cache.fork()).logits, before)
+    with pytest.raises(InputError, match="was altered"):
+        document.exact(0)
+    used.write_bytes(b"")
+    assert torch.equal(model(question, past_key_values=document.cache.fork()).logits, before)
+    with pytest.raises(InputError, match="cut short"):
+        document.exact(0)
+
+
+def test_what_is_no_number_is_neither_written_nor_read(compiled, model_and_tokenizer, tmp_path: Path, monkeypatch) -> None:
+    document, _ = compiled
+    header, tensors = pack(document.cache)
+    for value in (float("nan"), float("inf")):
+        tensors["layer.0.keys"] = torch.full((1, 2, 1, 16), value)
+        with pytest.raises(InputError, match=r"layer\.0\.keys holds what is no number"):
+            format.write(tmp_path / "bad.keep", header, tensors)
+        with monkeypatch.context() as patch:
+            patch.setattr(format, "_is_sound", lambda name, tensor: True)
+            format.write(tmp_path / "bad.keep", header, tensors)
+        with pytest.raises(InputError, match="no number"):
+            format.Contents(tmp_path / "bad.keep").take("layer.0.keys", 1, 2, 1, 16)

@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,8 +91,8 @@ def test_order_is_restored_from_the_files(shelf: Shelf) -> None:
     for file in shelf.store.folder.glob("index.sqlite3*"):
         file.unlink()
     with Store(shelf.store.folder) as again:
-        gone, adopted = again.collect()
-        assert (gone, adopted) == ([], 1)
+        assert [entry.key for entry in again.entries()] == [kept.key]
+        assert again.collect() == ([], 0)
         assert again.find(kept.key).tokens == kept.tokens
     assert new.exists()
     assert not stale.exists()
@@ -193,3 +195,93 @@ def test_several_processes_at_once(folder: str, tmp_path: Path) -> None:
         worker.join()
     assert failed.empty(), failed.get()
     assert all(worker.exitcode == 0 for worker in workers)
+
+
+def test_a_damaged_index_is_made_again_from_the_files(shelf: Shelf) -> None:
+    keys = {shelf.add(f"{n} {TEXT}", RECIPE)[0].key for n in range(2)}
+    shelf.store.close()
+    file = shelf.store.folder / "index.sqlite3"
+    whole = file.read_bytes()
+    with sqlite3.connect(file) as index:
+        index.execute("UPDATE entries SET key = '../../' || key, tokens = 'many'")
+    index.close()
+    forged = file.read_bytes()
+    for data in (b"no database at all" * 99, whole[:5000], whole[:100], b"", whole.replace(b"prefixes", b"profixes"), forged):
+        for suffix in ("-wal", "-shm"):
+            file.with_name(file.name + suffix).unlink(missing_ok=True)
+        file.write_bytes(data)
+        with Store(shelf.store.folder) as again:
+            assert {entry.key for entry in again.entries()} == keys
+            assert not again.read_only
+
+
+def test_a_store_that_cannot_be_written_can_be_read(shelf: Shelf, monkeypatch) -> None:
+    entry, _ = shelf.add(TEXT, RECIPE)
+    shelf.store.close()
+
+    def readonly(*_: object) -> None:
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr("keepkv.documents.index._connected", readonly)
+    for damage in (False, True):  # of an index that cannot be read either, one is made in memory
+        if damage:
+            (shelf.store.folder / "index.sqlite3").write_bytes(b"damaged")
+        with Store(shelf.store.folder) as store:
+            assert store.read_only
+            again = store.for_model(shelf.model, shelf.tokenizer)
+            assert [each.key for each in store.entries()] == [entry.key]
+            assert again.get(entry.key) is not None
+            assert not again.add(TEXT, RECIPE)[1]
+            with pytest.raises(InputError, match="only be read"):
+                store.collect()
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_is_there(shelf: Shelf, monkeypatch) -> None:
+    entry, _ = shelf.add(TEXT, RECIPE)
+
+    class Full:
+        def cursor(self) -> object:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        def execute(self, *arguments: object) -> object:
+            return index.execute(*arguments)
+
+        def close(self) -> None:
+            index.close()
+
+    index, shelf.store._index = shelf.store._index, Full()
+    assert shelf.get(entry.key) is not None
+    with pytest.raises(InputError, match="is full"):
+        shelf.store.remove("f" * 64)
+    shelf.store._index = index
+
+
+def test_a_damaged_entry_is_made_again(shelf: Shelf) -> None:
+    entry, _ = shelf.add(TEXT, RECIPE)
+    whole = entry.file.read_bytes()
+    for way in (lambda: shelf.add(TEXT, RECIPE)[1], lambda: shelf.ask_for(TEXT, RECIPE).tokens > 0):
+        entry.file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert way()
+        assert shelf.get(entry.key) is not None
+
+
+def test_two_models_in_one_store_do_not_meet(shelf: Shelf) -> None:
+    whole = replace(RECIPE, budget="100%", method="full")
+    entry, _ = shelf.add(TEXT, whole)
+    ids = shelf.get(entry.key).ids
+    other = shelf.store.for_model(
+        make_model("llama", seed=1, vocab_size=256, max_position_embeddings=4096).float(), shelf.tokenizer
+    )
+    assert other.longest(ids) is None
+    other.add(TEXT, whole)
+    for each in (shelf, other):
+        document, shared = each.longest(ids)
+        assert shared == ids.shape[1] - 1
+        assert document.cache.keep_layers[0].tail == shared
+
+
+def test_only_their_owner_reads_documents(shelf: Shelf) -> None:
+    entry, _ = shelf.add(TEXT, RECIPE)
+    with Store(shelf.store.folder / "new") as made:
+        assert made.folder.stat().st_mode & 0o077 == 0
+    assert entry.file.stat().st_mode & 0o077 == 0

@@ -133,6 +133,19 @@ def test_texts_are_found_in_the_folder_of_their_model_and_where_older_runs_have_
     assert worst.file_of(replace(first, model="../..")) == "texts/model/needle-512-0.txt"
 
 
+def test_a_report_reads_no_file_outside_its_run(tmp_path: Path) -> None:
+    """Whatever the records say, and wherever a link in the run leads."""
+    (tmp_path / "secret-512-0.txt").write_text("secret")
+    run = tmp_path / "run"
+    (run / "texts" / "m").mkdir(parents=True)
+    (run / "texts" / "m" / "link-512-0.txt").symlink_to(tmp_path / "secret-512-0.txt")
+    (run / "texts" / "m" / "loop-512-0.txt").symlink_to("loop-512-0.txt")
+    find, first = worst.texts_of([run]), replace(made()[0], model="m")
+    assert (run / "texts" / "m" / "../../../secret-512-0.txt").exists()
+    for task in ("../../../secret", str(tmp_path / "secret"), "link", "loop", "a\0b"):
+        assert find(replace(first, task=task)) is None
+
+
 def test_a_report_groups_by_model_and_marks_what_cannot_decide() -> None:
     weak = [replace(r, model="weak", task="hard", score=0.0) for r in made() if r.task == "json"]
     found = [*made(), *(replace(r, model="other") for r in made()), *weak]

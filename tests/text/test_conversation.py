@@ -106,7 +106,7 @@ def test_saved_and_loaded_it_goes_on(model_and_tokenizer, tmp_path: Path) -> Non
     other.load(tmp_path / "talk.json")
     assert other.turns == talk.turns
     assert other.say("Who am I?", max_new_tokens=20) == talk.say("Who am I?", max_new_tokens=20)
-    for text, message in (("{}", "not a conversation"), ("[1", "not a conversation"), (None, "another model")):
+    for text, message in (("{}", "not a conversation"), ("[1", "not a conversation"), (None, "another tokenizer")):
         if text is None:
             told = json.loads((tmp_path / "talk.json").read_text())
             text = json.dumps({**told, "tokens": [10**6]})
@@ -115,6 +115,36 @@ def test_saved_and_loaded_it_goes_on(model_and_tokenizer, tmp_path: Path) -> Non
         with pytest.raises(InputError, match=message):
             other.load(tmp_path / "broken.json")
         assert other.ids is before
+
+
+def test_a_damaged_conversation_is_refused(model_and_tokenizer, tmp_path: Path) -> None:
+    talk = converse(model_and_tokenizer, budget="5000")
+    talk.say("My name is Ada.", max_new_tokens=3)
+    talk.save(tmp_path / "talk.json")
+    assert (tmp_path / "talk.json").stat().st_mode & 0o077 == 0
+    good, before = json.loads((tmp_path / "talk.json").read_text()), dict(vars(talk))
+    for name, values in {
+        "tokens": (None, [None], [], [2**70], [-1], [1.5], "x"),
+        "turns": (None, [1], [{}], [{"user": 3, "answer": "x"}], [{"user": "\ud800", "answer": "x"}]),
+        "system": (None, 1, ["x"], "\ud800"),
+        "tokenizer": (None, 3),
+        "format": (None, 2, "keepkv conversation 3"),
+    }.items():
+        for value in values:
+            (tmp_path / "bad.json").write_text(json.dumps({**good, name: value}))
+            with pytest.raises(InputError, match="is not a conversation saved by keepkv"):
+                talk.load(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text(json.dumps({**good, "tokenizer": "0" * 64}))
+    with pytest.raises(InputError, match="another tokenizer"):
+        talk.load(tmp_path / "bad.json")
+    older = {name: value for name, value in good.items() if name != "tokenizer"} | {"format": "keepkv conversation 1"}
+    (tmp_path / "bad.json").write_text(json.dumps({**older, "tokens": good["tokens"][::-1]}))  # other words: another tokenizer
+    with pytest.raises(InputError, match="another tokenizer"):
+        talk.load(tmp_path / "bad.json")
+    assert vars(talk) == before
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    talk.load(tmp_path / "older.json")
+    assert [turn.user for turn in talk.turns] == ["My name is Ada."]
 
 
 def test_a_model_without_a_template_is_asked_questions(model_and_tokenizer) -> None:

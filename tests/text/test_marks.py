@@ -72,3 +72,47 @@ def test_a_conversation_that_cannot_be_loaded_changes_nothing(folder: str, tmp_p
     assert replace(other.turns[0], answer="") == replace(turns[0], answer="")
     with pytest.raises(InputError, match="no turn to take back"):
         other.undo()
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "{{ m['content'] }}{{ m['content'][:9] }}",
+        "{{ m['content'] | tojson }}",
+        "{{ m['content'][:40] }}",
+        "{{ none() }}",
+        "{{ m['content'][3:30] }}{{ m['content'] }}",
+        "{{ m['content'] | length }}{{ m['content'] }}",
+    ],
+)
+def test_a_template_never_shows_a_part_of_the_message_unnoticed(folder: str, shown: str) -> None:
+    _, tokenizer = loading.load(folder)
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>" + shown + "{% endfor %}<|assistant|>"
+    with pytest.raises(InputError, match="does not show the user's message"):
+        Prompt(tokenizer, FOX)
+
+
+def test_a_template_that_wants_a_list_of_parts_gets_it(folder: str) -> None:
+    _, tokenizer = loading.load(folder)
+    body = "<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}" + body + "{% endfor %}<|assistant|>"
+    assert tokenizer.decode(Prompt(tokenizer, FOX).text[0]) == f"<|user|>{FOX.strip()}\n"
+    assert turn_template(tokenizer, "Be brief.") == ("<|system|>Be brief.<|user|>", "<|user|>", "<|assistant|>")
+
+
+def test_a_template_that_drops_the_system_prompt_is_refused(folder: str) -> None:
+    _, tokenizer = loading.load(folder)
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|a|>"
+    turn_template(tokenizer)
+    with pytest.raises(InputError, match="takes no system prompt"):
+        turn_template(tokenizer, "Be brief.")
+
+
+def test_a_regular_expression_has_its_time(folder: str, monkeypatch) -> None:
+    monkeypatch.setattr("keepkv.text.prompt._PATIENCE", 0.2)
+    prompt = Prompt(loading.load(folder)[1], "a" * 60 + "b")
+    with pytest.raises(InputError, match="seconds to look for"):
+        prompt.spans("(a|a)+$")
+    for wrong in ("(", "(?R)", "a{99999999999}", "((a{999}){999}){999}"):
+        with pytest.raises(InputError, match=r"is not a regular expression|repetitions"):
+            prompt.spans(wrong)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keepkv.errors import KeepKVError
 from keepkv.recipe import BackingKind
 
 
@@ -61,11 +62,20 @@ def _in_memory(x: Tensor) -> Tensor:
 
 
 def _on_disk(x: Tensor) -> Tensor:
-    with tempfile.NamedTemporaryFile(prefix="keepkv-", delete=False) as file:
-        file.truncate(x.numel() * x.element_size())
-    path = Path(file.name)
+    """Written first and mapped then: in a mapped file that the disk has no room for, writing would end the process."""
+    exact = x.detach().cpu().contiguous()
+    path = None
     try:
+        with tempfile.NamedTemporaryFile(prefix="keepkv-", delete=False) as file:
+            path = Path(file.name)
+            file.write(exact.view(-1).view(torch.uint8).numpy().data)
         mapped = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
+    except OSError as error:
+        raise KeepKVError(
+            f"the exact keys and values cannot be kept on disk ({error.strerror or error}): let TMPDIR name a folder with "
+            "room, or take backing='cpu'"
+        ) from error
     finally:
-        path.unlink()
-    return mapped.view(x.shape).copy_(x)
+        if path is not None:
+            path.unlink()
+    return mapped.view(x.shape)

@@ -12,6 +12,8 @@ The way of one layer in a forward pass:
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +27,7 @@ from transformers.cache_utils import Cache
 from keepkv.cache import other_layers
 from keepkv.cache.attention_function import lead_to_caches
 from keepkv.cache.backing import Backing
+from keepkv.cache.guard import all_or_nothing, check_whole, holds_keys
 from keepkv.cache.index import Index
 from keepkv.cache.layer import Asked, KeepLayer
 from keepkv.cache.observations import Observations
@@ -33,7 +36,7 @@ from keepkv.cache.proxies import Call, Proxy
 from keepkv.cache.report import Report
 from keepkv.cache.state_layer import keep_layer
 from keepkv.errors import KeepKVError, ModelError
-from keepkv.models import families
+from keepkv.models import families, identity
 from keepkv.models.rotation import Rotaries
 from keepkv.observe.repetition import Piece
 from keepkv.observe.watch import Watch
@@ -57,6 +60,7 @@ class BaseCache(Cache):
         index: Keys of the tokens that were compressed, to look them up by; None unless that is wanted. Set it before reading.
     """
 
+    guarded = True  # whether passes are refused whose keys cannot be those of the next tokens
     layers: list[Any]  # KeepLayer, or transformers' own layers for what is not compressed (other_layers.py)
     rotaries: Rotaries
 
@@ -80,6 +84,44 @@ class BaseCache(Cache):
         self._expected: tuple[int, ...] = ()  # tokens that every row will have when its prompt has been read
         self._starts: tuple[int, ...] = ()  # the first real column of every row, once nothing is observed any more
         self._repeat_seconds = 0.0
+        self._model = weakref.ref(model)
+        self._fingerprint = identity.fingerprint(model)
+        self._key_shape = families.key_shape(model)
+        self._recording = False  # whether a pass comes next that assisted generation may begin with
+        self._first_pass = 0  # tokens of the pass before, if it was the first
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises KeepKVError for another model than the one that the cache was made for."""
+        if self._model() is not model and identity.fingerprint(model) != self._fingerprint:
+            raise KeepKVError("this cache was made for another model: make one for each, with KeepCache(model)")
+
+    def _check_pass(self, key_states: Tensor, layer_idx: int) -> None:
+        """Raises KeepKVError for keys that cannot be those of the next tokens."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        shape = key_states.shape[1], key_states.shape[3]
+        if layer is None or (isinstance(layer, KeepLayer) and shape != self._key_shape):  # windows may have sizes of their own
+            heads, size = self._key_shape
+            raise KeepKVError(
+                f"keys {list(key_states.shape)} in layer {layer_idx}, expected [B, {heads}, n, {size}] in {len(self.layers)} "
+                "layers: this cache was made for another model, make one with KeepCache(model)"
+            )
+        if layer is not next(filter(holds_keys, self.layers)):
+            return
+        check_whole(self.layers)
+        seen, new = layer.get_seq_length(), key_states.shape[2]
+        if new > 1 and (seen, new) == (self._first_pass, self._first_pass) and self.auto and not self.live:
+            warnings.warn(
+                f"a second pass of {new:,} tokens: the first was compressed as if it were the whole prompt, and this one stays "
+                "exact. A prompt in several passes (prefill_chunk_size) needs KeepCache(..., chunk=n), or cache.read()",
+                stacklevel=2,
+            )
+        self._first_pass = new if not seen else 0
+        recording, self._recording = self._recording, False
+        if recording and key_states.shape[2] > seen > 0:
+            raise KeepKVError(
+                f"assisted generation and prompt lookup read the whole prompt again, on top of the {seen:,} tokens that this "
+                "cache holds: give them a cache that has read nothing, or generate without them"
+            )
 
     @abstractmethod
     def _after_forward(self, new: int) -> None:
@@ -145,6 +187,8 @@ class BaseCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, H, n, d]; for a layer with full attention returns proxies that lead to `_attention`."""
+        if self.guarded and self._piece is None:
+            self._check_pass(key_states, layer_idx)
         layer = self.layers[layer_idx]
         self._check_chunk(key_states.shape[2])
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
@@ -253,6 +297,7 @@ class BaseCache(Cache):
             KeepKVError: if some of them are compressed already, if a sliding window has moved on over some, or if a layer has a
                 state that every token changes. Nothing has changed then.
         """
+        check_whole(self.layers)
         copy.copy(self._first).crop(tokens_to_remove)  # raises before any layer has changed
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self._first.seen)
@@ -261,13 +306,20 @@ class BaseCache(Cache):
             return
         for index, layer in enumerate(self.layers):
             other_layers.check_crop(index, layer, tokens_to_remove)
-        for layer in self.layers:
-            layer.crop(tokens_to_remove)
+        with all_or_nothing(self):
+            for layer in self.layers:
+                layer.crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Called by transformers before it reads what it may take back; `_check_pass` refuses the whole prompt again."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        self._recording = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the given batch rows, in that order, as beam search asks for."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._take(beam_idx.tolist())
+        with all_or_nothing(self):
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            self._take(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given batch rows."""

@@ -22,6 +22,7 @@ from keepkv import methods, render
 from keepkv.budget import BudgetLike, is_single
 from keepkv.cache import other_layers
 from keepkv.cache.base import BaseCache
+from keepkv.cache.guard import all_or_nothing, check_whole
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.observations import Observations, check_observed
 from keepkv.cache.policy import Policy
@@ -214,9 +215,26 @@ class KeepCache(BaseCache):
             The cache itself.
 
         Raises:
-            InputError: for an attention mask of another shape.
-            KeepKVError: as `repeat` and `compress` do; the spans to keep are then as before.
+            InputError: for an attention mask of another shape, and for no tokens at all.
+            KeepKVError: for another model, and as `repeat` and `compress` do.
+
+        Whatever goes wrong, or interrupts it: the cache is as before then.
         """
+        self.check_model(model)
+        with all_or_nothing(self):
+            self._read(model, input_ids, attention_mask, repeat, keep, progress)
+        return self
+
+    def _read(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        repeat: Tensor | None,
+        keep: Sequence[tuple[int, int]],
+        progress: Progress,
+    ) -> None:
+        """As `read`."""
         batch, length = input_ids.shape
         size = self.chunk or max(1, length)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -236,9 +254,11 @@ class KeepCache(BaseCache):
         method = self.policy.method
         if repeat is None and method.repeat is not None and method.repeat.needed and not exact:
             repeat = input_ids[:, :0]
-        auto, policy = self.auto, self.policy
+        if not before and not length:
+            raise InputError("the prompt is empty: expected at least one token")
+        auto = self.auto
         self.auto = False
-        self.policy = policy.changed(spans=keep)
+        self.policy = self.policy.changed(spans=keep)
         try:
             lo = 0
             while lo < length:
@@ -257,13 +277,10 @@ class KeepCache(BaseCache):
                 progress(lo, length)
             if auto and not self.live and not exact:
                 self.compress()
-        except KeepKVError:
-            self.policy = policy
-            raise
         finally:
             self.auto = auto
             self._ahead = 0
-        return self
+            self._first_pass = 0  # what comes now is no other piece of this prompt
 
     @torch.no_grad()
     def repeat(
@@ -294,6 +311,7 @@ class KeepCache(BaseCache):
         Raises:
             KeepKVError: for a batch, for a text that is not the newest, and if the cache is compressed and not live.
         """
+        self.check_model(model)
         tokens = self.keep_layers[0].seen
         tail = self.keep_layers[0].tail
         one_row = input_ids.dim() == 2 and len(input_ids) == 1 and self._tokens() == (tokens,)
@@ -360,7 +378,11 @@ class KeepCache(BaseCache):
                 not observed. The cache and its settings are then as before.
         """
         policy = self.policy.changed(budget, method, slot_dtype, keep)
-        self._compress(policy, progress)
+        if budget is not None and self.live:  # what is too small for any text is not waited for
+            for row, tokens in enumerate(self._tokens()):
+                policy.total_slots(row, tokens, self.keep_layers)
+        with all_or_nothing(self):
+            self._compress(policy, progress)
         self.policy = policy
         return self
 
@@ -384,13 +406,16 @@ class KeepCache(BaseCache):
             raise KeepKVError('nothing to refresh from: KeepCache(..., backing="cpu") or "disk" keeps exact keys and values')
         if self.policy.method.column_mass:
             raise KeepKVError(f"{self.policy.method.name} sums attention: what dropped tokens would have got is not known")
-        self._compress(self.policy, progress, exact=True)
+        with all_or_nothing(self):
+            self._compress(self.policy, progress, exact=True)
         self._refreshed = self.get_seq_length()
         return self
 
     def _compress(self, policy: Policy, progress: Progress, exact: bool = False) -> None:
         """Compresses every row by the policy; exact: all its tokens as they were, from the backing. Raises KeepKVError."""
         start = time.perf_counter()
+        if self.guarded:
+            check_whole(self.keep_layers)  # behind the last of them, layers with sliding windows have still to read
         self._check(policy)
         tokens = self._tokens()
         expected = self._expected or (0,) * len(tokens)

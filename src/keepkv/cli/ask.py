@@ -177,11 +177,10 @@ def ask_compiled(
         import time
 
         from keepkv.cli import console
-        from keepkv.documents import format
-        from keepkv.documents.document import answer, load
+        from keepkv.documents.document import answer, load, model_of
         from keepkv.models import identity, loading
 
-        model_name = model or format.Contents(Path(files[0])).header.get("model", {}).get("name") or "smollm2"
+        model_name = model or model_of(Path(files[0])) or "smollm2"
         lm, tokenizer = loading.load(model_name, device, dtype)
         model_id, tokenizer_id = identity.of_model(lm), identity.of_tokenizer(tokenizer)
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -78,10 +79,15 @@ class Chat:
                 err.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
             except KeyboardInterrupt:
                 err.print("stopped: the turn was taken back")
+            except UnicodeError:
+                err.print(
+                    "[red]this line is not UTF-8 text: set the terminal, or the file that the lines come from, to UTF-8[/red]"
+                )
             if self._over:
                 break
 
     def _take(self, line: str) -> None:
+        line.encode()  # UnicodeError for what was no UTF-8
         if not line:
             return None
         if not line.startswith("/"):
@@ -130,8 +136,13 @@ class Chat:
             return out.print(f"budget {self.talk.cache.policy.budget_text}")
         cache = self.talk.cache
         if cache.get_seq_length():
-            with bar("compressing") as line:
-                cache.compress(argument, progress=line)
+            before = cache.fork()
+            try:
+                with bar("compressing") as line:
+                    cache.compress(argument, progress=line)
+            except BaseException:  # Ctrl-C, too: all or nothing
+                self.talk.cache = before
+                raise
         else:
             cache.policy = cache.policy.changed(argument)
         return None
@@ -162,6 +173,8 @@ class Chat:
 
 def lines() -> Iterator[str]:
     """What a person types, with a prompt and arrow keys for what was typed before; or what comes through a pipe."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused line by line
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -225,8 +225,10 @@ def show(key: Annotated[str, argument(KEY_HELP, "KEY")], folder: Folder = None, 
 
     with Store.open(folder) as shelf:
         entry = shelf.find(key)
-    header = dict(Contents(entry.file).header)
-    del header["tensors"], header["layers"], header["report"]["heads"]
+    hidden = ("tensors", "layers", "heads")
+    header = {name: value for name, value in Contents(entry.file).header.items() if name not in hidden}
+    if isinstance(report := header.get("report"), dict):
+        header["report"] = {name: value for name, value in report.items() if name not in hidden}
     typer.echo(json.dumps({**entry.to_dict(), **header}, ensure_ascii=False, indent=1))
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from keepkv.cli.options import COMPRESSION, MODEL, OUTPUT, Debug, Json, argument, flag, option, shown_default
 from keepkv.cli.progress import bar, err
 from keepkv.errors import InputError
+from keepkv.paths import write_file
 
 if TYPE_CHECKING:
     from keepkv.eval.bootstrap import Interval
@@ -318,8 +319,8 @@ def report(
         text = markdown.markdown_report(run_records, result, run_settings)
         page = html.html_report(run_records, result, drawings, run_settings, worst.texts_of(runs))
         with _writing(target):
-            (target / "report.md").write_text(text, encoding="utf-8")
-            (target / "report.html").write_text(page, encoding="utf-8")
+            write_file(target / "report.md", text)
+            write_file(target / "report.html", page)
             if out is None and len(runs) == 1:
                 summary.write_summary(target, result)
             if png:
@@ -358,7 +359,7 @@ def _leave_one_model_out(runs: Sequence[Path], target: Path, measure: str, among
         )
         text = leave_one_out.to_json(held_out)
         with _writing(target):
-            (target / leave_one_out.FILE).write_text(text, encoding="utf-8")
+            write_file(target / leave_one_out.FILE, text)
     if as_json:
         typer.echo(text, nl=False)
     else:

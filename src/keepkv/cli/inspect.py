@@ -29,6 +29,7 @@ from keepkv.cli.options import (
 )
 from keepkv.cli.progress import bar
 from keepkv.errors import InputError
+from keepkv.paths import write_file
 from keepkv.recipe import Recipe
 
 
@@ -84,7 +85,7 @@ def inspect(
         result = anatomy.inspect(lm, tokenizer, prompt, model, recipe, line.phase)
         try:
             if html:
-                html.write_text(page(result), encoding="utf-8")
+                write_file(html, page(result))
             if png:
                 save(result, png)
         except OSError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keepkv import __version__, methods
+from keepkv import __version__, methods, schema
 from keepkv.cache import KeepCache
 from keepkv.documents.format import FORMAT, Contents, write
 from keepkv.documents.packing import pack, unpack
@@ -234,7 +234,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase | str,
     model_id: Mapping[str, Any] | None = None,
 ) -> Document:
-    """The document of a .keep file, mapped into memory. Its cache is not live: what it reads from now on stays exact.
+    """The document of a .keep file, checked. Its cache is not live: what it reads from now on stays exact.
 
     Args:
         file: The file.
@@ -255,20 +255,21 @@ def load(
     contents = Contents(Path(file))
     header = contents.header
     try:
-        identity.check(str(file), header["model"], model_id or identity.of_model(model))
+        made_by = schema.mapping(header["model"])
+        identity.check(str(file), made_by, model_id or identity.of_model(model))
         if header["tokenizer"] != _tokenizer_id(tokenizer):
             raise InputError(f"{str(file)!r} was compiled with another tokenizer or chat template: compile the document again")
-        template = header["template"]
+        template = schema.mapping(header["template"])
         fields: dict[str, Any] = {
-            "lead": int(template["lead"]),
-            "before": str(template.get("before", "")),
-            "after": str(template["after"]),
-            "recipe": Recipe.from_dict(header["recipe"]),
-            "source": str(header["source"]),
-            "model": header["model"]["name"],
-            "reading_seconds": float(header["reading_seconds"]),
+            "lead": schema.whole(template["lead"], 0, schema.whole(header["seen"])),
+            "before": schema.text(template.get("before", "")),
+            "after": schema.text(template["after"]),
+            "recipe": Recipe.from_dict(schema.mapping(header["recipe"])),
+            "source": schema.text(header["source"]),
+            "model": schema.text(made_by["name"]),
+            "reading_seconds": schema.number(header["reading_seconds"], 0),
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError) as error:
         raise contents.broken("its header does not describe a document") from error
     cache = unpack(contents, model, model.device)
     ids = None
@@ -276,8 +277,17 @@ def load(
         ids = contents.take("ids", 1, cache.get_seq_length(), dtype=torch.int32).long().to(model.device)
         if not 0 <= int(ids.min()) <= int(ids.max()) < model.config.get_text_config(decoder=True).vocab_size:
             raise contents.broken("its tokens are not the model's")
-    exact = _ExactInFile(contents, cache.get_seq_length(), model) if "exact.0.keys" in contents else None
+    exact = _ExactInFile(contents, cache, model) if "exact.0.keys" in contents else None
     return Document(cache, ids, exact=exact, **fields)
+
+
+def model_of(file: Path) -> str:
+    """The name by which the model was loaded that a file was compiled with; "" where it does not say so. Raises InputError."""
+    contents = Contents(file)
+    try:
+        return schema.text(schema.mapping(contents.header["model"]).get("name", ""))
+    except (KeyError, ValueError) as error:
+        raise contents.broken("its header does not describe a document") from error
 
 
 @torch.inference_mode()
@@ -334,17 +344,18 @@ def answer(
 
 
 class _ExactInFile:
-    """Exact keys and values in a file, mapped and checked layer by layer when they are wanted."""
+    """Exact keys and values in a file, read and checked layer by layer when they are wanted."""
 
-    def __init__(self, contents: Contents, tokens: int, model: PreTrainedModel) -> None:
+    def __init__(self, contents: Contents, cache: KeepCache, model: PreTrainedModel) -> None:
         heads, width = families.key_shape(model)
         self._contents = contents
-        self._shape = (1, heads, tokens, width)
+        self._shape = (1, heads, cache.get_seq_length(), width)
         self._device = model.device
+        self._dtypes = [layer.keys.dtype for layer in cache.layers]
 
     def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        keys = self._contents.take(f"exact.{index}.keys", *self._shape)
-        values = self._contents.take(f"exact.{index}.values", *self._shape)
+        keys = self._contents.take(f"exact.{index}.keys", *self._shape, dtype=self._dtypes[index])
+        values = self._contents.take(f"exact.{index}.values", *self._shape, dtype=self._dtypes[index])
         return keys.to(self._device), values.to(self._device)
 
 

@@ -9,7 +9,7 @@ layers share are layer.3.slots.keys.0.places, .norms [n] and directions.0 [m, d]
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple
 from itertools import pairwise
 from typing import Any
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from keepkv import schema
 from keepkv.cache import KeepCache, other_layers
 from keepkv.cache.layer import KeepLayer
 from keepkv.cache.report import Head, Report
-from keepkv.documents.format import Contents
+from keepkv.documents.format import MOST_TOKENS, Contents
 from keepkv.errors import InputError
 from keepkv.models import families
 from keepkv.slots.by_channel import QuantizedByChannel
@@ -89,19 +90,15 @@ def unpack(contents: Contents, model: PreTrainedModel, device: torch.device) -> 
     """
     header = contents.header
     cache = KeepCache(model, 1.0, "full", auto=False)
-    reader = _LayerReader(contents, device, families.key_shape(model))
+    dtypes = {weight.dtype for weight in model.parameters()}
+    reader = _LayerReader(contents, device, families.key_shape(model), dtypes)
     try:
-        seen = int(header["seen"])
-        if len(header["layers"]) != len(cache.layers) or seen < 1:
-            raise ValueError
-        for index, (layer, fields) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            reader.fill(f"layer.{index}", layer, fields, seen)
-        report = dict(header["report"])
-        heads = tuple(tuple(tuple(Head(*head) for head in layer) for layer in row) for row in report.pop("heads"))
-        if "form" in report:  # before format 4
-            report["slot_dtype"] = report.pop("form")
-        cache.restore(Report(heads=heads, tokens=tuple(report.pop("tokens")), **report))
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        seen = schema.whole(header["seen"], 1, MOST_TOKENS)
+        layers = schema.sequence(header["layers"], len(cache.layers))
+        for index, (layer, fields) in enumerate(zip(cache.layers, layers, strict=True)):
+            reader.fill(f"layer.{index}", layer, schema.mapping(fields), seen)
+        cache.restore(_report(schema.mapping(header["report"]), len(cache.keep_layers), reader.shape[0]))
+    except (KeyError, ValueError) as error:
         raise contents.broken("it does not describe a cache of this model") from error
     return cache
 
@@ -140,15 +137,18 @@ def _put(tensors: dict[str, Tensor], directions: dict[tuple[Any, ...], str], nam
 
 
 class _LayerReader:
-    """Takes layers out of a file, on a device; anything that does not fit together raises ValueError or InputError.
+    """Takes layers out of a file, on a device; anything that does not fit together raises KeyError, ValueError or InputError.
 
-    shape: KV heads of a layer, and the size of a key.
+    shape: KV heads of a layer, and the size of a key. dtypes: those of the model's weights.
     """
 
-    def __init__(self, contents: Contents, device: torch.device, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, contents: Contents, device: torch.device, shape: tuple[int, int], dtypes: Collection[torch.dtype]
+    ) -> None:
         self._contents = contents
         self._device = device
-        self._shape = shape
+        self.shape = shape
+        self._dtypes = dtypes
         self._directions: dict[str, Tensor] = {}  # those of two layers are one tensor again
 
     def fill(self, name: str, layer: Any, fields: Mapping[str, Any], seen: int) -> None:
@@ -160,22 +160,24 @@ class _LayerReader:
             keys = self._take(f"{name}.keys", 1, None, None, None)
             size = keys.shape[2]
             values = self._take(f"{name}.values", 1, keys.shape[1], size, None, dtype=keys.dtype)
-            if fields["window"] != layer.sliding_window or size != min(seen, layer.sliding_window - 1):
+            if schema.whole(fields["window"]) != layer.sliding_window or size != min(seen, layer.sliding_window - 1):
                 raise ValueError
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
             layer.cumulative_length = seen
         if not isinstance(layer, KeepLayer):
             return
-        heads, width = self._shape
+        heads, width = self.shape
         keys = self._take(f"{name}.keys", 1, heads, None, width)
+        if keys.dtype not in self._dtypes:
+            raise ValueError
         size = keys.shape[2]
         values = self._take(f"{name}.values", 1, heads, size, width, dtype=keys.dtype)
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         layer.seen = seen
         if fields["slots"] is not None:
-            layer.slots = self._slots(f"{name}.slots", fields["slots"], heads, width, keys.dtype, seen)
+            layer.slots = self._slots(f"{name}.slots", schema.mapping(fields["slots"]), heads, width, keys.dtype, seen)
         if size > seen or (layer.slots is None and size != seen):
             raise ValueError
 
@@ -190,19 +192,19 @@ class _LayerReader:
         values = self._stack(f"{name}.values", fields["values"], len(bias), width, dtype)
         return Slots(keys, values, bias, positions, tuple(offsets.tolist()))
 
-    def _stack(self, name: str, stored: list[str] | str, count: int, width: int, dtype: torch.dtype) -> Stack:
+    def _stack(self, name: str, stored: object, count: int, width: int, dtype: torch.dtype) -> Stack:
         """Keys or values; stored: how, as `_put` returned it."""
-        if not stored or stored == "float":  # [] before format 3
+        if stored in ("float", []):  # [] before format 3
             return self._take(name, count, width, dtype=dtype)
         if isinstance(stored, str):
             return self._special(name, stored, count, width, dtype)
         blocks = []
-        for number, directions in enumerate(stored):
+        for number, directions in enumerate(map(schema.text, schema.sequence(stored))):
             if directions not in self._directions:
                 self._directions[directions] = self._take(directions, None, width, dtype=dtype)
             shared = self._directions[directions]
             places = self._take(f"{name}.{number}.places", None, dtype=torch.int32)
-            norms = self._take(f"{name}.{number}.norms", len(places))
+            norms = self._take(f"{name}.{number}.norms", len(places), dtype=torch.promote_types(dtype, torch.float32))
             if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(shared):
                 raise ValueError
             blocks.append(Block(shared, places, norms))
@@ -220,7 +222,7 @@ class _LayerReader:
         if stored in _BY_VECTOR:
             return QuantizedByVector(codes, self._take(f"{name}.steps", count, dtype=torch.bfloat16), bits, width, dtype)
         starts = tuple(self._take(f"{name}.starts", None, dtype=torch.int64).tolist())
-        if starts[0] != 0 or starts[-1] != count or any(lo > hi for lo, hi in pairwise(starts)):
+        if not starts or starts[0] != 0 or starts[-1] != count or any(lo > hi for lo, hi in pairwise(starts)):
             raise ValueError
         steps = self._take(f"{name}.steps", len(starts) - 1, width, dtype=torch.bfloat16)
         return QuantizedByChannel(
@@ -236,6 +238,41 @@ class _LayerReader:
 
     def _take(self, name: str, *shape: int | None, dtype: torch.dtype | None = None) -> Tensor:
         return self._contents.take(name, *shape, dtype=dtype).to(self._device)
+
+
+def _report(fields: Mapping[str, Any], layers: int, heads: int) -> Report:
+    """The report of a header, for a cache of one row. Raises KeyError or ValueError."""
+    rows = schema.sequence(fields["heads"])
+    if len(rows) > 1:
+        raise ValueError
+    tokens = schema.whole(schema.sequence(fields["tokens"], 1)[0], 1, MOST_TOKENS)  # of a shortened document more than it has
+    return Report(
+        method=schema.text(fields["method"]),
+        budget=schema.text(fields["budget"]),
+        tokens=(tokens,),
+        heads=tuple(
+            tuple(tuple(_head(head) for head in schema.sequence(layer, heads)) for layer in schema.sequence(row, layers))
+            for row in rows
+        ),
+        compress_seconds=schema.number(fields["compress_seconds"], 0),
+        repeat_seconds=schema.number(fields["repeat_seconds"], 0),
+        longest_pause=schema.number(fields["longest_pause"], 0),
+        compressions=schema.whole(fields["compressions"]),
+        note=schema.text(fields["note"]),
+        slot_dtype=schema.text(fields.get("slot_dtype", fields.get("form", "float"))),  # its name before format 4, and before 3
+    )
+
+
+def _head(values: object) -> Head:
+    slots, error, mass_error, evict_error, fallbacks, max_vote = schema.sequence(values, 6)
+    return Head(
+        slots=schema.whole(slots, 0, MOST_TOKENS),
+        error=schema.number(error),
+        mass_error=schema.number(mass_error),
+        evict_error=schema.number(evict_error),
+        fallbacks=schema.whole(fallbacks),
+        max_vote=schema.number(max_vote, 0),
+    )
 
 
 def _report_fields(report: Report) -> dict[str, Any]:

@@ -1,18 +1,19 @@
-"""Store: a folder of .keep files with an SQLite index. The files are the truth; the index can be made from them again.
+"""Store: a folder of .keep files with an SQLite index. The files are the truth: a damaged index is made from them again.
 
 An entry is written to a temporary file, renamed into place, and then indexed: if the process stops in between, a finished
 file is adopted later (`Store.collect`). A removal deletes the file first, and then its line in the index. A process that has
-a file open can go on reading it.
+a file open can go on reading it. A store that cannot be written is read: what was used when is then not noted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,30 +23,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keepkv import paths
+from keepkv import paths, schema
 from keepkv.budget import Budget
+from keepkv.documents import index
 from keepkv.documents.document import Document, compile_text, key_of, load, save, shortened
-from keepkv.documents.format import Contents
+from keepkv.documents.format import MOST_TOKENS, Contents
 from keepkv.errors import BudgetError, InputError
 from keepkv.models import identity
 from keepkv.recipe import Recipe
 from keepkv.text.prompt import Prompt, same_prefix
 from keepkv.text.reading import Phase, silent
 
-_STALE = 3600  # seconds after which a temporary file belongs to nobody
-_PATIENCE = 60.0  # seconds that a process waits while others write
+_KEY = re.compile("[0-9a-f]{64}")  # nothing else becomes part of a path
 _BLOCK = 64  # tokens between the prefixes that are indexed within an exact tail
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, source TEXT, model TEXT, method TEXT, budget TEXT, exact INTEGER,
-    tokens INTEGER, bytes INTEGER, created REAL, used REAL);
-CREATE TABLE IF NOT EXISTS prefixes (digest TEXT, length INTEGER, family TEXT, key TEXT, PRIMARY KEY (digest, key));
-CREATE INDEX IF NOT EXISTS lengths ON prefixes (family, length);
-"""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the index.
+    """A line of the index. Only its owner can read a folder that a store makes, and the files in it.
 
     Attributes:
         key: The digest of text, model and recipe.
@@ -90,7 +85,10 @@ class Store:
     `close` it, or use it in a with statement.
 
     Args:
-        folder: Made if it is not there.
+        folder: Made if it is not there, for its owner only.
+
+    Attributes:
+        read_only: Whether documents can only be taken out of it.
 
     Raises:
         InputError: if the folder cannot be used.
@@ -105,19 +103,15 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        self.read_only = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._index = sqlite3.connect(
-                folder / "index.sqlite3", timeout=_PATIENCE, isolation_level=None, check_same_thread=False
-            )
-            self._index.execute("PRAGMA journal_mode=WAL")
-            with self._writing() as index:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    index.execute(statement)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._index, self.read_only, new = index.opened(folder)
         except (OSError, sqlite3.Error) as error:
-            raise InputError(
-                f"the store {str(folder)!r} cannot be used ({error}): give a folder that can be written"
-            ) from error
+            raise self._unusable(error) from error
+        if new:
+            self._adopt(set())
 
     @staticmethod
     def open(folder: Path | None = None) -> Store:
@@ -160,10 +154,13 @@ class Store:
 
     def remove(self, key: str) -> None:
         """Removes an entry; nothing happens if it is gone already."""
-        (self.folder / f"{key}{paths.SUFFIX}").unlink(missing_ok=True)
-        with self._writing() as index:
-            index.execute("DELETE FROM entries WHERE key = ?", (key,))
-            index.execute("DELETE FROM prefixes WHERE key = ?", (key,))
+        try:
+            (self.folder / f"{key}{paths.SUFFIX}").unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        with self._writing() as cursor:
+            cursor.execute("DELETE FROM entries WHERE key = ?", (key,))
+            cursor.execute("DELETE FROM prefixes WHERE key = ?", (key,))
 
     def collect(self, limit: float | None = None) -> tuple[list[Entry], int]:
         """Puts the store in order.
@@ -177,16 +174,11 @@ class Store:
         Returns:
             The entries that were removed, and how many files were adopted.
         """
+        if self.read_only:
+            raise self._unusable("it can only be read")
         indexed = {entry.key: entry for entry in self.entries()}
-        adopted = 0
-        for file in self.folder.glob(f"*{paths.SUFFIX}"):
-            if file.stem not in indexed:
-                with suppress(InputError):  # a newer keepkv's, damaged from outside, or gone just now: not ours to delete
-                    adopted += self._enter(file)[1]
-        for file in self.folder.glob(".*.tmp"):
-            with suppress(FileNotFoundError):  # finished just now
-                if time.time() - file.stat().st_mtime > _STALE:
-                    file.unlink()
+        adopted = self._adopt(set(indexed))
+        paths.remove_stale(self.folder)
         gone = [entry for entry in indexed.values() if not entry.file.exists()]
         if limit is not None:
             total = 0
@@ -198,60 +190,90 @@ class Store:
             self.remove(entry.key)
         return gone, adopted
 
+    def _adopt(self, known: Set[str]) -> int:
+        """Indexes finished files that are not known. Returns how many."""
+        adopted = 0
+        for file in sorted(self.folder.glob(f"*{paths.SUFFIX}")):
+            if file.stem not in known:
+                with suppress(InputError):  # a newer keepkv's, damaged from outside, or gone just now: not ours to delete
+                    adopted += self._enter(file)[1]
+        return adopted
+
     def _enter(self, file: Path) -> tuple[Entry, bool]:
         """Indexes a finished file. Returns its entry, and whether it was not indexed before. Raises InputError."""
         contents = Contents(file)
         header = contents.header
-        now = time.time()
         try:
-            recipe = header["recipe"]
+            recipe = Recipe.from_dict(schema.mapping(header["recipe"]))
+            model = schema.mapping(header["model"])
+            status = file.stat()
             entry = Entry(
-                key=file.stem,
-                source=header["source"],
-                model=header["model"]["name"],
-                method=recipe["method"],
-                budget=recipe["budget"],
-                exact=bool(recipe["exact"]),
-                tokens=int(header["seen"]),
-                bytes=file.stat().st_size,
-                created=now,
-                used=now,
+                key=_key(file.stem),
+                source=schema.text(header["source"]),
+                model=schema.text(model["name"]),
+                method=recipe.method_name,
+                budget=recipe.budget_text,
+                exact=recipe.exact,
+                tokens=schema.whole(header["seen"], 1, MOST_TOKENS),
+                bytes=status.st_size,
+                created=status.st_mtime,
+                used=status.st_mtime,
                 folder=str(self.folder),
             )
-            family = _family(header["model"], header["tokenizer"])
+            family = _family(model, schema.text(header["tokenizer"]))
             ids = contents.take("ids", 1, entry.tokens, dtype=torch.int32)[0].tolist()
             tail = contents.take(f"layer.{_first_full_attention(header)}.keys", 1, None, None, None).shape[2]
-        except (KeyError, TypeError, ValueError, OSError) as error:
+            if min(ids) < 0 or tail > len(ids):
+                raise ValueError
+        except (KeyError, ValueError, OSError) as error:
             raise contents.broken("its header does not describe an entry of a store") from error
         lengths = [*range(len(ids) - tail, len(ids), _BLOCK), len(ids)]
-        with self._writing() as index:
+        with self._writing() as cursor:
             values = [getattr(entry, name) for name in _COLUMNS]
-            new = index.execute(f"INSERT OR IGNORE INTO entries VALUES ({','.join('?' * len(values))})", values).rowcount > 0
+            new = cursor.execute(f"INSERT OR IGNORE INTO entries VALUES ({','.join('?' * len(values))})", values).rowcount > 0
             for length, digest in zip(lengths, prefix_digests(ids, lengths), strict=True):
                 if length:
-                    index.execute("INSERT OR IGNORE INTO prefixes VALUES (?, ?, ?, ?)", (digest, length, family, entry.key))
+                    cursor.execute("INSERT OR IGNORE INTO prefixes VALUES (?, ?, ?, ?)", (digest, length, family, entry.key))
         return entry, new
 
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """What the index answers. Raises InputError."""
+        try:
+            return self._index.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
     def _select(self, rest: str, *values: object) -> list[Entry]:
-        rows = self._index.execute(f"SELECT {', '.join(_COLUMNS)} FROM entries {rest}", values).fetchall()
-        lines = [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
-        return [Entry(**{**line, "exact": bool(line["exact"])}, folder=str(self.folder)) for line in lines]
+        rows = self._rows(f"SELECT {', '.join(_COLUMNS)} FROM entries {rest}", *values)
+        try:
+            return [_entry(dict(zip(_COLUMNS, row, strict=True)), self.folder) for row in rows]
+        except ValueError as error:
+            raise self._unusable(f"its index is damaged: {error}; remove {index.FILE}, which is made again") from error
 
     def _touch(self, key: str) -> None:
-        with self._writing() as index:
-            index.execute("UPDATE entries SET used = ? WHERE key = ?", (time.time(), key))
+        """Notes that an entry was used just now. Where that cannot be written, it is not: what was asked for is there."""
+        with suppress(InputError), self._writing() as cursor:
+            cursor.execute("UPDATE entries SET used = ? WHERE key = ?", (time.time(), key))
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Cursor]:
-        """One transaction, by one thread and one process at a time: all of it happens, or nothing."""
-        with self._lock, closing(self._index.cursor()) as index:
-            index.execute("BEGIN IMMEDIATE")
-            try:
-                yield index
-            except BaseException:
-                index.execute("ROLLBACK")
-                raise
-            index.execute("COMMIT")
+        """One transaction, by one thread and one process at a time: all of it happens, or nothing. Raises InputError."""
+        try:
+            with self._lock, closing(self._index.cursor()) as cursor:
+                cursor.execute("BEGIN IMMEDIATE")
+                try:
+                    yield cursor
+                    cursor.execute("COMMIT")
+                except BaseException:
+                    with suppress(sqlite3.Error):  # a full disk has rolled back already
+                        cursor.execute("ROLLBACK")
+                    raise
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: object) -> InputError:
+        reason = getattr(error, "strerror", None) or error
+        return InputError(f"the store {str(self.folder)!r} cannot be used ({reason}): give a folder that can be written")
 
 
 class Shelf:
@@ -282,7 +304,7 @@ class Shelf:
         self.tokenizer_id = identity.of_tokenizer(tokenizer)
 
     def add(self, text: str, recipe: Recipe | None = None, source: str = "", phase: Phase = silent) -> tuple[Entry, bool]:
-        """Compiles a text into the store, unless it is there already.
+        """Compiles a text into the store, unless it is there already. One that is damaged there is compiled again.
 
         Args:
             text: The text.
@@ -300,11 +322,20 @@ class Shelf:
         recipe = (recipe or Recipe()).settled(ids.shape[1])
         key = self.key(ids, recipe)
         entries = self.store._select("WHERE key = ?", key)
-        if entries and entries[0].file.exists():
+        if entries and self._is_whole(entries[0]):
             self.store._touch(key)
             return entries[0], False
         document = compile_text(self.model, self.tokenizer, text, recipe, source, self.name, phase)
         return self.put(document), True
+
+    def _is_whole(self, entry: Entry) -> bool:
+        """Whether an entry's file is there as it was written; one that is not is removed."""
+        try:
+            Contents(entry.file).check()
+        except InputError:
+            self.store.remove(entry.key)
+            return False
+        return True
 
     def put(self, document: Document) -> Entry:
         """Adds a document that was compiled, or has read more since.
@@ -324,9 +355,9 @@ class Shelf:
         return entry
 
     def get(self, key: str) -> Document | None:
-        """An entry's document, mapped into memory; None if it is not there, or was removed just now."""
+        """An entry's document; None if it is not there, or was removed just now. Raises InputError for a damaged one."""
         file = self.store.folder / f"{key}{paths.SUFFIX}"
-        if not file.exists():
+        if not _KEY.fullmatch(key) or not file.exists():
             return None
         try:
             document = load(file, self.model, self.tokenizer_id, self.model_id)
@@ -336,6 +367,12 @@ class Shelf:
             return None
         self.store._touch(key)
         return document
+
+    def _sound(self, key: str) -> Document | None:
+        """An entry's document; None also where it is damaged."""
+        with suppress(InputError):
+            return self.get(key)
+        return None
 
     def ask_for(self, text: str, recipe: Recipe | None = None, source: str = "", phase: Phase = silent) -> Document:
         """A text's document: out of the store if it is there, compiled into it otherwise.
@@ -372,14 +409,14 @@ class Shelf:
         """
         prompt = ids.flatten().tolist()
         family = _family(self.model_id, self.tokenizer_id)
-        rows = self.store._index.execute(
-            "SELECT DISTINCT length FROM prefixes WHERE family = ? AND length <= ? ORDER BY length", (family, len(prompt))
-        ).fetchall()
+        rows = self.store._rows(
+            "SELECT DISTINCT length FROM prefixes WHERE family = ? AND length <= ? ORDER BY length", family, len(prompt)
+        )
         lengths = [length for (length,) in rows]
         best: tuple[Document, int] | None = None
         for digest in reversed(prefix_digests(prompt, lengths)):
-            for (key,) in self.store._index.execute("SELECT key FROM prefixes WHERE digest = ?", (digest,)).fetchall():
-                document = self.get(key)
+            for (key,) in self.store._rows("SELECT key FROM prefixes WHERE digest = ? AND family = ?", digest, family):
+                document = self._sound(key)
                 if document is None or document.ids is None:
                     continue
                 settled = recipe and recipe.settled(document.ids.shape[1])
@@ -429,9 +466,25 @@ def _family(model: Mapping[str, Any], tokenizer: str) -> str:
     """A digest of model and tokenizer: prefixes that have it in common may be continued by the same model."""
     fields = {**model, "tokenizer": tokenizer}
     fields.pop("name", None)
-    return identity.digest(repr(sorted(fields.items())).encode())
+    return identity.digest(json.dumps(fields, sort_keys=True).encode())
+
+
+def _key(text: object) -> str:
+    """A key, which is a digest. Raises ValueError."""
+    if not _KEY.fullmatch(schema.text(text)):
+        raise ValueError(f"{text!r} is no key")
+    return str(text)
+
+
+def _entry(line: Mapping[str, Any], folder: Path) -> Entry:
+    """An entry of what the index holds. Raises ValueError for what no store has written."""
+    entry = schema.dataclass_of(Entry, {**line, "exact": bool(line["exact"]), "folder": str(folder)})
+    _key(entry.key)
+    return entry
 
 
 def _first_full_attention(header: Mapping[str, Any]) -> int:
-    """The index of the first layer with full attention."""
-    return next(i for i, layer in enumerate(header["layers"]) if "slots" in layer)
+    """The index of the first layer with full attention. Raises ValueError."""
+    layers = schema.sequence(header["layers"])
+    index = next((i for i, layer in enumerate(layers) if "slots" in schema.mapping(layer)), None)
+    return schema.whole(index)

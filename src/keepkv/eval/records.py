@@ -7,12 +7,14 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from keepkv import schema
 from keepkv.errors import InputError
+from keepkv.paths import atomic_file, read_file
 
 FILE = "records.jsonl"
 
@@ -131,22 +133,19 @@ def load_records(folder: Path) -> list[Record]:
     """
     file = folder / FILE
     try:
-        content = file.read_bytes()
+        content = read_file(file)
     except OSError as error:
         raise InputError(
             f"{str(folder)!r} is not the folder of a run: {FILE} cannot be read ({error.strerror}). "
             "Give a folder that keepkv eval has written"
         ) from error
     lines = content.split(b"\n")[:-1]  # what follows the last line's end is empty or unfinished
-    names = {field.name for field in fields(Record)}
     older = {"dtype": _dtype_of_older_records(folder)}
     groups: dict[RecordKey, dict[int, Record]] = defaultdict(dict)
     for number, line in enumerate(lines, 1):
         try:
-            values: dict[str, Any] = older | json.loads(line)
-            values["chances"] = tuple(values.get("chances", ()))
-            record = Record(**{name: value for name, value in values.items() if name in names})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            record = schema.dataclass_of(Record, older | schema.parse(line))
+        except ValueError as error:
             raise InputError(
                 f"{str(file)!r} line {number} is not a record ({error}): delete the line, and the run measures it again"
             ) from None
@@ -171,9 +170,5 @@ def append(folder: Path, records: Sequence[Record]) -> None:
 
 def rewrite(folder: Path, records: Iterable[Record]) -> None:
     """These records and nothing else; the old file stays until the new one is whole."""
-    draft = folder / f"{FILE}.new"
-    with draft.open("wb") as file:
+    with atomic_file(folder / FILE) as draft, draft.open("wb") as file:
         file.writelines(record.line().encode() for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(folder / FILE)

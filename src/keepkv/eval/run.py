@@ -34,6 +34,7 @@ from keepkv.eval.tasks import datasets, haystack, registry
 from keepkv.eval.tasks.task import Task
 from keepkv.methods import METHODS, Method
 from keepkv.models import loading
+from keepkv.paths import write_file
 
 ProgressCallback = Callable[[int, int, float], None]  # finished measurements, all measurements, seconds left
 
@@ -71,7 +72,7 @@ def begin(folder: Path, config: Config) -> tuple[Config, list[Record]]:
         recorded = records.load_records(folder) if (folder / records.FILE).exists() else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / settings.FILE).write_text(settings.to_toml(config), encoding="utf-8")
+        write_file(folder / settings.FILE, settings.to_toml(config))
         records.rewrite(folder, recorded)
     except OSError as error:
         raise InputError(f"the run {str(folder)!r} cannot be written ({error.strerror}): give another folder") from error
@@ -215,7 +216,7 @@ def save_texts(folder: Path, config: Config) -> None:
                 sample = sampled(setups[job.model], task, job.length, job.number)
                 turns = [f"User: {user}\nAssistant: {answer}" for user, answer in sample.turns]
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(sample.text or "\n".join(turns), encoding="utf-8")
+                write_file(file, sample.text or "\n".join(turns))
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from keepkv.budget import Budget
 from keepkv.errors import InputError
 from keepkv.eval.bootstrap import DIFFERENCE, Interval, combined, ranks, ratio_of_means
 from keepkv.eval.records import Record, RecordKey
+from keepkv.paths import write_file
 
 FILE = "summary.json"
 ALL = "all tasks"
@@ -384,4 +385,4 @@ def by_method(records: Iterable[Record]) -> dict[tuple[str, str, str, str, str],
 
 def write_summary(folder: Path, summary: Summary) -> None:
     """summary.json in the run's folder."""
-    (folder / FILE).write_text(summary.text(), encoding="utf-8")
+    write_file(folder / FILE, summary.text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from keepkv.inspection.anatomy import Anatomy, HeadSlots
+from keepkv.paths import atomic_file
 from keepkv.render import require_matplotlib
 
 
@@ -66,7 +67,8 @@ def save(anatomy: Anatomy, path: Path) -> None:
     kept.set(ylim=(0, 100), title="Percentage of layers and heads that kept each token", xlabel="token of the text")
     for axes in (votes, kept):
         axes.set_xlim(-0.01 * len(total), 1.01 * len(total))
-    figure.savefig(path, format="png")
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 def _errors(head: HeadSlots) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keepkv import paths
+from keepkv import paths, schema
 from keepkv.cache import KeepCache
 from keepkv.models import identity
 from keepkv.ops.softmax import shares
@@ -53,14 +53,19 @@ def copying_heads(model: PreTrainedModel, seed: int = 0) -> tuple[CopyingHead, .
     """
     whose = json.dumps([_VERSION, TOKENS, seed, identity.of_model(model)], sort_keys=True)
     file = paths.cache_folder() / "copying-heads" / f"{identity.digest(whose.encode())}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return tuple(CopyingHead(*values) for values in json.loads(file.read_text()))
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(_head(values) for values in json.loads(paths.read_file(file)))
     heads = measure_heads(model, seed)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with paths.atomic_file(file) as draft:
-            draft.write_text(json.dumps(heads))
+        paths.write_file(file, json.dumps(heads))
     return heads
+
+
+def _head(values: object) -> CopyingHead:
+    """A head as it is remembered. Raises ValueError."""
+    layer, head, share, query = schema.sequence(values, len(CopyingHead._fields))
+    return CopyingHead(schema.whole(layer), schema.whole(head), schema.number(share), schema.whole(query))
 
 
 @torch.no_grad()

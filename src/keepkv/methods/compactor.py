@@ -35,7 +35,14 @@ def leverage(observation: Observation, counted: Tensor, sketch: int = 48, ridge:
         x = x @ gaussian.to(x.device)
     gram = (x.mT @ x).double()
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    solved: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), x.double().mT, upper=False)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    x = x.double()
+    if bool(failed.any()):  # keys so large that the ridge is lost beside them: the scores do not depend on the scale
+        x = x / x.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
+        gram = x.mT @ x
+        gram.diagonal(dim1=-2, dim2=-1).add_(1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-300)
+        factor = torch.linalg.cholesky(gram)
+    solved: Tensor = torch.linalg.solve_triangular(factor, x.mT, upper=False)
     return solved.square().sum(1).float()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keepkv.methods.base import Method
+from keepkv.paths import write_file
 
 _PACKAGE = Path(__file__).parents[1]
 AXES = ("references", "score", "allot", "choose", "merge")
@@ -62,8 +63,8 @@ def write(methods: list[Method], folder: Path) -> int:
     """Writes all pages and the list into a folder. Returns how many files."""
     folder.mkdir(parents=True, exist_ok=True)
     for method in methods:
-        (folder / f"{method.name}.md").write_text(page(method), encoding="utf-8")
-    (folder / "README.md").write_text(index(methods), encoding="utf-8")
+        write_file(folder / f"{method.name}.md", page(method))
+    write_file(folder / "README.md", index(methods))
     return len(methods) + 1
 
 

@@ -143,20 +143,25 @@ def _shape_of(config: Any) -> tuple[int, int]:
 def projections(model: PreTrainedModel) -> list[tuple[Tensor, ...] | None]:
     """Per layer with full attention the output projections [D, heads × d_v] of all layers that attend to its keys.
 
-    Its own one is the first. None where they cannot be read: where weights are quantized, for example, or are not called
-    `o_proj`.
+    Its own one is the first. None where they cannot be read: where weights are quantized, also to float8, are not in memory
+    (offloaded to the meta device), or are not called `o_proj`.
     """
     kinds = layer_kinds(model)
     users = _users(model.config.get_text_config(decoder=True), len(kinds))
     weights: dict[int, Tensor] = {}
     for module in model.get_decoder().modules():
         index, weight = getattr(module, "layer_idx", None), getattr(getattr(module, "o_proj", None), "weight", None)
-        if isinstance(index, int) and isinstance(weight, Tensor) and weight.is_floating_point():
+        if isinstance(index, int) and isinstance(weight, Tensor) and _is_readable(weight):
             weights.setdefault(index, weight.detach())
     groups = [own for own, kind in zip(users, kinds, strict=True) if is_compressed(kind)]
     if any(index not in weights for own in groups for index in own):  # also of layers that are run through more than once
         return [None] * len(groups)
     return [tuple(weights[index] for index in own) for own in groups]
+
+
+def _is_readable(weight: Tensor) -> bool:
+    """Whether a weight's numbers are there, and are what the model multiplies with."""
+    return weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta
 
 
 def trained_length(model: PreTrainedModel) -> int | None:

@@ -11,19 +11,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keepkv.errors import InputError
+from keepkv import schema
+from keepkv.errors import InputError, ModelError
+from keepkv.models.rotation import attention_modules
 
+# Of a configuration, what nothing depends on in inference, and what has a field of its own in an identity
+_WITHOUT_EFFECT = {
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "id2label", "initializer_range", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "pad_token_id", "problem_type", "pretraining_tp", "return_dict", "rope_parameters", "rope_scaling",
+    "rope_theta", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 _SAMPLE = 64  # of a weight's 8-byte words that are hashed as they are, beside the sum of all
 
 
 def of_model(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model's keys and values depend on: architecture, weights, rotary parameters, precision.
+    """What a model's keys and values depend on: architecture, configuration, weights, rotary parameters, precision.
 
     The digest of the weights is a SHA-256 over names, shapes, dtypes, the sum of all bytes, taken eight at a time as integers
     modulo 2^64, and a sample of them. So every byte of every weight counts, and it costs one pass over the weights.
 
     Returns:
-        "type", "architecture", "rope" (a digest), "dtype" and "weights" (a digest): the model's identity, plain values.
+        "type", "architecture", "rope" (a digest), "dtype", "weights" (a digest), and "config", every setting of the
+        configuration that may have an effect: the model's identity, plain values.
     """
     config = model.config.get_text_config(decoder=True)
     rope: Any = getattr(config, "rope_parameters", None)
@@ -33,6 +43,7 @@ def of_model(model: PreTrainedModel) -> dict[str, Any]:
         "rope": digest(json.dumps(rope, sort_keys=True, default=str).encode()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": _weights(model),
+        "config": _settings(config.to_dict()),
     }
 
 
@@ -52,6 +63,9 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 def check(file: str, stored: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """Compares the identity that is stored in a file with a model's.
 
+    Of the configurations, what only one of them has is passed over: another transformers has other fields. Files of format 5
+    and older hold no configuration.
+
     Raises:
         InputError: if they differ; it names the first difference.
     """
@@ -70,6 +84,13 @@ def check(file: str, stored: Mapping[str, Any], model: Mapping[str, Any]) -> Non
                 f"{file!r} was compiled in {stored.get('dtype')}, and the model is loaded in {model['dtype']}: "
                 f"--dtype {stored.get('dtype')}, or compile the document again"
             )
+    then, now = schema.mapping(stored.get("config", {})), model.get("config", {})
+    for name in sorted(then.keys() & now.keys()):
+        if then[name] != now[name]:
+            raise InputError(
+                f"{file!r} was compiled with another configuration ({name} was {then[name]!r}, the model has {now[name]!r}): "
+                "compile the document again, or load that model"
+            )
 
 
 def digest(data: bytes) -> str:
@@ -77,11 +98,38 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that may have an effect, as JSON gives them back."""
+    names = [name for name in sorted(config) if not name.startswith("_") and name not in _WITHOUT_EFFECT]
+    settings: dict[str, Any] = json.loads(json.dumps({name: config[name] for name in names}, sort_keys=True, default=str))
+    return settings
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """What tells models apart without a pass over the weights: the configuration, and some numbers of the first and last layer.
+
+    Copies of a model, and a model that is wrapped, have the same.
+    """
+    config = model.config.get_text_config(decoder=True)
+    total = hashlib.sha256(json.dumps([config.model_type, _settings(config.to_dict())], sort_keys=True).encode())
+    modules = [module for _, module in sorted(attention_modules(model).items())]
+    sample = [
+        parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 8)][:8].float()
+        for module in (*modules[:1], *modules[-1:])
+        for parameter in list(module.parameters())[:2]
+        if not parameter.is_meta
+    ]
+    total.update(torch.cat(sample).cpu().numpy().tobytes() if sample else b"")
+    return total.hexdigest()
+
+
 @torch.no_grad()
 def _weights(model: PreTrainedModel) -> str:
     total = hashlib.sha256()
     sums: list[Tensor] = []
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
+        if weight.is_meta:
+            raise ModelError(f"the weights {name} are not in memory (offloaded), so that nobody can tell which model this is")
         total.update(f"{name} {list(weight.shape)} {weight.dtype} ".encode())
         raw = weight.detach().contiguous().view(-1).view(torch.uint8)
         words = len(raw) // 8

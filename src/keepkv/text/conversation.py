@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
+from keepkv import schema
 from keepkv.cache import KeepCache
 from keepkv.compress import Progress
 from keepkv.errors import InputError
-from keepkv.paths import atomic_file
+from keepkv.models import identity
+from keepkv.paths import read_file, write_file
 from keepkv.recipe import CONVERSATION, Recipe
 from keepkv.text.ask import generation
-from keepkv.text.prompt import marks
+from keepkv.text.prompt import marks, shown
 from keepkv.text.reading import Phase, silent
 
-FORMAT = "keepkv conversation 1"
+FORMAT = "keepkv conversation 2"
+_OLDER = "keepkv conversation 1"  # without the tokenizer's identity
+_MOST_BYTES = 256 << 20  # of a file: some ten million words
 
 
 @dataclass(frozen=True)
@@ -164,14 +168,20 @@ class Conversation:
     def save(self, file: Path) -> None:
         """Writes what was said as JSON, whole or not at all: words and tokens, not the cache and its settings.
 
+        A new file is its owner's only.
+
         Raises:
             InputError: if the file cannot be written.
         """
-        turns = [asdict(turn) for turn in self.turns]
-        fields = {"format": FORMAT, "system": self.system, "turns": turns, "tokens": self.ids[0].tolist()}
+        fields = {
+            "format": FORMAT,
+            "tokenizer": identity.of_tokenizer(self.tokenizer),
+            "system": self.system,
+            "turns": [asdict(turn) for turn in self.turns],
+            "tokens": self.ids[0].tolist(),
+        }
         try:
-            with atomic_file(file) as scratch:
-                scratch.write_text(json.dumps(fields, ensure_ascii=False, indent=1), encoding="utf-8")
+            write_file(file, json.dumps(fields, indent=1), private=True)
         except OSError as error:
             raise InputError(f"{str(file)!r} cannot be written ({error.strerror})") from error
 
@@ -179,32 +189,60 @@ class Conversation:
         """Goes on where a saved conversation ended: its tokens are read again, with this conversation's settings.
 
         Raises:
-            InputError: for a file that is no saved conversation, or one with another model. Nothing has changed then.
+            InputError: for a file that is no saved conversation, or one with another tokenizer or chat template. Nothing has
+                changed then.
         """
         try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-            if fields["format"] != FORMAT:
-                raise KeyError("format")
-            turns = [Turn(**turn) for turn in fields["turns"]]
-            tokens = torch.tensor([fields["tokens"]])
-            system = str(fields["system"])
+            saved = _saved(read_file(file, limit=_MOST_BYTES))
         except OSError as error:
             raise InputError(f"{str(file)!r} cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{str(file)!r} is not a conversation saved by keepkv") from error
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        if tokens.numel() == 0 or tokens.dtype != torch.int64 or int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
-            raise InputError(f"{str(file)!r} was saved with another model: its tokens are not this one's")
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{str(file)!r} is not a conversation saved by keepkv ({error})") from error
+        if not self._is_ours(saved):
+            raise InputError(
+                f"{str(file)!r} was saved with another tokenizer or chat template: load the model that it was saved with"
+            )
         loaded = copy.copy(self)
         loaded.cache = self.cache.fork()
         loaded.cache.reset()
-        loaded.ids = tokens.to(self.model.device)
-        loaded.turns = turns
-        loaded.system = system
+        loaded.ids = torch.tensor([saved.tokens], device=self.model.device)
+        loaded.turns = list(saved.turns)
+        loaded.system = saved.system
         loaded._before = None
-        loaded._template = turn_template(self.tokenizer, system)
+        loaded._template = turn_template(self.tokenizer, saved.system)
         loaded._read(loaded.ids[:, :-1], phase("reading the conversation"))
         vars(self).update(vars(loaded))
+
+    def _is_ours(self, saved: _Saved) -> bool:
+        """Whether a saved conversation's tokens mean here what they meant there."""
+        if max(saved.tokens) >= self.model.config.get_text_config(decoder=True).vocab_size:
+            return False
+        if saved.tokenizer is not None:
+            return saved.tokenizer == identity.of_tokenizer(self.tokenizer)
+        words = "".join(str(self.tokenizer.decode(saved.tokens)).split())
+        return all("".join(turn.user.split()) in words for turn in saved.turns[:1])
+
+
+class _Saved(NamedTuple):
+    """What a file holds of a conversation; the tokenizer's identity is None in older ones."""
+
+    system: str
+    turns: tuple[Turn, ...]
+    tokens: list[int]
+    tokenizer: str | None
+
+
+def _saved(data: bytes) -> _Saved:
+    """What a file holds. Raises ValueError, KeyError for what is not the JSON that `Conversation.save` writes."""
+    fields = schema.parse(data)
+    if fields["format"] not in (FORMAT, _OLDER):
+        raise ValueError("it is of another format")
+    tokens = [schema.whole(token) for token in schema.sequence(fields["tokens"])]
+    if not tokens:
+        raise ValueError("it holds no tokens")
+    turns = tuple(schema.dataclass_of(Turn, schema.mapping(turn)) for turn in schema.sequence(fields["turns"]))
+    tokenizer = schema.text(fields["tokenizer"]) if fields["format"] == FORMAT else None
+    return _Saved(schema.text(fields["system"]), turns, tokens, tokenizer)
 
 
 class TurnTemplate(NamedTuple):
@@ -230,21 +268,27 @@ def turn_template(tokenizer: PreTrainedTokenizerBase, system: str = "") -> TurnT
     if not tokenizer.chat_template:
         head = f"{system}\n\nQuestion: ".lstrip() if system else "Question: "
         return TurnTemplate(head, between="\n\nQuestion: ", after="\nAnswer:")
-    question, answer, next_question = marks(3, system, str(tokenizer.chat_template))
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": next_question},
-    ]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
+    found = marks(6, system, str(tokenizer.chat_template))
     kind = "system prompt" if system else "conversation"
     try:
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # templates raise whatever they like
+        template = _between(tokenizer, system, found[:3])
+        if template != _between(tokenizer, system, found[3:]):
+            raise ValueError("what stands around the messages depends on them")
+    except ValueError as error:
         raise InputError(f"this model's chat template takes no {kind}: {error}") from error
-    if [whole.count(mark) for mark in (question, answer, next_question)] != [1, 1, 1]:
-        raise InputError(f"this model's chat template takes no {kind}: it does not show every message once, as it is")
+    return template
+
+
+def _between(tokenizer: PreTrainedTokenizerBase, system: str, said: Sequence[str]) -> TurnTemplate:
+    """What stands around a question, an answer and the next question. Raises ValueError where that cannot be told."""
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    whole = shown(tokenizer, messages, dict.fromkeys(said, 1))
+    if system.strip() not in whole:
+        raise ValueError("it does not show it as it is")
+    question, answer, next_question = said
     head, rest = whole.split(question)
     between, after = rest.split(answer)[1].split(next_question)
     return TurnTemplate(head, between, after)

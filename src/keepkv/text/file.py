@@ -6,17 +6,18 @@ import sys
 from pathlib import Path
 
 from keepkv.errors import InputError
+from keepkv.paths import read_file
 
 
 def read_text(file: str) -> str:
     """The text of a UTF-8 file, or of standard input for "-".
 
     Raises:
-        InputError: for a file that is missing, is no UTF-8 text, or is empty.
+        InputError: for a file that is missing, a folder, a device or a named pipe, is no UTF-8 text, or is empty.
     """
     name = "standard input" if file == "-" else repr(file)
     try:
-        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        raw = sys.stdin.buffer.read() if file == "-" else read_file(Path(file), pipes=True)
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror}): expected a text file, or - for standard input") from error
     try:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import Any
 
+import regex
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from keepkv.errors import InputError
 
+_MOST_COPIES = 10**6  # of a part of a regular expression
+_PATIENCE = 5.0  # seconds that a regular expression may take
 NEXT_QUESTION = "\nQuestion:"  # what stands before a question where there is no chat template
 
 
@@ -33,12 +40,14 @@ class Prompt:
         self._tokenizer = tokenizer
         self._special = not tokenizer.chat_template  # whether the tokenizer adds its special tokens: templates have their own
         if tokenizer.chat_template:
-            mark, *_ = marks(1, text, str(tokenizer.chat_template))
-            message = [{"role": "user", "content": f"{mark}{text.strip()}\n\n{mark}"}]
-            whole = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-            if whole.count(mark) != 2:
-                raise InputError("this model's chat template does not show the user's message once, as it is")
-            opening, body, self.after = whole.split(mark)
+            mark, other = marks(2, text, str(tokenizer.chat_template))
+            body = f"{text.strip()}\n\n"
+            try:
+                opening, _, self.after = _around(tokenizer, body, mark)
+                if [opening, "whale", self.after] != _around(tokenizer, "whale", other):
+                    raise ValueError("what stands around it depends on it")
+            except ValueError as error:
+                raise InputError(f"this model's chat template does not show the user's message: {error}") from error
             body = body.removesuffix("\n")
             self.before = "\n"
         else:
@@ -76,10 +85,22 @@ class Prompt:
 
     def _matches(self, pattern: str) -> list[tuple[int, int]]:
         """The characters (first, last + 1) of a pattern's matches. Raises InputError."""
+        counts = [int(count[-20:]) for count in re.findall(r"[{,]\s*(\d+)\s*}", pattern)]
+        if math.prod(counts) > _MOST_COPIES:  # counted repetitions are written out, those within others again and again
+            raise InputError(f"{pattern!r} counts more than {_MOST_COPIES:,} repetitions: write it with * or +")
         try:
-            matches = [match.span() for match in re.finditer(pattern, self._text) if match[0]]
-        except re.error as error:
+            with warnings.catch_warnings():  # re's about what may mean something else one day
+                warnings.simplefilter("ignore")
+                re.compile(pattern)  # what Python knows: regex has more, such as recursion
+                found = regex.finditer(pattern, self._text, timeout=_PATIENCE)
+            matches = [match.span() for match in found if match[0]]
+        except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
             raise InputError(f"{pattern!r} is not a regular expression: {error}") from None
+        except TimeoutError:
+            raise InputError(
+                f"{pattern!r} takes more than {_PATIENCE:.0f} seconds to look for here: write it without repetitions of "
+                "repetitions, such as (a+)+"
+            ) from None
         if not matches:
             raise InputError(f"nothing in the text matches {pattern!r}, so there is nothing to keep")
         return matches
@@ -93,6 +114,41 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, question: str, before: str,
     """Token ids [1, n] of a question and what stands around it."""
     ids: Tensor = tokenizer(before + question.strip() + after, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return ids
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, body: str, mark: str) -> list[str]:
+    """What stands before a message, the message between two marks, and what stands behind. Raises ValueError as `shown`."""
+    content = f"{mark}{body}{mark}"
+    return shown(tokenizer, [{"role": "user", "content": content}], {content: 1, mark: 2}).split(mark)
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], counts: Mapping[str, int]) -> str:
+    """What a chat template makes of a conversation, up to where the model answers.
+
+    Templates that want the content of a message as a list of parts get it so.
+
+    Args:
+        tokenizer: Has a chat template.
+        messages: Each with a role and a content.
+        counts: How often texts must be in it, so that nothing that was said is changed, dropped or doubled.
+
+    Raises:
+        ValueError: for a template that takes no such conversation, or does not show these texts so often.
+    """
+    as_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    forms: tuple[list[Any], ...] = (list(messages), as_parts)
+    failure = ""
+    for form in forms:
+        try:
+            whole = str(tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates raise whatever they like
+            failure = failure or f"it fails ({type(error).__name__}: {error})"
+            continue
+        written_out = form is as_parts and any(part in whole for part in ("'type': 'text'", '"type": "text"'))
+        if not written_out and all(whole.count(text) == number for text, number in counts.items()):
+            return whole
+        failure = "it does not show every message once, as it is"
+    raise ValueError(failure)
 
 
 def marks(number: int, *texts: str) -> list[str]:

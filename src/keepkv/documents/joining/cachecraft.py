@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from keepkv import schema
 from keepkv.cache import KeepCache
-from keepkv.documents.format import Contents, write
+from keepkv.documents.format import MOST_TOKENS, Contents, write
 from keepkv.documents.joining.cacheblend import Recomputed, RecomputedLayer, ReusedText, recompute
 from keepkv.errors import InputError
 from keepkv.models import identity
@@ -109,22 +110,22 @@ def save(variant: ChunkVariant, file: Path, model_id: Mapping[str, Any]) -> None
 
 
 def load(file: Path, model_id: Mapping[str, Any], device: torch.device | str = "cpu") -> ChunkVariant:
-    """The variant of a file, mapped into memory.
+    """The variant of a file.
 
     Raises:
         InputError: for a file that holds no variant, is damaged, or is another model's.
     """
     contents = Contents(file)
     try:
-        identity.check(str(file), contents.header["model"], model_id)
-        fields = contents.header["variant"]
-        before = tuple(map(str, fields["before"]))
-        sizes = tuple(map(int, fields["sizes"]))
-        start = int(fields["start"])
-        layers = int(fields["layers"])
+        identity.check(str(file), schema.mapping(contents.header["model"]), model_id)
+        fields = schema.mapping(contents.header["variant"])
+        before = tuple(map(schema.text, schema.sequence(fields["before"])))
+        sizes = tuple(schema.whole(size) for size in schema.sequence(fields["sizes"]))
+        start = schema.whole(fields["start"], 0, MOST_TOKENS)
+        layers = schema.whole(fields["layers"], 1, len(contents.header["tensors"]))
         if len(before) != len(sizes) or sum(sizes) != start:
             raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError) as error:
         raise contents.broken("its header does not describe a variant") from error
     inter = contents.take("inter", layers, None, len(sizes), dtype=torch.float32)
     count = inter.shape[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from keepkv.eval.report.figures import Bars, Curves, Figure, Heat
 from keepkv.eval.report.svg import color_numbers
+from keepkv.paths import atomic_file
 from keepkv.render import require_matplotlib
 
 INKS = ("#5a6068", "#1f5fae", "#c4501b", "#2a8a4a", "#8a3fae", "#a8791b", "#1b8a8f", "#b3266e")
@@ -28,7 +29,7 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
         _bars(axes, figure) if isinstance(figure, Bars) else _curves(axes, figure)
         axes.set_title(figure.title)
         files.append(folder / f"{figure.key}.png")
-        canvas.savefig(files[-1])
+        _save(canvas, files[-1])
     heat = [figure for figure in figures if isinstance(figure, Heat)]
     if heat:
         columns = min(4, len(heat))
@@ -40,8 +41,13 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
         for axes in list(canvas.axes)[len(heat) :]:
             axes.set_axis_off()
         files.append(folder / "depth.png")
-        canvas.savefig(files[-1])
+        _save(canvas, files[-1])
     return files
+
+
+def _save(canvas: Any, file: Path) -> None:
+    with atomic_file(file) as scratch:
+        canvas.savefig(scratch, format="png")
 
 
 def _curves(axes: Any, figure: Curves) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from keepkv.eval.records import Record
 from keepkv.eval.summary import full_key, full_records, tasks_left_out
+from keepkv.paths import read_file, real
+
+_MOST_BYTES = 64 << 20  # of a text
 
 Texts = Callable[[Record], "str | None"]
 MOST = 12
@@ -44,8 +48,12 @@ def variant_of(record: Record) -> str:
 
 def file_of(record: Record) -> str:
     """Where a run keeps the text of a sample: a model's tokenizer decides how long it is."""
-    folder = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in record.model).strip(".-")
-    return f"texts/{folder or 'model'}/{record.task}-{record.length}-{record.sample}.txt"
+    return f"texts/{_name(record.model).strip('.-') or 'model'}/{_name(record.task)}-{record.length}-{record.sample}.txt"
+
+
+def _name(text: str) -> str:
+    """A text as part of a file's name: what a record says never leads out of the run's folder."""
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in text)
 
 
 def texts_of(folders: Sequence[Path]) -> Texts:
@@ -55,8 +63,9 @@ def texts_of(folders: Sequence[Path]) -> Texts:
         for folder in folders:
             file = folder / file_of(record)
             for place in (file, file.parent.parent / file.name):  # older runs have no folder for a model
-                if place.exists():
-                    return place.read_text(encoding="utf-8")
+                if real(place).is_relative_to(real(folder)):  # a link may lead elsewhere
+                    with suppress(OSError):
+                        return read_file(place, limit=_MOST_BYTES).decode(errors="replace")
         return None
 
     return find
