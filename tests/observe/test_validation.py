@@ -13,13 +13,14 @@ from keepkv.merge.merged import Merged, evict
 from keepkv.observe.references import context
 from keepkv.observe.validation import LEAST, NEWEST, Validation
 from keepkv.ops.rope import Rotation
+from keepkv.ops.softmax import PLAIN, Softmax, shares
 from keepkv.types import Observation
 
 TOKENS, HEADS, GROUP, SIZE = 160, 2, 3, 16
 FIRST = TOKENS - TOKENS // NEWEST
 
 
-def seen(projected: bool, voted: bool = False, peak: Tensor | None = None) -> Observation:
+def seen(projected: bool, voted: bool = False, peak: Tensor | None = None, softmax: Softmax = PLAIN) -> Observation:
     observation = Observation(
         keys=2 * randn(HEADS, TOKENS, SIZE, seed=1),
         values=randn(HEADS, TOKENS, SIZE, seed=2),
@@ -28,6 +29,7 @@ def seen(projected: bool, voted: bool = False, peak: Tensor | None = None) -> Ob
         rotation=Rotation.halves(torch.ones(SIZE // 2)),
         scale=0.25,
         repeat_peak=peak,
+        softmax=softmax,
         projection=randn(HEADS, GROUP, SIZE, 24, seed=4) if projected else None,
     )
     if voted:
@@ -41,9 +43,10 @@ def seen(projected: bool, voted: bool = False, peak: Tensor | None = None) -> Ob
 def attended(layer: Observation, head: int, keys: Tensor, values: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
     """Outputs [G, R, d_v] in float64 of all queries of the newest quarter over these entries."""
     queries = layer.queries[head, :, FIRST:].double() * layer.scale
-    logits = queries @ keys.double().T + bias.double()
+    logits = layer.softmax.capped(queries @ keys.double().T) + bias.double()
     logits = logits.masked_fill(positions > torch.arange(FIRST, TOKENS)[:, None], -torch.inf)
-    return logits.softmax(-1) @ values.double()
+    sinks = layer.softmax.of_groups(HEADS)
+    return shares(logits, None if sinks is None else sinks[head][:, None].double()) @ values.double()
 
 
 def bias_of(layer: Observation, head: int) -> Tensor:
@@ -70,10 +73,14 @@ def expected(layer: Observation, kept: list[Tensor], merged: list[Merged]) -> li
     return [float(part.square().sum(-1).mean() / whole.square().sum(-1).mean()) for part in parts]
 
 
+SINKS_AND_CAP = Softmax(2.0, torch.linspace(-1, 2, HEADS * GROUP))
+
+
+@pytest.mark.parametrize("softmax", [PLAIN, SINKS_AND_CAP], ids=["plain", "sinks and cap"])
 @pytest.mark.parametrize("voted", [False, True])
 @pytest.mark.parametrize("projected", [False, True])
-def test_what_is_lost_is_what_attention_beside_newer_tokens_loses(projected: bool, voted: bool) -> None:
-    layer = seen(projected, voted)
+def test_what_is_lost_is_what_attention_beside_newer_tokens_loses(projected: bool, voted: bool, softmax: Softmax) -> None:
+    layer = seen(projected, voted, softmax=softmax)
     kept = [torch.arange(30, TOKENS, 3), torch.arange(25, 90, 2)]
     merged = [evict(layer.keys[head], layer.values[head], kept[head], layer.head_bias(head)) for head in range(HEADS)]
     merged[0] = merged[0]._replace(bias=merged[0].bias + 1, values=merged[0].values * 0.9)  # as a fit may leave them

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from keepkv.merge.merged import Merged
+from keepkv.ops.softmax import Softmax, log_total
 from keepkv.types import Observation
 
 NEWEST = 4  # one of so many parts of the text is taken for what comes next
@@ -29,10 +30,11 @@ class Validation(NamedTuple):
         queries: [H, G × R, d], scaled, position by position within a query head.
         log_z: [H, G × R], ln Z_q over all entries that a query sees.
         outputs: Y, the exact outputs [H, G × R, d_v].
-        newest_mass: [H, G × R], the share of the newest quarter.
+        rest: [H, G × R], the share of all but older entries: of the newest quarter, and of a sink.
         newest_outputs: [H, G × R, d_v], what it gave of Y.
         projection: [H, G, d_v, D], see `Observation.projection`; or None.
         repeat_share: [H, T], see `References.repeat_share`.
+        softmax: The layer's cap.
         energy: The mean square of the layer's output; without a projection, H times that of each head's own, [H].
     """
 
@@ -40,10 +42,11 @@ class Validation(NamedTuple):
     queries: Tensor
     log_z: Tensor
     outputs: Tensor
-    newest_mass: Tensor
+    rest: Tensor
     newest_outputs: Tensor
     projection: Tensor | None
     repeat_share: Tensor
+    softmax: Softmax
     energy: Tensor
 
     @staticmethod
@@ -51,25 +54,29 @@ class Validation(NamedTuple):
         """The validation rows of a layer, with its references; None where the newest quarter has asked too little."""
         references = observation.references
         assert references is not None, "the method table names references"
-        first = observation.tokens - observation.tokens // NEWEST
+        first = observation.tokens - observation.entries // NEWEST  # of a fold: of slots and newer tokens, most of these
         asked = (observation.query_positions >= first).nonzero()[:, 0]
         if len(asked) < LEAST:
             return None
         asked = asked[torch.linspace(0, len(asked) - 1, min(ROWS, len(asked)), device=asked.device).long()]
         queries = (observation.queries[:, :, asked].float() * observation.scale).flatten(1, 2)
         at = observation.query_positions[asked].repeat(observation.queries.shape[1])
+        sinks = observation.softmax.of_rows(observation.heads, queries.shape[1])
         log_z, outputs, masses, newest = [], [], [], []
         for head in range(observation.heads):  # one at a time: the shares of a head are the largest matrix here
-            logits = queries[head] @ observation.keys[head].float().T
+            logits = observation.softmax.capped(queries[head] @ observation.keys[head].float().T)
             if observation.bias is not None:
                 logits += observation.bias[head]
             positions = observation.positions[head]
-            share, z = _softmax(logits.masked_fill_(positions > at[:, None], -torch.inf))
+            logits = logits.masked_fill_(positions > at[:, None], -torch.inf)
+            z = log_total(logits, None if sinks is None else sinks[head])
+            z = z.masked_fill(z.isneginf(), 0)  # of a row that sees nothing
+            share = logits.sub_(z[:, None]).exp_()
             values = observation.values[head].float()
             newer = positions >= first
             log_z.append(z)
             outputs.append(share @ values)
-            masses.append(share[:, newer].sum(1))
+            masses.append(1 - share[:, ~newer].sum(1))
             newest.append(share[:, newer] @ values[newer])
         exact = torch.stack(outputs)
         rows = Validation(
@@ -81,6 +88,7 @@ class Validation(NamedTuple):
             torch.stack(newest),
             observation.projection,
             references.repeat_share,
+            observation.softmax,
             torch.ones(observation.heads, device=exact.device),
         )
         if rows.projection is None:
@@ -114,19 +122,12 @@ class Validation(NamedTuple):
         losses = []
         for head, (entries, slots) in enumerate(zip(kept, merged, strict=True)):
             older = positions[head, entries] < self.first
-            logits = self.queries[head] @ slots.keys[older].float().T + slots.bias[older] - self.log_z[head][:, None]
-            share = logits.clamp_(max=20).exp_()
-            mass = share.sum(1) + self.newest_mass[head]
+            logits = self.softmax.capped(self.queries[head] @ slots.keys[older].float().T)
+            share = (logits + slots.bias[older] - self.log_z[head][:, None]).clamp_(max=20).exp_()
+            mass = share.sum(1) + self.rest[head]
             outputs = (share @ slots.values[older].float() + self.newest_outputs[head]) / mass.clamp(min=1e-30)[:, None]
             asked = self.repeat_share[head].square()
             in_vain = (asked.sum() - asked[entries].sum()).clamp(min=0)
             losses.append(self._size(head, outputs - self.outputs[head]) + in_vain * self._size(head, self.outputs[head]))
         read: list[float] = torch.stack(losses).nan_to_num(nan=1.0).tolist()  # from the device at once
         return read
-
-
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of logits [R, T], which are overwritten, and their log-sum-exps [R]; a row that sees nothing gets 0 and 0."""
-    z = logits.logsumexp(1)
-    z = z.masked_fill(z.isneginf(), 0)
-    return logits.sub_(z[:, None]).exp_(), z
