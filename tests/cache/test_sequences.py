@@ -129,7 +129,7 @@ class Caches(RuleBasedStateMachine):
         logits = MODEL(question, past_key_values=self.cache.fork()).logits
         assert bool(logits.isfinite().all())
         if self.exact:
-            whole = MODEL(torch.cat([torch.tensor(self.rows), question], 1)).logits[:, -2:]
+            whole = MODEL(torch.cat([torch.tensor(self.rows, dtype=torch.int64), question], 1)).logits[:, -2:]
             torch.testing.assert_close(logits, whole, rtol=1e-7, atol=1e-7)
 
 

@@ -148,15 +148,16 @@ def projections(model: PreTrainedModel) -> list[tuple[Tensor, ...] | None]:
     """
     kinds = layer_kinds(model)
     users = _users(model.config.get_text_config(decoder=True), len(kinds))
-    weights: dict[int, Tensor] = {}
+    weights: dict[int, Tensor | None] = {}
     for module in model.get_decoder().modules():
         index, weight = getattr(module, "layer_idx", None), getattr(getattr(module, "o_proj", None), "weight", None)
-        if isinstance(index, int) and isinstance(weight, Tensor) and _is_readable(weight):
-            weights.setdefault(index, weight.detach())
+        if isinstance(index, int) and isinstance(weight, Tensor):
+            weights.setdefault(index, weight.detach() if _is_readable(weight) else None)
     groups = [own for own, kind in zip(users, kinds, strict=True) if is_compressed(kind)]
     if any(index not in weights for own in groups for index in own):  # also of layers that are run through more than once
         return [None] * len(groups)
-    return [tuple(weights[index] for index in own) for own in groups]
+    of_groups = [tuple(weight for index in own if (weight := weights[index]) is not None) for own in groups]
+    return [known if len(known) == len(own) else None for known, own in zip(of_groups, groups, strict=True)]
 
 
 def _is_readable(weight: Tensor) -> bool:

@@ -12,7 +12,6 @@ from keepkv.types import Observation, References
 FUTURE = 512  # context queries are asked again from the next FUTURE positions
 ASKED = 3  # of a position's query heads of one group, that many are asked again
 ANSWERED = 2  # and of so many the outputs are computed, to fit to
-REPEAT_WEIGHT = 1.0  # how often a token is asked for by itself, against one reference row
 WINDOW = 64  # the newest queries are also asked from where they stood
 
 
@@ -27,7 +26,8 @@ def context(observation: Observation) -> References:
     An entry's rms share is the larger of that over the future rows and that over the window rows. `docs/theory.md 4.3`.
 
     The repetition, if there was one: a token is what one query in T wants, with the largest share c that it got then, so that
-    its mean square share is c² / T. `docs/theory.md 4.4`.
+    its mean square share is c² / T. That counts with the head's mean c², which is how much its queries ask for one token alone.
+    `docs/theory.md 4.4`.
 
     A layer's sinks take their share of every row (`References.sink_share`), and its cap holds everywhere.
 
@@ -51,7 +51,9 @@ def context(observation: Observation) -> References:
     newest = window(observation, WINDOW)
     repeat_share = future.repeat_share
     if observation.repeat_peak is not None:
-        repeat_share = observation.repeat_peak * (REPEAT_WEIGHT / observation.tokens) ** 0.5
+        repeat_share = observation.repeat_peak / observation.tokens**0.5
+        asks_alone = repeat_share.square().sum(1, keepdim=True).clamp(max=1)
+        repeat_share = repeat_share * asks_alone.sqrt()
     return References(
         queries=torch.cat([future.queries, newest.queries], 1),
         visible=torch.cat([future.visible, newest.visible]),
