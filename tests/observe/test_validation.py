@@ -121,3 +121,19 @@ def test_a_text_whose_newest_quarter_asked_too_little_judges_nothing() -> None:
     assert (
         Validation.of(replace(layer, queries=layer.queries[:, :, few], query_positions=torch.arange(FIRST + LEAST - 1))) is None
     )
+
+
+def test_a_head_that_looks_at_older_tokens_alone_and_keeps_none_of_them_loses_at_most_everything() -> None:
+    """As a first layer's heads do that attend to the first token: there is no mass left to divide by."""
+    layer = seen(True)
+    keys = layer.keys.clone()
+    keys[:, 3] = 40 * layer.queries.mean((1, 2))  # no newer key comes near
+    queries = layer.queries.mean((1, 2), keepdim=True).expand_as(layer.queries)
+    layer = replace(layer, keys=keys, queries=queries * 100)
+    layer = replace(layer, references=context(layer))
+    kept = [torch.arange(50, 90)] * HEADS
+    merged = [evict(layer.keys[head], layer.values[head], kept[head]) for head in range(HEADS)]
+    rows = Validation.of(layer)
+    assert rows is not None
+    assert float(rows.rest.min()) >= 0
+    assert all(0 < loss <= 1 for loss in rows.lost(kept, merged, layer.positions))

@@ -76,7 +76,8 @@ class Validation(NamedTuple):
             newer = positions >= first
             log_z.append(z)
             outputs.append(share @ values)
-            masses.append(1 - share[:, ~newer].sum(1))
+            sunk = 0.0 if sinks is None else (sinks[head].to(z.dtype) - z).exp()
+            masses.append(share[:, newer].sum(1) + sunk)
             newest.append(share[:, newer] @ values[newer])
         exact = torch.stack(outputs)
         rows = Validation(
@@ -109,7 +110,7 @@ class Validation(NamedTuple):
         return seen.square().sum(1).mean() / self.energy[head].clamp(min=1e-30)
 
     def lost(self, kept: Sequence[Tensor], merged: Sequence[Merged], positions: Tensor) -> list[float]:
-        """What every head loses, as a share of the mean square of its layer's output, with these slots for the older tokens.
+        """What every head loses with these slots for older tokens, a share of the mean square of its layer's output, at most 1.
 
         It is the mean square of W_O (Y' - Y), Y' the output over the slots of older tokens and the newest quarter, and of what
         the repetition asks in vain the same share of the head's own part (`docs/theory.md 5.3`).
@@ -129,5 +130,5 @@ class Validation(NamedTuple):
             asked = self.repeat_share[head].square()
             in_vain = (asked.sum() - asked[entries].sum()).clamp(min=0)
             losses.append(self._size(head, outputs - self.outputs[head]) + in_vain * self._size(head, self.outputs[head]))
-        read: list[float] = torch.stack(losses).nan_to_num(nan=1.0).tolist()  # from the device at once
+        read: list[float] = torch.stack(losses).nan_to_num(nan=1).clamp_(max=1).tolist()  # from the device at once
         return read
