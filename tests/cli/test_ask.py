@@ -76,7 +76,7 @@ def test_what_looks_like_markup_is_shown_as_it_is(monkeypatch, capsys, folder: s
 def test_ask_finds_a_budget_and_the_others_get_as_much(monkeypatch, capsys, folder: str, text: str) -> None:
     args = ["ask", text, "Who jumps?", "--model", folder, "--compare", "full,snapkv", "--json", "--max-new-tokens", "2"]
     slots = []
-    for tolerance in ("0.001", "0.3"):
+    for tolerance in ("0.00001", "0.3"):
         status, out, err = run(monkeypatch, capsys, *args, "--budget", "auto", "--tolerance", tolerance)
         assert (status, err) == (0, "")
         result = json.loads(out)
