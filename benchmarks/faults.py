@@ -73,6 +73,16 @@ def document(folder: Path, model: Any, tokenizer: Any, name: str = "a.keep", **m
     return folder / name
 
 
+def fuzzed(what: str, count: int, seed: int) -> dict[str, Any]:
+    """What came of so many drawn inputs of a parser, see fuzz.py."""
+    sys.path.insert(0, str(HERE.parent))
+    import fuzz
+
+    signal.signal(signal.SIGALRM, fuzz._late)
+    result: dict[str, Any] = fuzz.fuzz(what, count, seed, None)
+    return result
+
+
 def _fill(file: Path) -> None:
     """Writes until the disk is full."""
     number = os.open(file, os.O_WRONLY | os.O_CREAT)
@@ -175,11 +185,7 @@ def _(folder: Path) -> tuple[str, bool]:
 
 @fault("11a", "1,500 .keep files whose headers or tensors are forged and whose digests are right")
 def _(folder: Path) -> tuple[str, bool]:
-    sys.path.insert(0, str(HERE.parent))
-    import fuzz
-
-    signal.signal(signal.SIGALRM, fuzz._late)
-    result = fuzz.fuzz("keep", 1500, 11, None)
+    result = fuzzed("keep", 1500, 11)
     return f"{result['outcomes']}, {result['grown_kb'] / 1000:.0f} MB more", not result["broken"]
 
 
@@ -261,11 +267,7 @@ def _(folder: Path) -> tuple[str, bool]:
 
 @fault("12a", "a store whose index is damaged, in 300 ways")
 def _(folder: Path) -> tuple[str, bool]:
-    sys.path.insert(0, str(HERE.parent))
-    import fuzz
-
-    signal.signal(signal.SIGALRM, fuzz._late)
-    result = fuzz.fuzz("index", 300, 12, None)
+    result = fuzzed("index", 300, 12)
     read = result["outcomes"].get("read", 0)
     return f"{read} of 300 made again from the files, {result['outcomes']}", read == 300
 

@@ -174,3 +174,10 @@ def test_several_ways_score_once_and_try_once() -> None:
         compress_in_ways(layers, method, asked, lambda done, of, steps=steps: steps.append((done, of)))
         assert called == {"score": 3, "references": 3, "merge": 2 * 3 + 3 * ways}
         assert steps == [(n, 3 * (2 + ways)) for n in range(1, 3 * (2 + ways) + 1)]
+
+
+def test_a_text_too_short_for_trials_reports_all_its_steps() -> None:
+    steps: list[tuple[int, int]] = []
+    layers = [replace(observed(2, layer=layer), keep=torch.arange(300).expand(2, -1) < 280) for layer in range(3)]
+    compress(layers, methods.get("keepkv"), 290 * 6, lambda done, of: steps.append((done, of)))
+    assert steps == [(n, 9) for n in range(1, 10)]

@@ -96,8 +96,8 @@ def compress_in_ways(
 ) -> list[Compressed]:
     """Compresses one sequence in several ways, each as `compress` does it alone; what they have in common is computed once.
 
-    They have the scores and the trials in common. A score that goes by the number of slots gets that of the
-    largest way. The arguments are those of `compress`.
+    They have the scores and the trials in common. A score that goes by the number of slots gets that of the largest way. The
+    arguments are those of `compress`.
     """
     entries = sum(sum(observation.counts) for observation in observations)
     made = [_unmerged(observations, way.total > 0, way.slot_dtype) if _is_whole(way, method, entries) else None for way in ways]
@@ -130,7 +130,7 @@ def _merged(
     for layer, observation in enumerate(observations):
         with_references = replace(observation, references=scored.references[layer])
         scored.references[layer] = None  # they are large, and not needed any more
-        validation = Validation.of(with_references) if method.trials and len(ways) > 1 else None
+        validation = scored.validations[layer] if len(ways) > 1 else None
         for way, (scores, counts), layers in zip(ways, allotted, made, strict=True):
             one = _layer(with_references, method, _own(scores[layer], observation), counts[layer], way.slot_dtype)
             layers.append(one if validation is None else one._replace(lost=_read_loss(validation, one, observation)))
@@ -173,13 +173,14 @@ def _compressed(layers: Sequence[_Layer], method: Method | None = None) -> Compr
 
 @dataclass(frozen=True)
 class _Scored:
-    """References of every layer, and scores and positions of all layers [L, H, T].
+    """References and validation rows of every layer, and scores and positions of all layers [L, H, T].
 
     Layers with fewer entries than others are filled up in front, with a score of -inf and a position of -1. tokens: how many
     were read. pinned: entries of a head that must stay; they have a score of +inf.
     """
 
     references: list[References | None]
+    validations: list[Validation | None]
     scores: Tensor
     positions: Tensor
     tokens: int
@@ -194,12 +195,15 @@ class _Scored:
 def _score(observations: Sequence[Observation], method: Method, total: int, step: Callable[[], None]) -> _Scored:
     """How much each entry of each layer matters, where so many slots in all will be left."""
     references: list[References | None] = []
+    validations: list[Validation | None] = []
     scores, positions = [], []
     tokens = pinned = 0
     for observation in observations:
         references.append(method.references(observation) if method.references else None)
         slots = total / (observation.heads * len(observations))
-        score = method.score(replace(observation, references=references[-1], slots=slots))
+        with_references = replace(observation, references=references[-1], slots=slots)
+        validations.append(Validation.of(with_references) if method.trials else None)
+        score = method.score(with_references)
         score = score.masked_fill(~observation.present, -torch.inf)
         if observation.keep is not None:
             must_stay = observation.keep & observation.present
@@ -212,7 +216,7 @@ def _score(observations: Sequence[Observation], method: Method, total: int, step
     together = _levelled(scores, -torch.inf)
     if method.layer_pairs:
         together = method.layer_pairs.tie(together)
-    return _Scored(references, together, _levelled(positions, -1), tokens, pinned)
+    return _Scored(references, validations, together, _levelled(positions, -1), tokens, pinned)
 
 
 def _allot(scored: _Scored, method: Method, total: int) -> tuple[Tensor, list[list[int]]]:
@@ -250,17 +254,18 @@ def _corrected(
     The trials' slots are at most a quarter and a half of the entries. Where the newest quarter of the text cannot judge them,
     the queries that were held out of the fit do.
     """
-    entries = max(1, min(allot.room(scored.scores)))
-    sizes = [max(1, min(size, entries * share // 4)) for share, size in enumerate(method.trials, 1)]
-    sizes = [size + scored.pinned for size in sizes]
-    if sizes[0] >= sizes[1] or sizes[1] >= entries:
+    entries = min(allot.room(scored.scores))
+    few, many = (max(1, min(size, entries // part)) + scored.pinned for size, part in zip(method.trials, (4, 2), strict=True))
+    if few >= many or many >= entries:
+        for _ in observations:
+            step()
         return list(allotted)
     uniform = replace(method, allot=allot.uniform)
-    trials = [_allotted(scored, uniform, size * scored.heads) for size in sizes]
+    trials = [_allotted(scored, uniform, size * scored.heads) for size in (few, many)]
     losses: list[list[list[float]]] = [[] for _ in trials]
     for layer, observation in enumerate(observations):
         with_references = replace(observation, references=scored.references[layer])
-        validation = Validation.of(with_references)
+        validation = scored.validations[layer]
         for (scores, counts), lost in zip(trials, losses, strict=True):
             choices = method.choose(with_references, _own(scores[layer], observation), counts[layer])
             merged = method.merge(with_references, choices)
@@ -269,12 +274,9 @@ def _corrected(
             else:
                 lost.append(validation.lost([choice.kept for choice in choices], merged, observation.positions))
         step()
-    few, many = losses
+    both = losses[0], losses[1]
     return [
-        (
-            scores,
-            allot.by_loss((sizes[0], sizes[1]), (few, many), sum(map(sum, counts)), allot.room(scores), _most_fixed(scores)),
-        )
+        (scores, allot.by_loss((few, many), both, sum(map(sum, counts)), allot.room(scores), _most_fixed(scores)))
         for scores, counts in allotted
     ]
 

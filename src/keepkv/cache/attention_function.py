@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from keepkv.cache.proxies import Call, Proxy
+from keepkv.cache.proxies import Call, Proxy, own_bias
 from keepkv.errors import ModelError
 from keepkv.models import families
 from keepkv.ops.softmax import Softmax
@@ -92,10 +92,7 @@ def _attention(
     if not isinstance(key, Proxy):
         return _called(function, module, query, key, value, attention_mask, scaling, more)
     if more.get("position_bias") is not None:
-        raise ModelError(
-            "the model adds a bias of its own to each head's logits (by position, perhaps), which keepkv does not know: use it "
-            "with transformers' own cache"
-        )
+        raise own_bias()
     weights: list[Tensor | None] = []
 
     def stock(keys: Tensor, values: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ from keepkv.cache.index import Index
 from keepkv.cache.layer import Asked, KeepLayer
 from keepkv.cache.observations import Observations
 from keepkv.cache.policy import Policy
-from keepkv.cache.proxies import Call, Proxy
+from keepkv.cache.proxies import Call, Proxy, own_bias
 from keepkv.cache.report import Report
 from keepkv.cache.state_layer import keep_layer
-from keepkv.errors import KeepKVError, ModelError
+from keepkv.errors import KeepKVError
 from keepkv.models import families, identity
 from keepkv.models.rotation import Rotaries
 from keepkv.observe.repetition import Piece
@@ -223,10 +223,7 @@ class BaseCache(Cache):
         query = call.query
         asking = layer.asking(query, new)
         if call.mask is not None and call.mask.shape[1] > 1:
-            raise ModelError(
-                "the model adds a bias of its own to each head's logits (by position, perhaps), which keepkv does not know: "
-                "use it with transformers' own cache"
-            )
+            raise own_bias()
         if self._piece is not None:
             return layer.repeat(call, self._piece, self._piece.drafts[self.keep_layers.index(layer)])
         if layer.slots is not None:

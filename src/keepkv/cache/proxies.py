@@ -53,6 +53,14 @@ class Call(NamedTuple):
 Attend = Callable[[Call], Tensor]
 
 
+def own_bias() -> ModelError:
+    """The error for a model whose heads have biases of their own in the logits, wherever it hands them over."""
+    return ModelError(
+        "the model adds a bias of its own to each head's logits (by position, perhaps), which keepkv does not know: use it "
+        "with transformers' own cache"
+    )
+
+
 class Proxy(Tensor):
     """Stands for a layer's keys or values. `attend` is called in place of attention over it."""
 

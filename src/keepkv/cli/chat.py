@@ -136,13 +136,8 @@ class Chat:
             return out.print(f"budget {self.talk.cache.policy.budget_text}")
         cache = self.talk.cache
         if cache.get_seq_length():
-            before = cache.fork()
-            try:
-                with bar("compressing") as line:
-                    cache.compress(argument, progress=line)
-            except BaseException:  # Ctrl-C, too: all or nothing
-                self.talk.cache = before
-                raise
+            with bar("compressing") as line:
+                cache.compress(argument, progress=line)
         else:
             cache.policy = cache.policy.changed(argument)
         return None

@@ -12,18 +12,17 @@ from pathlib import Path
 FILE = "index.sqlite3"
 _PATIENCE = 60.0  # seconds that a process waits while others write
 _ABOUT_THE_DISK = ("readonly", "unable to open", "disk I/O", "is full")  # in an error; others are about what the index holds
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, source TEXT, model TEXT, method TEXT, budget TEXT, "
-    "exact INTEGER, tokens INTEGER, bytes INTEGER, created REAL, used REAL)",
-    "CREATE TABLE IF NOT EXISTS prefixes (digest TEXT, length INTEGER, family TEXT, key TEXT, PRIMARY KEY (digest, key))",
-    "CREATE INDEX IF NOT EXISTS lengths ON prefixes (family, length)",
-)
 _KINDS = (
     ("key", "text"), ("source", "text"), ("model", "text"), ("method", "text"), ("budget", "text"), ("exact", "integer"),
     ("tokens", "integer"), ("bytes", "integer"), ("created", "real"), ("used", "real"),
 )  # fmt: skip
+_TABLES = (
+    f"CREATE TABLE IF NOT EXISTS entries ({', '.join(f'{name} {kind}' for name, kind in _KINDS)}, PRIMARY KEY (key))",
+    "CREATE TABLE IF NOT EXISTS prefixes (digest TEXT, length INTEGER, family TEXT, key TEXT, PRIMARY KEY (digest, key))",
+    "CREATE INDEX IF NOT EXISTS lengths ON prefixes (family, length)",
+)
 _COLUMNS = (
-    "SELECT key, source, model, method, budget, exact, tokens, bytes, created, used FROM entries",
+    f"SELECT {', '.join(name for name, _ in _KINDS)} FROM entries",
     "SELECT digest, length, family, key FROM prefixes",
 )
 
